@@ -1,0 +1,223 @@
+"""Finding out what lies at a path: a checkpoint, one of its parts, or something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import anyio
+
+from orbax_async import errors
+from orbax_async._commit import atomicity
+from orbax_async._engine import loop
+from orbax_async._storage import files, names
+from orbax_async._trace import logger
+from orbax_async.path import pathlike
+
+__all__ = ["Located", "check_name", "find", "is_orbax_checkpoint", "locate"]
+
+_LOOKS = 50  # times that a reader looks for a checkpoint that is just being exchanged
+_LOOK_SECS = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """A checkpointable inside a checkpoint.
+
+    Attributes:
+      root: the checkpoint's directory.
+      name: the checkpointable's name, None where the root itself is a flat, older checkpoint.
+      directory: where it lies.
+      document: the checkpoint's own metadata; empty where there is none.
+    """
+
+    root: str
+    name: str | None
+    directory: str
+    document: dict[str, Any]
+
+
+def check_name(name: Any, *, is_saved: bool) -> None:
+    """Raises for a name that no checkpointable can have.
+
+    Args:
+      name: what the user gave.
+      is_saved: whether it is to be written; reading also knows `AUTO` and None.
+    """
+    if not is_saved and name in (None, names.AUTO_CHECKPOINTABLE):
+        return
+    if not isinstance(name, str):
+        raise TypeError(f"a checkpointable's name must be a str, got {type(name).__name__}: {name!r}")
+    if not name:
+        raise ValueError("Empty string is not supported as a checkpointable name; leave it out")
+    if name in names.RESERVED_CHECKPOINTABLES:
+        raise ValueError(f"Provided reserved checkpointable key: {name}.")
+    is_file = name in (names.CHECKPOINT_METADATA, names.COMMIT_MARKER, names.CHECKPOINT_MARKER)
+    if "/" in name or name in (".", "..") or is_file or names.TEMPORARY_MARK in name:
+        raise ValueError(
+            f"{name!r} can't name a checkpointable: it must be one directory name that the format "
+            "does not use itself"
+        )
+
+
+def _is_checkpointable(path: str) -> bool:
+    return os.path.exists(os.path.join(path, names.TREE_METADATA))
+
+
+def _has(path: str, name: str) -> bool:
+    return os.path.exists(os.path.join(path, name))
+
+
+def find(path: str) -> list[str]:
+    """Returns the names of the pytrees in a checkpoint, the default name first.
+
+    Raises:
+      InvalidLayoutError: the path holds no checkpoint.
+    """
+    problem = _problem(path)
+    if problem is not None:
+        raise errors.InvalidLayoutError(
+            f"Could not recognize the checkpoint at {path} as a valid Orbax checkpoint: {problem}"
+        )
+    found = sorted(
+        entry.name
+        for entry in files.scan(path)
+        if entry.is_dir()
+        and entry.name not in names.RESERVED_CHECKPOINTABLES
+        and names.TEMPORARY_MARK not in entry.name
+        and _is_checkpointable(entry.path)
+        and not _has(entry.path, names.CHECKPOINT_METADATA)
+    )
+    return sorted(found, key=lambda name: name != names.DEFAULT_CHECKPOINTABLE)
+
+
+def _problem(path: str) -> str | None:
+    """Returns why a path holds no checkpoint, or None if it does."""
+    if not os.path.lexists(path):
+        return "there is no such directory. Check the path."
+    if not os.path.isdir(path):
+        return "it is a file, not a directory."
+    if names.TEMPORARY_MARK in os.path.basename(path):
+        return "its name says that it is unfinished: a save is under way or was interrupted."
+    parent = os.path.dirname(path)
+    if _has(parent, names.CHECKPOINT_METADATA) and not _has(path, names.CHECKPOINT_METADATA):
+        return (
+            f"it appears to be a subdirectory of the checkpoint {parent}. Load that, with "
+            f"checkpointable_name={os.path.basename(path)!r}."
+        )
+    if _has(path, names.CHECKPOINT_METADATA):
+        return None
+    if _has(path, names.CHECKPOINT_MARKER):
+        return f"{names.CHECKPOINT_METADATA} is missing."
+    if _is_checkpointable(path):
+        return None
+    inside = sorted(entry.name for entry in files.scan(path) if entry.is_dir())
+    if any(
+        _is_checkpointable(os.path.join(path, name))
+        and not _has(os.path.join(path, name), names.CHECKPOINT_METADATA)
+        for name in inside
+    ):
+        return None
+    steps = [name for name in inside if _has(os.path.join(path, name), names.CHECKPOINT_METADATA)]
+    if steps:
+        return f"it holds checkpoints, and is none itself. Load one of {steps[:10]} in it."
+    return f"it has none of the files of one; it holds {inside[:10] or 'no directories'}."
+
+
+def locate(path: str, name: str | None) -> Located:
+    """Finds one pytree of a checkpoint; blocks.
+
+    Args:
+      path: the checkpoint.
+      name: a checkpointable's name, `AUTO` to choose, None for a flat, older checkpoint.
+
+    Raises:
+      InvalidLayoutError: there is no checkpoint, or no such pytree in it.
+    """
+    found = find(path)
+    document = _read_document(path)
+    hidden = _name_in_deletion(path)
+    found = [each for each in found if each != hidden]
+    is_flat = _is_checkpointable(path) and not _has(path, names.CHECKPOINT_MARKER)
+    if name == names.AUTO_CHECKPOINTABLE:
+        if found:
+            return Located(path, found[0], os.path.join(path, found[0]), document)
+        if is_flat:
+            return Located(path, None, path, document)
+        raise errors.InvalidLayoutError(
+            f"Failed to interpret path {path} as an Orbax checkpoint of a pytree: no directory in "
+            f"it has a {names.TREE_METADATA}"
+        )
+    if name is None:
+        if is_flat:
+            return Located(path, None, path, document)
+        cause = ValueError(f"the name must be given; the checkpoint holds {found}")
+        raise errors.InvalidLayoutError(
+            f"{path} is no flat checkpoint: checkpointable_name must be one of {found}"
+        ) from cause
+    if name == hidden:
+        raise errors.InvalidLayoutError(
+            f"checkpointable {name!r} of {path} is being deleted; finish the deletion"
+        )
+    if name not in found:
+        flat = "; it is a flat checkpoint, load it with checkpointable_name=None" if is_flat else ""
+        cause_missing = FileNotFoundError(
+            f"checkpointable {name!r} is not in {path}; it holds {found}{flat}"
+        )
+        raise errors.InvalidLayoutError(
+            f"Failed to interpret path {path} as an Orbax checkpoint of a pytree: {cause_missing}"
+        ) from cause_missing
+    return Located(path, name, os.path.join(path, name), document)
+
+
+def _read_document(path: str) -> dict[str, Any]:
+    """Reads a checkpoint's own metadata; damage there costs only what it says."""
+    file = os.path.join(path, names.CHECKPOINT_METADATA)
+    data = files.read_bytes(file)
+    if not data:
+        return {}
+    try:
+        document = json.loads(data)
+        if not isinstance(document, dict):
+            raise ValueError(f"it holds a {type(document).__name__}")
+    except ValueError as error:
+        logger.error("%s is damaged and ignored: %s", file, error)
+        return {}
+    return document
+
+
+def _name_in_deletion(path: str) -> str | None:
+    """Returns the name whose deletion was begun and not finished."""
+    file = os.path.join(path, names.DELETION_RECORD)
+    data = files.read_bytes(file)
+    if data is None:
+        return None
+    try:
+        return str(json.loads(data)["checkpointable_name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise errors.InvalidLayoutError(f"{file} is damaged: {error!r}") from error
+
+
+async def locate_when_settled(path: str, name: str | None) -> Located:
+    """Like `locate`, after putting back what an interrupted overwrite had set aside."""
+    for _ in range(_LOOKS):
+        if not await loop.to_worker(atomicity.recover, path):
+            break
+        await anyio.sleep(_LOOK_SECS)
+    return await loop.to_worker(locate, path, name)
+
+
+def is_orbax_checkpoint(path: pathlike.PathLike | os.PathLike[str]) -> bool:
+    """Says whether a path holds a finished Orbax checkpoint.
+
+    An empty directory, a file, an unfinished save, a part of a checkpoint, and a directory of
+    checkpoints are none.
+
+    Example:
+      ::
+
+        steps = [p for p in run.iterdir() if ocp.is_orbax_checkpoint(p)]
+    """
+    return _problem(pathlike.absolute(path)) is None

@@ -1,0 +1,138 @@
+"""What a checkpoint says of itself, without its data."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any, Generic, TypeVar
+
+from orbax_async import context as ambient
+from orbax_async._api import layout, perform
+from orbax_async._storage import names
+from orbax_async.handlers.operation import Operation
+from orbax_async.handlers.pytree import PyTreeHandler
+from orbax_async.path import Path, PathLike, pathlike
+
+__all__ = ["CheckpointMetadata", "PyTreeMetadata", "metadata"]
+
+T = TypeVar("T")
+PyTreeMetadata = Any
+
+
+class CheckpointMetadata(Generic[T]):
+    """What is known of a checkpoint: its tree, its times, and its user's own metadata.
+
+    Args:
+      path: the checkpoint.
+      metadata: the abstract form of what it holds; `load` accepts it.
+      init_timestamp_nsecs: when the save began, in nanoseconds since the epoch.
+      commit_timestamp_nsecs: when it was committed.
+      custom_metadata: what the user gave to `save`.
+    """
+
+    def __init__(
+        self,
+        path: PathLike,
+        *,
+        metadata: T,
+        init_timestamp_nsecs: int | None = None,
+        commit_timestamp_nsecs: int | None = None,
+        custom_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        self._path = Path(path)
+        self._metadata = metadata
+        self._init_timestamp_nsecs = init_timestamp_nsecs
+        self._commit_timestamp_nsecs = commit_timestamp_nsecs
+        self._custom_metadata = custom_metadata
+
+    def __repr__(self) -> str:
+        return (
+            f"CheckpointMetadata({str(self._path)!r}, metadata={self._metadata!r}, "
+            f"commit_timestamp={self.commit_timestamp}, custom_metadata={self._custom_metadata})"
+        )
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's directory."""
+        return self._path
+
+    @property
+    def metadata(self) -> T:
+        """The abstract form of what the checkpoint holds."""
+        return self._metadata
+
+    @property
+    def init_timestamp_nsecs(self) -> int | None:
+        """When the save began, in nanoseconds since the epoch."""
+        return self._init_timestamp_nsecs
+
+    @property
+    def commit_timestamp_nsecs(self) -> int | None:
+        """When the checkpoint was committed, in nanoseconds since the epoch."""
+        return self._commit_timestamp_nsecs
+
+    @property
+    def init_timestamp(self) -> datetime.datetime | None:
+        """When the save began, in UTC."""
+        return _as_datetime(self._init_timestamp_nsecs)
+
+    @property
+    def commit_timestamp(self) -> datetime.datetime | None:
+        """When the checkpoint was committed, in UTC."""
+        return _as_datetime(self._commit_timestamp_nsecs)
+
+    @property
+    def custom_metadata(self) -> dict[str, Any] | None:
+        """What the user gave to `save`."""
+        return self._custom_metadata
+
+
+def _as_datetime(nsecs: int | None) -> datetime.datetime | None:
+    if nsecs is None:
+        return None
+    return datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
+
+
+def metadata(
+    path: PathLike, *, checkpointable_name: str | None = names.AUTO_CHECKPOINTABLE
+) -> CheckpointMetadata[PyTreeMetadata]:
+    """Returns what a checkpoint holds, without reading array data.
+
+    Example:
+      ::
+
+        tree = ocp.metadata("/checkpoints/7").metadata
+        tree["params"]["w"].shape
+
+    Args:
+      path: the checkpoint.
+      checkpointable_name: as for `load`.
+
+    Returns:
+      Metadata whose tree has an `arrays.ArrayMetadata` for each jax array, an
+      `arrays.NumpyMetadata` for each NumPy array, 0, 0.0 or False for scalars, and `'string'`.
+
+    Raises:
+      InvalidLayoutError: there is no such checkpoint, or its documents are damaged.
+    """
+    doing = Operation.begin()
+    ambient.refuse_unbuilt(doing.context, operation="metadata")
+    where = pathlike.absolute(path)
+    layout.check_name(checkpointable_name, is_saved=False)
+
+    async def body(*_: Any) -> CheckpointMetadata[PyTreeMetadata]:
+        located = await layout.locate_when_settled(where, checkpointable_name)
+        tree = await PyTreeHandler().metadata(Path(located.directory))
+        document = located.document
+        return CheckpointMetadata(
+            where,
+            metadata=tree,
+            init_timestamp_nsecs=_int(document.get("init_timestamp_nsecs")),
+            commit_timestamp_nsecs=_int(document.get("commit_timestamp_nsecs")),
+            custom_metadata=document.get("custom_metadata") or {},
+        )
+
+    return perform.start(f"metadata of {where}", doing, body).result()
+
+
+def _int(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,0 +1,237 @@
+"""Responses: one handle on an operation, for sync and async callers alike."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, Generic, TypeVar, final
+
+from orbax_async import errors
+from orbax_async._engine import loop
+from orbax_async._trace import Progress, Recorder, Span, logger
+
+__all__ = ["AsyncResponse", "Operation"]
+
+T = TypeVar("T")
+
+
+@final
+class AsyncResponse(Generic[T]):
+    """What `save_async` and `load_async` return: an operation that is under way.
+
+    It can be awaited from any event loop and from several at once, waited for by any thread, and
+    asked for its progress. Cancelling a task that awaits it does not cancel the operation; only
+    `cancel` does.
+
+    Example:
+      ::
+
+        response = ocp.save_async("/checkpoints/7", state)
+        await response.staged()       # every value is captured: mutate, donate, delete
+        ...
+        await response                # written, durable and visible
+
+    A failure that nobody asks for is written to the log, and at interpreter exit to stderr.
+    """
+
+    def __init__(self, label: str, recorder: Recorder) -> None:
+        self._label = label
+        self._recorder = recorder
+        self._pid = os.getpid()
+        self._committed: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._committed.set_running_or_notify_cancel()
+        self._staged: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._staged.set_running_or_notify_cancel()
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], object]] = []
+        self._request_cancel: Callable[[], bool] = lambda: False
+        self._is_reported = False
+        _unreported.add(self)
+
+    def __repr__(self) -> str:
+        return f"<AsyncResponse of {self._label}: {self.progress.phase}>"
+
+    # Waiting.
+
+    def result(self, timeout: float | None = None) -> T:
+        """Blocks until the operation is committed, and returns its result.
+
+        Args:
+          timeout: seconds; the operation goes on when they are over, and may be waited for again.
+
+        Raises:
+          TimeoutError: the time is over.
+          CheckpointError: the operation failed, each time it is asked.
+          OperationCancelledError: it was cancelled before its commit point.
+          LoopError: the call comes from the engine's own thread, which it would block for ever.
+        """
+        self._check_may_block()
+        try:
+            return self._committed.result(timeout)
+        finally:
+            self._note_report()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Blocks like `result`, and returns what the operation failed with, or None."""
+        self._check_may_block()
+        error = self._committed.exception(timeout)
+        self._note_report()
+        return error
+
+    def __await__(self) -> Generator[Any, None, T]:
+        """Waits like `result` without blocking the caller's event loop."""
+        self._check_process()
+        try:
+            return (yield from asyncio.wrap_future(self._committed).__await__())
+        finally:
+            self._note_report()
+
+    def staged(self) -> Awaitable[None]:
+        """Returns an awaitable that ends once every value is captured.
+
+        From then on the inputs may be mutated, donated and deleted. A failure before that is
+        raised here too.
+        """
+        self._check_process()
+        return _Staged(self._staged)
+
+    def wait_staged(self, timeout: float | None = None) -> None:
+        """Blocks until every value is captured; see `staged` and `result`."""
+        self._check_may_block()
+        self._staged.result(timeout)
+
+    # Asking.
+
+    def done(self) -> bool:
+        """Says whether the operation has ended, well or not."""
+        return self._committed.done()
+
+    @property
+    def progress(self) -> Progress:
+        """A frozen snapshot of what is done so far."""
+        return self._recorder.progress()
+
+    @property
+    def timeline(self) -> tuple[Span, ...]:
+        """The pieces of work that have ended: what ran when, and how many bytes it moved."""
+        return self._recorder.timeline()
+
+    # Acting.
+
+    def cancel(self) -> bool:
+        """Asks the operation to stop and to undo what it did.
+
+        Returns:
+          True if the request came before the commit point: nothing becomes visible, and waiting
+          raises OperationCancelledError. False if the operation is committed, or about to be.
+        """
+        self._check_process()
+        return not self.done() and self._request_cancel()
+
+    def add_done_callback(self, callback: Callable[[AsyncResponse[T]], object]) -> None:
+        """Calls `callback(response)` once the operation has ended, also when it failed.
+
+        Callbacks run in order on a worker thread, or at once in this thread if the operation has
+        ended. What they raise is logged.
+        """
+        self._add_callback(lambda: callback(self))
+
+    def on_complete(self, callback: Callable[[T], object]) -> None:
+        """Calls `callback(result)` once the operation has succeeded; never after a failure."""
+
+        def if_successful() -> None:
+            if self._committed.exception() is None:
+                callback(self._committed.result())
+
+        self._add_callback(if_successful)
+
+    def _add_callback(self, callback: Callable[[], object]) -> None:
+        with self._lock:
+            if not self._committed.done():
+                self._callbacks.append(callback)
+                return
+        self._call(callback)
+
+    def _call(self, callback: Callable[[], object]) -> None:
+        try:
+            callback()
+        except Exception:
+            logger.exception("a callback of %s failed", self._label)
+
+    # The operation's side.
+
+    def _set_staged(self) -> None:
+        if not self._staged.done():
+            self._staged.set_result(None)
+
+    def _settle(self, result: Any, error: BaseException | None) -> None:
+        """Ends the response; called once, on the engine's loop."""
+        with self._lock:
+            if error is None:
+                self._set_staged()
+                self._committed.set_result(result)
+            else:
+                if not self._staged.done():
+                    self._staged.set_exception(error)
+                self._committed.set_exception(error)
+            callbacks, self._callbacks = self._callbacks, []
+        if error is None:
+            _unreported.discard(self)
+        if callbacks:
+            loop.submit(lambda: [self._call(callback) for callback in callbacks] and None)
+
+    def _note_report(self) -> None:
+        if self._committed.done():
+            self._is_reported = True
+            _unreported.discard(self)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise errors.LoopError(
+                f"{self._label} was started by process {self._pid}; a forked child can't wait for "
+                "it. Wait in the parent, or start the operation in the child."
+            )
+
+    def _check_may_block(self) -> None:
+        self._check_process()
+        if loop.is_engine_thread():
+            raise errors.LoopError(
+                f"waiting for {self._label} on the engine's own thread would never end; await the "
+                "response instead, or wait on another thread"
+            )
+
+    def __del__(self) -> None:
+        if not self._is_reported and os.getpid() == self._pid and self._committed.done():
+            error = self._committed.exception()
+            if error is not None and not sys.is_finalizing():
+                logger.error("%s failed, and nobody asked for its result: %s", self._label, error)
+
+
+class _Staged:
+    """Awaitable form of a future, for any number of loops."""
+
+    def __init__(self, future: concurrent.futures.Future[None]) -> None:
+        self._future = future
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from asyncio.wrap_future(self._future).__await__()
+
+
+_unreported: weakref.WeakSet[AsyncResponse[Any]] = weakref.WeakSet()
+
+
+def _report_at_exit() -> None:
+    """Tells on stderr what failed in the background and was never asked for."""
+    for response in list(_unreported):
+        if response._pid == os.getpid() and response.done():
+            error = response.exception()
+            if error is not None:
+                print(f"orbax_async: {response._label} FAILED: {error}", file=sys.stderr)
+
+
+loop.at_exit(_report_at_exit)

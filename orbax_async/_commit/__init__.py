@@ -1,0 +1,9 @@
+"""Making a checkpoint visible, whole and durable, or leaving nothing.
+
+Does:
+  - name, create, publish, recover and sweep temporary directories (`atomicity`);
+  - write a checkpoint's own documents, sync everything, and commit (`finalize`).
+
+Does not:
+  - write array data, or know what a checkpointable holds.
+"""

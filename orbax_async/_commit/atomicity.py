@@ -1,0 +1,260 @@
+"""Temporary directories, and the one step that makes them visible.
+
+Rules
+  I4   A reader sees a whole checkpoint, old or new, or none; an overwrite never leaves none.
+
+Theory of operation
+  A save writes to a sibling of its destination, `<name>.orbax-checkpoint-tmp-<owner>-new`. Every
+  Orbax reader takes a name with that mark for unfinished. `<owner>` is the host (and pid
+  namespace), the process, when that process started, and a serial number: enough to tell a
+  leftover of a dead process from a save that is under way.
+
+  Publishing renames it to the destination. Over an old checkpoint the two names are exchanged in
+  one system call where there is one; the old checkpoint is then the temporary directory, and is
+  removed. Elsewhere the old one is first set aside as `...-old`. A process that dies between the
+  two renames leaves no destination but a whole `...-old`: `recover`, which every reader and every
+  save calls first, puts it back.
+
+  Leftovers of dead processes are swept after a commit, in the background. A leftover of another
+  host is only swept once it has not changed for a day.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import functools
+import hashlib
+import itertools
+import os
+import socket
+import sys
+import time
+
+from orbax_async import errors
+from orbax_async._storage import files, names
+
+__all__ = ["create", "discard", "publish", "recover", "sweep", "temporary_path"]
+
+_FOREIGN_LEFTOVER_SECS = 24 * 3600
+_serials = itertools.count()
+
+
+@functools.cache
+def _host() -> str:
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return hashlib.sha256(f"{socket.gethostname()}/{namespace}".encode()).hexdigest()[:8]
+
+
+def _started(pid: int) -> int:
+    """Returns when a process started, in the kernel's ticks; 0 where that can't be known."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return int(stat.read().rsplit(b")", 1)[1].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _is_alive(pid: int, started: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return _started(pid) == started
+
+
+def temporary_path(final: str, use: str = "new") -> str:
+    """Returns a new temporary name beside `final` that says who owns it."""
+    pid = os.getpid()
+    owner = f"{_host()}-{pid}-{_started(pid)}-{next(_serials)}"
+    return f"{final}{names.TEMPORARY_MARK}-{owner}-{use}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leftover:
+    path: str
+    final: str
+    use: str
+    is_owned_here: bool
+    is_abandoned: bool
+
+
+def _parse(path: str) -> _Leftover | None:
+    parent, name = os.path.split(path)
+    match = names.OWNED_TEMPORARY.fullmatch(name)
+    if match is None:
+        return None
+    pid = int(match["pid"])
+    if match["host"] == _host():
+        is_abandoned = not _is_alive(pid, int(match["started"]))
+    else:
+        is_abandoned = _is_older_than(path, _FOREIGN_LEFTOVER_SECS)
+    return _Leftover(
+        path=path,
+        final=os.path.join(parent, match["checkpoint"]),
+        use=match["use"],
+        is_owned_here=match["host"] == _host() and pid == os.getpid(),
+        is_abandoned=is_abandoned,
+    )
+
+
+def _is_older_than(path: str, secs: float) -> bool:
+    try:
+        newest = max(os.stat(each).st_mtime for group in files.walk(path) for each in group)
+    except (OSError, ValueError):
+        return False
+    return time.time() - newest > secs
+
+
+def create(temporary: str, *, permission_mode: int | None = None) -> list[str]:
+    """Creates a temporary directory and its parents.
+
+    Returns:
+      The parents that had to be made, outermost first: their entries need syncing too.
+
+    Raises:
+      CommitError: the directory can't be made; nothing of it is left.
+    """
+    missing = []
+    parent = os.path.dirname(temporary)
+    while not os.path.isdir(parent) and parent != os.path.dirname(parent):
+        missing.append(parent)
+        parent = os.path.dirname(parent)
+    try:
+        os.makedirs(temporary)
+        if permission_mode is not None:
+            os.chmod(temporary, permission_mode)
+    except OSError as error:
+        raise errors.CommitError(
+            f"cannot create a directory in {os.path.dirname(temporary)}: "
+            f"{error.strerror or error}. Check that the path is right, writable and not full."
+        ) from error
+    return missing[::-1]
+
+
+def publish(temporary: str, final: str, *, overwrite: bool) -> str | None:
+    """Makes a complete temporary directory visible at `final` (I4), and durable.
+
+    Returns:
+      Where the checkpoint that was replaced lies now, or None if there was none.
+
+    Raises:
+      DestinationExistsError: something came to be at `final`, and `overwrite` is not set.
+      CommitError: the file system refuses; the old checkpoint, if any, is where it was.
+    """
+    try:
+        replaced = None
+        if os.path.lexists(final):
+            if not overwrite:
+                raise errors.DestinationExistsError(
+                    f"Destination {final} already exists: it appeared while the save was under "
+                    "way. Save elsewhere, or with overwrite=True."
+                )
+            replaced = _replace(temporary, final)
+        else:
+            os.rename(temporary, final)
+        files.fsync_directory(os.path.dirname(final))
+    except errors.CheckpointError:
+        raise
+    except OSError as error:
+        raise errors.CommitError(f"cannot publish {final}: {error.strerror or error}") from error
+    return replaced
+
+
+def _replace(temporary: str, final: str) -> str:
+    if _exchange(temporary, final):
+        return temporary
+    aside = temporary_path(final, "old")
+    os.rename(final, aside)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        os.rename(aside, final)
+        raise
+    return aside
+
+
+def _exchange(first: str, second: str) -> bool:
+    """Exchanges two names in one step; False where the system or the file system can't."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2
+    if renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), second)
+
+
+def recover(final: str) -> bool:
+    """Puts a checkpoint back that an interrupted overwrite had set aside.
+
+    Returns:
+      True where a living writer is between its two renames just now: look again in a moment.
+
+    Raises:
+      CommitError: what was set aside can't be renamed back.
+    """
+    if os.path.lexists(final):
+        return False
+    asides = [each for each in _leftovers(final) if each.use == "old"]
+    for aside in asides:
+        if aside.is_abandoned:
+            try:
+                os.rename(aside.path, final)
+                files.fsync_directory(os.path.dirname(final))
+            except OSError as error:
+                raise errors.CommitError(
+                    f"an overwrite of {final} was interrupted, and its old checkpoint at "
+                    f"{aside.path} can't be renamed back: {error.strerror or error}"
+                ) from error
+            return False
+    return bool(asides)
+
+
+def _leftovers(final: str | None, parent: str | None = None) -> list[_Leftover]:
+    parent = parent if final is None else os.path.dirname(final)
+    assert parent is not None
+    found = []
+    for entry in files.scan(parent):
+        if names.TEMPORARY_MARK in entry.name and (leftover := _parse(entry.path)) is not None:
+            if final is None or leftover.final == final:
+                found.append(leftover)
+    return found
+
+
+def discard(path: str) -> None:
+    """Removes a temporary directory of ours; one that is already gone is fine."""
+    if names.TEMPORARY_MARK not in os.path.basename(path):
+        raise AssertionError(f"{path} carries no temporary mark and is not ours to remove")
+    if os.path.lexists(path):
+        files.remove_tree(path)
+
+
+def sweep(parent: str) -> list[str]:
+    """Removes what dead processes left in `parent`; returns what was removed.
+
+    Nothing is removed that may still be needed: a checkpoint set aside goes back to its place
+    first, and directories without our mark, or of a living owner, are never touched.
+    """
+    removed = []
+    for leftover in _leftovers(None, parent):
+        if not leftover.is_abandoned:
+            continue
+        if leftover.use == "old" and not os.path.lexists(leftover.final):
+            recover(leftover.final)
+            continue
+        discard(leftover.path)
+        removed.append(leftover.path)
+    return removed

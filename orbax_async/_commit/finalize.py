@@ -1,0 +1,99 @@
+"""Committing: everything durable, then visible, then the change of names durable.
+
+Rules
+  I5   Data and metadata are durable before the checkpoint becomes visible, and the rename is
+       durable before the response is done.
+
+Theory of operation
+  1. Handlers have written their directories; nothing is synced yet.
+  2. The checkpoint's own documents are written, the commit marker last.
+  3. Every file is synced, several at once, then every directory, the deepest first: an entry is
+     durable only once its directory is.
+  4. The temporary directory is published. This is the commit point: what was asked to stop before
+     it leaves nothing, what fails after it is already committed.
+  5. The parent directory is synced, and parents that were made for this save.
+
+  With several processes each syncs what it wrote before it reports to the others; the primary
+  alone takes steps 2, 4 and 5.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from orbax_async import errors
+from orbax_async._storage import files, names
+
+__all__ = ["checkpoint_document", "sync_directories", "sync_files", "write_root_documents"]
+
+
+def checkpoint_document(
+    handlers: Mapping[str, str],
+    *,
+    init_nsecs: int,
+    commit_nsecs: int | None,
+    custom_metadata: Mapping[str, Any] | None,
+) -> bytes:
+    """Returns the `_CHECKPOINT_METADATA` document."""
+    return json.dumps(
+        {
+            "item_handlers": dict(handlers),
+            "metrics": {},
+            "performance_metrics": {},
+            "init_timestamp_nsecs": init_nsecs,
+            "commit_timestamp_nsecs": commit_nsecs,
+            "custom_metadata": dict(custom_metadata or {}),
+        }
+    ).encode()
+
+
+def write_root_documents(
+    directory: str,
+    final: str,
+    handlers: Mapping[str, str],
+    *,
+    init_nsecs: int,
+    custom_metadata: Mapping[str, Any] | None,
+) -> None:
+    """Writes the documents at the root of a checkpoint; the commit marker comes last."""
+    document = checkpoint_document(
+        handlers,
+        init_nsecs=init_nsecs,
+        commit_nsecs=time.time_ns(),
+        custom_metadata=custom_metadata,
+    )
+    try:
+        files.write_bytes(os.path.join(directory, names.CHECKPOINT_METADATA), document)
+        files.write_bytes(os.path.join(directory, names.CHECKPOINT_MARKER), b"")
+        marker = f"Checkpoint commit was successful to {final}".encode()
+        files.write_bytes(os.path.join(directory, names.COMMIT_MARKER), marker)
+    except OSError as error:
+        raise errors.CommitError(
+            f"cannot write the documents of {final}: {error.strerror or error}"
+        ) from error
+
+
+def sync_files(paths: list[str], final: str) -> None:
+    """Makes some files durable (I5)."""
+    for path in paths:
+        try:
+            files.fsync_file(path)
+        except OSError as error:
+            raise errors.CommitError(
+                f"cannot make {path} durable for {final}: {error.strerror or error}"
+            ) from error
+
+
+def sync_directories(paths: list[str], final: str) -> None:
+    """Makes the entries of some directories durable, in the order given (I5)."""
+    for path in paths:
+        try:
+            files.fsync_directory(path)
+        except OSError as error:
+            raise errors.CommitError(
+                f"cannot make {path} durable for {final}: {error.strerror or error}"
+            ) from error

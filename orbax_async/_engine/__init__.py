@@ -1,0 +1,13 @@
+"""Moving bytes between devices, host memory and storage.
+
+Does:
+  - own the process's one event loop and its workers (`loop`);
+  - decide, purely, which process writes and reads which piece of which leaf (`plan`);
+  - hold bytes in flight under hard budgets (`budget`);
+  - capture values from devices and host memory, and place them back (`transfer`);
+  - run a plan to its end, or undo it (`pipeline`).
+
+Does not:
+  - read the ambient context: it is handed plain values;
+  - know what a checkpoint looks like on disk, or make one visible.
+"""

@@ -1,0 +1,314 @@
+"""The one event loop of the process, and the workers that do its blocking calls.
+
+Rules
+  I6   At most one loop thread per process; a save in the steady state starts no thread, no loop.
+  I11  A forgotten operation neither hangs the interpreter nor leaves a visible half-checkpoint.
+
+Theory of operation
+  The first operation starts an *engine*: one thread with an event loop (uvloop where it exists),
+  a fixed set of worker threads, and a watcher. Nothing else in the package starts a thread.
+
+  `spawn` schedules a coroutine on the loop under a copy of the caller's context variables and
+  returns at once. `to_worker` is how code on the loop makes a blocking call. The workers exist
+  from the start because from Python 3.12 on no thread can be started once the interpreter has
+  begun to exit, and that is when the last checkpoint of a script is still being written.
+
+  The watcher is the only thread of ours that the interpreter waits for. It sleeps until the main
+  thread has ended, gives each running operation its grace period, cancels what is left (with a
+  line on stderr), and stops the workers and the loop before finalization begins.
+
+  A forked child inherits memory but no threads: it forgets the engine and starts its own on first
+  use. Operations of the parent stay the parent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextvars
+import dataclasses
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, TypeVarTuple
+
+import anyio
+import anyio.from_thread
+
+from orbax_async import errors
+
+__all__ = ["Background", "Engine", "call_soon", "is_engine_thread", "spawn", "to_worker"]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_WORKERS = 8
+_CANCEL_SECS = 2.0  # how long the exit drain waits for cancelled operations to clean up
+
+
+@dataclasses.dataclass(eq=False)
+class _Running:
+    """An operation on the loop; `scope` is there once it has begun."""
+
+    label: str
+    exit_grace_secs: float
+    is_told_of: bool
+    ended: concurrent.futures.Future[None] = dataclasses.field(
+        default_factory=concurrent.futures.Future
+    )
+    scope: anyio.CancelScope | None = None
+    task: asyncio.Task[None] | None = None  # the loop itself holds tasks only weakly
+
+    def cancel(self) -> None:
+        """Cancels the operation; called on the loop."""
+        if self.scope is not None:
+            self.scope.cancel()
+
+
+class Engine:
+    """The loop thread, the workers and the watcher of one process."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.running: set[_Running] = set()
+        self._is_stopping = False
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._workers = [
+            threading.Thread(target=self._work, name=f"orbax_async worker {index}", daemon=True)
+            for index in range(_WORKERS)
+        ]
+        for worker in self._workers:
+            worker.start()
+        self._portal_manager = anyio.from_thread.start_blocking_portal(
+            "asyncio", {"use_uvloop": sys.platform != "win32"}, name="orbax_async loop"
+        )
+        self.portal = self._portal_manager.__enter__()
+        self.loop, self.thread_id = self.portal.call(self._describe_loop)
+        self._watcher = threading.Thread(target=self._watch, name="orbax_async exit watcher")
+        self._watcher.daemon = False
+        self._watcher.start()
+
+    @staticmethod
+    async def _describe_loop() -> tuple[asyncio.AbstractEventLoop, int]:
+        return asyncio.get_running_loop(), threading.get_ident()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Queues a job for the workers; jobs start in the order of submission."""
+        self._jobs.put(job)
+
+    def spawn(self, function: Callable[[], Awaitable[None]], about: _Running) -> None:
+        """Runs a coroutine function on the loop under a copy of the caller's context."""
+        if self._is_stopping:
+            raise errors.LoopError(
+                f"{about.label}: the interpreter is exiting, and the engine has stopped; "
+                "start the operation before the main thread ends"
+            )
+        self.running.add(about)
+        context = contextvars.copy_context()
+
+        async def run() -> None:
+            try:
+                with anyio.CancelScope() as about.scope:
+                    await function()
+            finally:
+                self.running.discard(about)
+                about.ended.set_result(None)
+
+        def begin() -> None:
+            about.task = asyncio.get_running_loop().create_task(run(), name=about.label)
+
+        # Unlike the portal's own calls, this does not wait for the loop to take notice.
+        self.loop.call_soon_threadsafe(begin, context=context)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def _watch(self) -> None:
+        threading.main_thread().join()
+        self._drain()
+        self._is_stopping = True
+        for hook in _exit_hooks:
+            hook()
+        for _ in self._workers:
+            self._jobs.put(None)
+        self._portal_manager.__exit__(None, None, None)
+        for worker in self._workers:
+            worker.join(_CANCEL_SECS)
+
+    def _drain(self) -> None:
+        """I11: waits for each running operation as long as its grace allows, then cancels it."""
+        began = time.monotonic()
+        while running := list(self.running):
+            waited = time.monotonic() - began
+            late = [about for about in running if waited >= about.exit_grace_secs]
+            if late:
+                self._abandon(late)
+                continue
+            concurrent.futures.wait(
+                [about.ended for about in running],
+                timeout=min(about.exit_grace_secs for about in running) - waited,
+                return_when=concurrent.futures.FIRST_COMPLETED,
+            )
+
+    def _abandon(self, late: list[_Running]) -> None:
+        for about in late:
+            if about.is_told_of:
+                print(
+                    f"orbax_async: {about.label} was still running {about.exit_grace_secs:g} s "
+                    "after the main thread ended: it is cancelled and NOT committed. Wait for the "
+                    "response before the program ends.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self.loop.call_soon_threadsafe(about.cancel)
+        concurrent.futures.wait([about.ended for about in late], timeout=_CANCEL_SECS)
+        self.running.difference_update(late)
+
+
+_exit_hooks: list[Callable[[], None]] = []
+_engine: Engine | None = None
+_lock = threading.Lock()
+
+
+def _current() -> Engine:
+    global _engine
+    with _lock:
+        if _engine is None:
+            try:
+                _engine = Engine()
+            except RuntimeError as error:
+                raise errors.LoopError(
+                    f"the checkpoint engine cannot start: {error}; the interpreter may be exiting"
+                ) from error
+        return _engine
+
+
+def _forget_in_child() -> None:
+    global _engine, _lock
+    _engine = None
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def spawn(
+    function: Callable[[], Awaitable[None]],
+    *,
+    label: str,
+    exit_grace_secs: float,
+    is_told_of: bool = True,
+) -> None:
+    """Schedules `function` on the engine's loop and returns at once.
+
+    Args:
+      function: a coroutine function that handles its own errors.
+      label: what is running, for messages: "save to /runs/7".
+      exit_grace_secs: how long interpreter exit waits for it.
+      is_told_of: whether stderr hears of it when it is cancelled at exit.
+
+    Raises:
+      LoopError: the interpreter is exiting.
+    """
+    _current().spawn(function, _Running(label, exit_grace_secs, is_told_of))
+
+
+def at_exit(hook: Callable[[], None]) -> None:
+    """Calls `hook` once everything has ended and before the interpreter does."""
+    _exit_hooks.append(hook)
+
+
+def call_soon(function: Callable[[], object]) -> None:
+    """Calls a quick function on the engine's loop, from any thread."""
+    _current().loop.call_soon_threadsafe(function)
+
+
+def submit(job: Callable[[], None]) -> None:
+    """Runs a job that handles its own errors on a worker, from any thread."""
+    _current().submit(job)
+
+
+def is_engine_thread() -> bool:
+    """Says whether the calling thread is the engine's loop thread."""
+    engine = _engine
+    return engine is not None and engine.thread_id == threading.get_ident()
+
+
+async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Runs a blocking call on a worker, under a copy of the caller's context.
+
+    Cancellation waits for the call to end: a worker never acts on behalf of an operation that has
+    already been undone.
+    """
+    engine = _current()
+    context = contextvars.copy_context()
+    done = anyio.Event()
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def job() -> None:
+        try:
+            outcome.append(context.run(function, *args))
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting task
+            failure.append(error)
+        engine.loop.call_soon_threadsafe(done.set)
+
+    engine.submit(job)
+    with anyio.CancelScope(shield=True):
+        await done.wait()
+    if failure:
+        try:
+            raise failure.pop()
+        finally:
+            failure.clear()
+    return outcome.pop()  # type: ignore[no-any-return]
+
+
+class Background:
+    """A coroutine that runs beside the task that started it, until it is joined.
+
+    What starts one must join it: `join` returns when it has ended, with its error if it failed.
+    When the joining task is cancelled, so is the coroutine, and `join` still waits for its end.
+    """
+
+    def __init__(self, function: Callable[[], Awaitable[None]]) -> None:
+        self._function = function
+        self._scope = anyio.CancelScope()
+        self._ended = anyio.Event()
+        self._error: BaseException | None = None
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            with self._scope:
+                await self._function()
+        except BaseException as error:  # noqa: BLE001 - handed to whoever joins
+            self._error = error
+        finally:
+            self._ended.set()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended with an error."""
+        return self._error is not None
+
+    async def join(self) -> None:
+        """Waits for the end, and raises what the coroutine raised."""
+        try:
+            await self._ended.wait()
+        except BaseException:
+            await self.cancel()
+            raise
+        if self._error is not None:
+            raise self._error
+
+    async def cancel(self) -> None:
+        """Cancels the coroutine and waits for its end."""
+        self._scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await self._ended.wait()

@@ -1,0 +1,12 @@
+"""How leaves and documents lie on disk.
+
+Does:
+  - names every file and key of the format, once (`names`);
+  - writes, syncs and removes plain files (`files`);
+  - opens key-value stores and merges per-process databases (`kvstore`, `ocdbt`);
+  - encodes and decodes zarr arrays, with checksums (`zarr`).
+
+Does not:
+  - know about pytrees, options or contexts;
+  - decide what is written when: that is the engine's.
+"""

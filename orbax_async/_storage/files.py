@@ -1,0 +1,73 @@
+"""Plain files: written whole, read whole, synced, removed. Every function blocks; call on a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+__all__ = ["fsync_directory", "fsync_file", "read_bytes", "remove_tree", "walk", "write_bytes"]
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Creates `path` (and its parents) with `data`; durability is the commit's business."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes | None:
+    """Returns the bytes of `path`, or None where there is no such file."""
+    try:
+        return pathlib.Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def fsync_file(path: str) -> None:
+    """Makes the contents of one file durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_directory(path: str) -> None:
+    """Makes the entries of one directory durable, where the platform can sync a directory."""
+    if os.name == "nt":
+        return
+    fsync_file(path)
+
+
+def walk(root: str) -> tuple[list[str], list[str]]:
+    """Returns (files, directories) below and including `root`, deepest directories first."""
+    files: list[str] = []
+    directories: list[str] = []
+    for directory, _, names in os.walk(root, topdown=False):
+        files.extend(os.path.join(directory, name) for name in names)
+        directories.append(directory)
+    return files, directories
+
+
+def remove_tree(path: str) -> None:
+    """Removes a directory tree; what is already gone is fine."""
+
+    def retry_or_raise(function: object, name: str, error: BaseException) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    import sys
+
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(path, onexc=retry_or_raise)
+    else:
+        shutil.rmtree(path, onerror=lambda f, n, info: retry_or_raise(f, n, info[1]))
+
+
+def scan(path: str) -> Iterator[os.DirEntry[str]]:
+    """Yields the entries of a directory; nothing where there is no such directory."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+        yield from entries

@@ -1,0 +1,144 @@
+"""Key-value stores that hold a checkpointable's arrays: one OCDBT database, or plain files.
+
+A store belongs to one operation: its TensorStore context, with its caches and thread limits, is
+made for that operation and dropped with it, so that nothing stays pinned in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from orbax_async._storage import names, zarr
+
+__all__ = ["ArrayStore"]
+
+_COPY_THREADS = max(2, min(8, os.cpu_count() or 2))
+_CONTEXT = {
+    "file_io_sync": False,  # the commit syncs every file once, at the end
+    "file_io_concurrency": {"limit": 16},
+    "data_copy_concurrency": {"limit": _COPY_THREADS},
+    "cache_pool": {"total_bytes_limit": 0},
+}
+# As Orbax configures it: small values live in the B-tree's nodes, one node holds a whole model.
+_OCDBT_CONFIG = {
+    "max_inline_value_bytes": 1024,
+    "max_decoded_node_bytes": 100_000_000,
+    "version_tree_arity_log2": 4,
+    "compression": {"id": "zstd"},
+}
+
+
+class ArrayStore:
+    """The arrays below one directory, by stored name."""
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        ocdbt: bool,
+        zarr3: bool,
+        create: bool = False,
+        target_data_file_nbytes: int | None = None,
+    ) -> None:
+        base = pathlib.Path(os.path.abspath(directory)).as_uri() + "/"
+        self.directory = directory
+        self.zarr3 = zarr3
+        self.is_ocdbt = ocdbt
+        self._context = ts.Context(_CONTEXT)
+        self._spec: dict[str, Any]
+        if ocdbt:
+            # A read may cache decoded B-tree nodes, but only as long as this store lives.
+            self._spec = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#nodes"}
+            self._context = ts.Context(
+                {**_CONTEXT, "cache_pool#nodes": {"total_bytes_limit": 100_000_000}}
+            )
+            if create:
+                self._spec |= {"config": _OCDBT_CONFIG, "assume_config": True}
+            if target_data_file_nbytes is not None:
+                self._spec["target_data_file_size"] = target_data_file_nbytes
+        else:
+            self._spec = {"driver": "file", "path": os.path.abspath(directory) + "/"}
+        self._kvstore = ts.KvStore.open(self._spec, context=self._context).result()
+
+    def begin(self) -> ts.Transaction:
+        """Starts a transaction; on OCDBT it is atomic, on files it only groups the writes."""
+        return ts.Transaction(atomic=self.is_ocdbt)
+
+    def put(self, transaction: ts.Transaction, values: Mapping[str, bytes]) -> None:
+        """Adds whole values to a transaction."""
+        kvstore = self._kvstore.with_transaction(transaction)
+        for key, value in values.items():
+            kvstore[key] = value
+
+    def put_chunk(
+        self,
+        transaction: ts.Transaction,
+        name: str,
+        document: bytes,
+        box: Sequence[tuple[int, int]],
+        array: np.ndarray[Any, Any],
+    ) -> ts.WriteFutures:
+        """Adds the elements of `box` to a transaction, referring to `array` until it commits.
+
+        The caller must hold the returned futures until the commit: TensorStore abandons a write
+        whose futures are dropped.
+        """
+        target = ts.open(
+            self._array_spec(name, zarr.parse_document(document)),
+            context=self._context,
+            transaction=transaction,
+            open=True,
+            assume_metadata=True,
+        ).result()
+        region = tuple(slice(start, stop) for start, stop in box)
+        return target[region].write(array, can_reference_source_data_indefinitely=True)
+
+    def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Reads whole values, None for each key that is absent; all reads are under way at once."""
+        futures = [self._kvstore.read(key) for key in keys]
+        results = (future.result() for future in futures)
+        return [result.value if result.state == "value" else None for result in results]
+
+    def open_array(
+        self, name: str, document: Mapping[str, Any], dtype: np.dtype[Any] | None = None
+    ) -> ts.TensorStore:
+        """Opens a stored array for reading, cast to `dtype` where it is given.
+
+        A chunk that is missing is an error, not zeros.
+        """
+        array = ts.open(
+            self._array_spec(name, document) | {"fill_missing_data_reads": False},
+            context=self._context,
+            open=True,
+            assume_metadata=True,
+            read=True,
+        ).result()
+        if dtype is not None and array.dtype.numpy_dtype != dtype:
+            array = ts.cast(array, ts.dtype(dtype))
+        return array
+
+    def list_keys(self) -> set[str]:
+        """Returns every key that is stored."""
+        return {key.decode() for key in self._kvstore.list().result()}
+
+    def _array_spec(self, name: str, document: Mapping[str, Any]) -> dict[str, Any]:
+        path = f"{name}/" if name else ""
+        kvstore = dict(self._spec)
+        kvstore["path"] = kvstore["path"] + path if not self.is_ocdbt else path
+        return {
+            "driver": "zarr3" if self.zarr3 else "zarr",
+            "kvstore": kvstore,
+            "metadata": dict(document),
+            "store_data_equal_to_fill_value": True,
+        }
+
+
+def holds_ocdbt(directory: str) -> bool:
+    """Says whether `directory` is an OCDBT database."""
+    return os.path.exists(os.path.join(directory, names.OCDBT_MANIFEST))

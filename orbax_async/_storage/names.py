@@ -1,0 +1,43 @@
+"""Every name that appears on disk, once (invariant I10: Orbax reads what we write, and back).
+
+The meaning of each file is in `docs/format.md`.
+"""
+
+from __future__ import annotations
+
+import re
+
+# At the root of a checkpoint.
+CHECKPOINT_MARKER = "orbax.checkpoint"
+CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+COMMIT_MARKER = "commit_success.txt"
+DELETION_RECORD = "_CHECKPOINT_DELETION"
+
+# Inside a checkpointable's directory.
+TREE_METADATA = "_METADATA"
+SHARDINGS = "_sharding"
+STRINGS = "_strings.json"
+ARRAY_METADATAS = "array_metadatas"
+OCDBT_MANIFEST = "manifest.ocdbt"
+PROCESS_DATABASE = "ocdbt.process_{}"
+PROCESS_METADATA = "process_{}"
+
+# Names that a checkpointable cannot have.
+DEFAULT_CHECKPOINTABLE = "state"
+AUTO_CHECKPOINTABLE = "AUTO"
+METRICS = "metrics"
+RESERVED_CHECKPOINTABLES = frozenset({METRICS, AUTO_CHECKPOINTABLE, DELETION_RECORD})
+
+# A directory whose name contains this mark is unfinished, to every Orbax reader and to ours.
+TEMPORARY_MARK = ".orbax-checkpoint-tmp"
+# Ours are `<checkpoint>.orbax-checkpoint-tmp-<owner>-<use>`: see `_commit.atomicity`.
+OWNED_TEMPORARY = re.compile(
+    r"(?P<checkpoint>.+)\.orbax-checkpoint-tmp"
+    r"-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-(?P<serial>\d+)-(?P<use>new|old)"
+)
+
+# The handler class that stock Orbax resolves for a pytree.
+PYTREE_TYPESTR = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+
+# Key of our private entries inside documents whose readers ignore what they don't know.
+PRIVATE = "orbax_async"

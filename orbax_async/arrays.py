@@ -1,0 +1,222 @@
+"""Abstract arrays: what an array is, without its values."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+__all__ = [
+    "AbstractArray",
+    "AbstractScalar",
+    "AbstractShardedArray",
+    "ArrayLike",
+    "ArrayMetadata",
+    "DType",
+    "NumpyMetadata",
+    "Scalar",
+    "Shape",
+    "StorageMetadata",
+    "to_shape_dtype_struct",
+]
+
+Shape = tuple[int, ...]
+DType = np.dtype[Any]
+ArrayLike = jax.Array | np.ndarray[Any, Any]
+Scalar = int | float | np.number[Any]
+AbstractScalar = Scalar
+
+
+@runtime_checkable
+class AbstractArray(Protocol):
+    """Anything with a shape and a dtype, such as `jax.ShapeDtypeStruct`."""
+
+    @property
+    def shape(self) -> Shape | None:
+        """The global shape."""
+        ...
+
+    @property
+    def dtype(self) -> DType | None:
+        """The dtype."""
+        ...
+
+
+@runtime_checkable
+class AbstractShardedArray(AbstractArray, Protocol):
+    """An abstract array that also says where its pieces belong."""
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding | None:
+        """The sharding, or None where it is left open."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageMetadata:
+    """How an array lies on disk: the piece that is read alone, and the piece that is written."""
+
+    chunk_shape: Shape | None
+    write_shape: Shape | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class NumpyMetadata:
+    """A stored NumPy array: what `metadata` reports of it."""
+
+    shape: Shape
+    dtype: DType
+    storage_metadata: StorageMetadata | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingMetadata:
+    """A saved sharding, readable without the devices that saved it.
+
+    Attributes:
+      document: the recorded fields, as in the checkpoint's `_sharding` document.
+    """
+
+    document: Any
+
+    def to_jax_sharding(self) -> jax.sharding.Sharding:
+        """Rebuilds the sharding on this process's view of the devices.
+
+        Raises:
+          ValueError: a device that took part in the save is not here.
+        """
+        return _to_sharding(self.document)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayMetadata:
+    """A stored jax array: what `metadata` reports of it.
+
+    PRNG keys are reported as the integers that they are stored as.
+    """
+
+    shape: Shape
+    dtype: DType
+    sharding_metadata: ShardingMetadata | None = None
+    storage_metadata: StorageMetadata | None = None
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding | None:
+        """The saved sharding on the devices here; ValueError where one of them is missing."""
+        return None if self.sharding_metadata is None else self.sharding_metadata.to_jax_sharding()
+
+
+def device_name(device: jax.Device) -> str:
+    """Returns a device's name as the format spells it: `cpu:0`, `cuda:3`."""
+    return str(device).replace("TFRT_CPU_", "cpu:")
+
+
+def sharding_document(sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    """Returns the fields that the `_sharding` document records.
+
+    A sharding of a kind that the format cannot hold is recorded as its first device: a load
+    without an abstract tree then still works, in one place.
+    """
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        mesh = sharding.mesh
+        ids = [{"id": int(device.id)} for device in mesh.devices.flat]
+        return {
+            "sharding_type": "NamedSharding",
+            "shape": list(mesh.devices.shape),
+            "axis_names": list(mesh.axis_names),
+            "axis_types": [str(kind) for kind in mesh.axis_types],
+            "partition_spec": [_spec_item(item) for item in sharding.spec],
+            "device_mesh": {"mesh": _nested(ids, mesh.devices.shape)},
+        }
+    device = min(sharding.device_set, key=lambda device: device.id)
+    return {"sharding_type": "SingleDeviceSharding", "device_str": device_name(device)}
+
+
+def _spec_item(item: Any) -> Any:
+    if item is None or isinstance(item, str):
+        return item
+    if isinstance(item, tuple):
+        return list(item)
+    return None  # P.UNCONSTRAINED
+
+
+def _nested(flat: list[Any], shape: tuple[int, ...]) -> Any:
+    if len(shape) <= 1:
+        return flat
+    step = len(flat) // shape[0]
+    return [_nested(flat[i * step : (i + 1) * step], shape[1:]) for i in range(shape[0])]
+
+
+def _to_sharding(document: dict[str, Any]) -> jax.sharding.Sharding:
+    kind = document.get("sharding_type")
+    if kind == "SingleDeviceSharding":
+        wanted = document["device_str"].replace("TFRT_CPU_", "cpu:")
+        for device in jax.devices():
+            if device_name(device) == wanted:
+                return jax.sharding.SingleDeviceSharding(device)
+        raise ValueError(f"device {wanted}, where the array was saved, is not here")
+    if kind != "NamedSharding":
+        raise ValueError(f"a saved sharding of type {kind!r} cannot be rebuilt")
+    by_id = {device.id: device for device in jax.devices()}
+    wanted_ids = [item["id"] for item in _flat((document.get("device_mesh") or {}).get("mesh"))]
+    if not wanted_ids:  # older checkpoints record only the mesh's shape
+        wanted_ids = list(range(int(np.prod(document["shape"]))))
+    missing = [index for index in wanted_ids if index not in by_id]
+    if missing:
+        raise ValueError(
+            f"the mesh that saved the array had devices {wanted_ids}, of which {missing} are not "
+            "here; give shardings in the abstract tree"
+        )
+    devices = np.empty(len(wanted_ids), dtype=object)
+    devices[:] = [by_id[index] for index in wanted_ids]
+    names = {str(axis_type): axis_type for axis_type in jax.sharding.AxisType}
+    names |= {f"AxisType.{axis_type.name}": axis_type for axis_type in jax.sharding.AxisType}
+    axis_types = tuple(
+        names.get(name, jax.sharding.AxisType.Auto) for name in document.get("axis_types") or ()
+    )
+    mesh = jax.sharding.Mesh(
+        devices.reshape(document["shape"]),
+        tuple(document["axis_names"]),
+        axis_types=axis_types or None,
+    )
+    spec = [tuple(item) if isinstance(item, list) else item for item in document["partition_spec"]]
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def _flat(nested: Any) -> list[Any]:
+    if not isinstance(nested, list):
+        return [] if nested is None else [nested]
+    return [leaf for item in nested for leaf in _flat(item)]
+
+
+def to_shape_dtype_struct(
+    arr: Any,
+    dtype: Any = None,
+    scalar_dtype: type | None = None,
+    support_format: bool = False,
+) -> Any:
+    """Returns the abstract form of an array; made for `jax.tree.map` over a state.
+
+    Args:
+      arr: a jax or NumPy array, an abstract array, metadata of an array, or a Python scalar.
+      dtype: overrides the dtype.
+      scalar_dtype: a Python type to convert Python scalars with; they pass unchanged without it.
+      support_format: keep a jax array's layout along with its sharding.
+
+    Returns:
+      A `jax.ShapeDtypeStruct` with the sharding where there is one; scalars stay scalars. A typed
+      PRNG key becomes the integers that it is stored as.
+
+    Raises:
+      ValueError: `arr` has no shape and is no scalar.
+    """
+    if isinstance(arr, (bool, int, float, np.number)) and not isinstance(arr, np.ndarray):
+        return arr if scalar_dtype is None else scalar_dtype(arr)
+    if isinstance(arr, jax.Array) and jax.dtypes.issubdtype(arr.dtype, jax.dtypes.prng_key):
+        arr = jax.random.key_data(arr)
+    if not hasattr(arr, "shape") or not hasattr(arr, "dtype"):
+        raise ValueError(f"Object does not have a `shape` property: {arr!r}")
+    where = getattr(arr, "format" if support_format else "sharding", None)
+    return jax.ShapeDtypeStruct(arr.shape, dtype or arr.dtype, sharding=where)

@@ -1,0 +1,200 @@
+"""Every exception that orbax_async raises on purpose, as one tree.
+
+    CheckpointError
+      InvalidLayoutError (ValueError)            not a checkpoint, or a damaged one
+      DestinationExistsError (ValueError, FileExistsError)
+      SaveInProgressError (ValueError)           another save owns the destination
+      UnsupportedOptionError (NotImplementedError)
+      TreeMismatchError (ValueError)             every mismatch in one report
+      LeafError                                  carries .keypath
+        UnsupportedLeafError (ValueError)
+        AbstractLeafError (TypeError)            what can't be asked for
+        DuplicateLeafError (ValueError)          two leaves, one stored name
+        ShapeMismatchError (ValueError)
+        DtypeMismatchError (ValueError)
+        StagingError (RuntimeError)
+        WriteError (OSError)
+        ReadError (OSError)
+          CorruptDataError
+      CommitError (OSError)
+      MultihostError (RuntimeError)
+        BarrierTimeoutError (TimeoutError)       names the missing processes
+      OperationTimeoutError (TimeoutError)
+      OperationCancelledError (concurrent.futures.CancelledError)
+      LoopError (RuntimeError)
+
+Each class also inherits the builtin that Orbax raises in the same place, so existing ``except``
+clauses keep working. When several leaves fail at once the first `LeafError` is raised and the
+others hang on its ``others`` attribute; a bare exception group never reaches a caller.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+from collections.abc import Iterator
+
+__all__ = [
+    "AbstractLeafError",
+    "BarrierTimeoutError",
+    "CheckpointError",
+    "CommitError",
+    "CorruptDataError",
+    "DestinationExistsError",
+    "DtypeMismatchError",
+    "DuplicateLeafError",
+    "InvalidLayoutError",
+    "LeafError",
+    "LoopError",
+    "MultihostError",
+    "OperationCancelledError",
+    "OperationTimeoutError",
+    "ReadError",
+    "SaveInProgressError",
+    "ShapeMismatchError",
+    "StagingError",
+    "TreeMismatchError",
+    "UnsupportedLeafError",
+    "UnsupportedOptionError",
+    "WriteError",
+    "ungrouped",
+]
+
+
+class CheckpointError(Exception):
+    """The root of every error that orbax_async raises on purpose."""
+
+
+class InvalidLayoutError(CheckpointError, ValueError):
+    """A path holds no checkpoint, an unfinished one, or a damaged one."""
+
+
+class DestinationExistsError(CheckpointError, ValueError, FileExistsError):
+    """Something is already at the path that a save was told to create."""
+
+
+class SaveInProgressError(CheckpointError, ValueError):
+    """Another save of this process is still writing to the same path."""
+
+
+class UnsupportedOptionError(CheckpointError, NotImplementedError):
+    """An option asks for an effect that this version does not have."""
+
+
+class TreeMismatchError(CheckpointError, ValueError):
+    """An abstract tree and a checkpoint differ; the message lists every difference.
+
+    Attributes:
+      mismatches: one line for each difference, each beginning with its key path.
+    """
+
+    def __init__(self, message: str, mismatches: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.mismatches = mismatches
+
+
+class LeafError(CheckpointError):
+    """Something is wrong with one leaf (invariant I9: the message names its key path).
+
+    Attributes:
+      keypath: the leaf's key path as `jax.tree_util.keystr` prints it.
+      others: the errors of further leaves that failed in the same operation.
+    """
+
+    def __init__(self, keypath: str, message: str) -> None:
+        super().__init__(f"leaf {keypath or '<root>'}: {message}")
+        self.keypath = keypath
+        self.others: tuple[LeafError, ...] = ()
+
+
+class UnsupportedLeafError(LeafError, ValueError):
+    """A leaf is of a kind that a checkpoint cannot hold."""
+
+
+class AbstractLeafError(LeafError, TypeError):
+    """An abstract leaf is of a kind that nothing can be loaded as."""
+
+
+class DuplicateLeafError(LeafError, ValueError):
+    """Two leaves would be stored under one name, and one of them would be lost."""
+
+
+class ShapeMismatchError(LeafError, ValueError):
+    """The shape asked for is not the shape stored."""
+
+
+class DtypeMismatchError(LeafError, ValueError):
+    """The dtype asked for cannot hold what is stored without losing values."""
+
+
+class StagingError(LeafError, RuntimeError):
+    """A leaf's values could not be captured from its device or from host memory."""
+
+
+class WriteError(LeafError, OSError):
+    """A leaf could not be written."""
+
+
+class ReadError(LeafError, OSError):
+    """A leaf could not be read."""
+
+
+class CorruptDataError(ReadError):
+    """A leaf's stored bytes do not match their checksum, or are cut short."""
+
+
+class CommitError(CheckpointError, OSError):
+    """A checkpoint could not be made durable or visible."""
+
+
+class MultihostError(CheckpointError, RuntimeError):
+    """Processes that should act together disagree or cannot reach each other."""
+
+
+class BarrierTimeoutError(MultihostError, TimeoutError):
+    """A barrier was not met in time.
+
+    Attributes:
+      missing: indices of the processes that did not arrive, as far as they are known.
+    """
+
+    def __init__(self, message: str, missing: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+class OperationTimeoutError(CheckpointError, TimeoutError):
+    """An operation did not finish within its own time limit and was undone."""
+
+
+class OperationCancelledError(CheckpointError, concurrent.futures.CancelledError):
+    """An operation was cancelled before its commit point and left nothing visible."""
+
+
+class LoopError(CheckpointError, RuntimeError):
+    """A blocking call on the engine's own loop, or a call after the engine has stopped."""
+
+
+@contextlib.contextmanager
+def ungrouped() -> Iterator[None]:
+    """Replaces an exception group by its first leaf error, or else by its first error.
+
+    Further leaf errors are attached to the first as `others`.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        flat = list(_flatten(group))
+        leaves = [error for error in flat if isinstance(error, LeafError)]
+        if leaves:
+            leaves[0].others += tuple(leaves[1:])
+        first = (leaves or flat)[0]
+        raise first from first.__cause__
+
+
+def _flatten(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _flatten(error)
+        else:
+            yield error

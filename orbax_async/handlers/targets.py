@@ -1,0 +1,295 @@
+"""What each stored leaf is loaded as.
+
+`want` reads an abstract leaf, on the caller's thread, where a mesh may be set. `resolve` meets it
+with what is stored, once the checkpoint's documents are read. `LoadLeaf.finish` makes the value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orbax_async import arrays, errors
+from orbax_async._engine import plan, transfer
+from orbax_async._engine.pipeline import ReadableLeaf
+from orbax_async._storage import zarr
+from orbax_async._trace import logger
+from orbax_async.handlers.leaves import is_prng_key, shards_of
+from orbax_async.tree import keypath, schema
+from orbax_async.tree.keypath import KeyPath
+
+__all__ = ["LoadLeaf", "Wanted", "resolve", "want"]
+
+Form = Literal["stored", "jax", "numpy", "scalar", "string", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """An abstract leaf, understood.
+
+    Attributes:
+      form: what to return; `stored` for whatever was saved.
+      shape: the shape that must be stored, None for any.
+      dtype: the dtype to cast to, None for the stored one.
+      sharding: where a jax array goes, None for where it was saved.
+      scalar_type: the Python or NumPy type of a scalar.
+      is_weak: whether a jax scalar is weakly typed.
+      original: what `...` and None give back.
+    """
+
+    form: Form
+    shape: tuple[int, ...] | None = None
+    dtype: Any = None
+    sharding: jax.sharding.Sharding | None = None
+    scalar_type: type | None = None
+    is_weak: bool = False
+    original: Any = None
+
+
+STORED = Wanted("stored")
+
+
+def want(keys: KeyPath, leaf: Any) -> Wanted:
+    """Reads one abstract leaf.
+
+    Raises:
+      AbstractLeafError: nothing can be loaded as this.
+    """
+    if leaf is None or leaf is ... or (isinstance(leaf, (dict, list, tuple)) and not leaf):
+        return Wanted("skip", original=leaf)
+    if isinstance(leaf, type):
+        return _want_type(keys, leaf)
+    if isinstance(leaf, str):
+        # What `metadata` reports of a string is a string, too.
+        return Wanted("string")
+    if isinstance(leaf, (np.generic, bool, int, float, complex, bytes)):
+        return Wanted("scalar", scalar_type=type(leaf))
+    if isinstance(leaf, (np.ndarray, arrays.NumpyMetadata)):
+        # An empty array is the usual way to say "NumPy, whatever its shape".
+        return Wanted("numpy", tuple(leaf.shape) if 0 not in leaf.shape else None, leaf.dtype)
+    if isinstance(leaf, arrays.ArrayMetadata):
+        # Its devices may not be here: the saved sharding is looked up as if nothing were given.
+        return Wanted("jax", tuple(leaf.shape), leaf.dtype)
+    if isinstance(leaf, arrays.AbstractArray):
+        return Wanted(
+            "jax",
+            None if leaf.shape is None else tuple(leaf.shape),
+            leaf.dtype if leaf.dtype is None or is_prng_key(leaf) else np.dtype(leaf.dtype),
+            _concrete(keys, getattr(leaf, "sharding", None)),
+            is_weak=bool(getattr(leaf, "weak_type", False)),
+        )
+    raise errors.AbstractLeafError(
+        keypath.label(keys),
+        f"Unsupported abstract leaf type for loading: {type(leaf)}. Give a jax.ShapeDtypeStruct, "
+        "an array, a NumPy array, a scalar, str, or `...` to skip the leaf.",
+    )
+
+
+def _want_type(keys: KeyPath, leaf: type) -> Wanted:
+    if issubclass(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        return Wanted("jax")
+    if issubclass(leaf, np.ndarray):
+        return Wanted("numpy")
+    if issubclass(leaf, str):
+        return Wanted("string")
+    if issubclass(leaf, (np.generic, bool, int, float, complex, bytes)):
+        return Wanted("scalar", scalar_type=leaf)
+    raise errors.AbstractLeafError(
+        keypath.label(keys),
+        f"Unsupported abstract leaf type for loading: the type {leaf}. Types that say what to "
+        "load are jax.Array, np.ndarray, int, float, complex, bool, bytes, str and NumPy scalars.",
+    )
+
+
+def _concrete(
+    keys: KeyPath, sharding: jax.sharding.Sharding | None
+) -> jax.sharding.Sharding | None:
+    """Replaces an abstract mesh by the one that is set."""
+    if hasattr(sharding, "sharding"):  # a jax.experimental.layout Format
+        sharding = sharding.sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding) or not isinstance(
+        sharding.mesh, jax.sharding.AbstractMesh
+    ):
+        return sharding
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or mesh.shape != sharding.mesh.shape:
+        raise errors.AbstractLeafError(
+            keypath.label(keys),
+            f"its sharding {sharding.spec} is over an abstract mesh {dict(sharding.mesh.shape)}, "
+            "and no such mesh is set; load inside `with jax.set_mesh(mesh):`",
+        )
+    return jax.sharding.NamedSharding(
+        mesh, sharding.spec, memory_kind=sharding.memory_kind
+    )
+
+
+@dataclasses.dataclass
+class LoadLeaf:
+    """A stored leaf that is to be loaded as an array, and then made into its value."""
+
+    readable: ReadableLeaf
+    spec: plan.LeafSpec
+    finish: Callable[[Sequence[Any]], Any]
+
+
+def resolve(
+    index: int,
+    entry: schema.Entry,
+    document: Mapping[str, Any],
+    wanted: Wanted,
+    *,
+    saved_sharding: Mapping[str, Any] | None,
+    prng_impl: str | None,
+    process: int,
+    enable_x64: bool,
+) -> LoadLeaf:
+    """Decides how one stored array is read and what is made of it.
+
+    Raises:
+      ShapeMismatchError: another shape was asked for.
+      DtypeMismatchError: the dtype can't be had without losing values.
+    """
+    label = keypath.label(entry.keys)
+    stored = zarr.stored_dtype(document)
+    logical = entry.private.get("logical_dtype")
+    view_dtype = None if logical is None else zarr.dtype_named(logical)
+    shape = tuple(document["shape"])
+    form = wanted.form
+    if form == "stored":
+        form = "jax" if entry.kind == schema.JAX_ARRAY else "numpy"
+    wants_key = is_prng_key(wanted)
+    impl = prng_impl or (_impl_of(wanted.dtype) if wants_key else None)
+    expected = shape[:-1] if wants_key else shape
+    if wanted.shape is not None and wanted.shape != expected:
+        raise errors.ShapeMismatchError(
+            label,
+            f"Requested shape: {wanted.shape} is not compatible with the stored shape: "
+            f"{expected}. Ask for the stored shape; padding and truncation are never implied.",
+        )
+    if form == "string":
+        raise errors.DtypeMismatchError(
+            label, f"str was asked for, but the checkpoint holds {stored.name}{list(shape)}"
+        )
+    dtype = view_dtype or stored
+    if wanted.dtype is not None and not wants_key and impl is None:
+        dtype = wanted.dtype
+    sharding: jax.sharding.Sharding | None = None
+    if form == "jax":
+        _check_width(label, dtype, enable_x64)
+        sharding = wanted.sharding or _saved(label, entry, saved_sharding)
+        shards = shards_of(sharding, shape)
+    else:
+        shards = (plan.ShardSpec(-1, process, plan.whole(shape)),)
+    local = (
+        {} if sharding is None else {
+            device.id: jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+            for device in sharding.addressable_devices
+        }
+    )
+    readable = ReadableLeaf(
+        label=label,
+        name=entry.name,
+        document=dict(document),
+        dtype=dtype,
+        view_dtype=view_dtype,
+        device_shardings=local,
+    )
+    spec = plan.LeafSpec(index, shape, dtype.itemsize, shards)
+    is_weak = wanted.is_weak or (wanted.form == "stored" and "weak_type" in entry.private)
+
+    def finish(pieces: Sequence[Any]) -> Any:
+        if sharding is not None:
+            array = transfer.assemble(shape, sharding, pieces)
+            if impl is not None:
+                return _wrap_key(label, array, impl, wanted)
+            return _weak(array, sharding) if is_weak and not shape else array
+        (piece,) = pieces
+        if form == "scalar" or (wanted.form == "stored" and _is_scalar(entry)):
+            return _scalar(label, piece, entry, wanted)
+        if wanted.form == "numpy" or wanted.form == "stored":
+            return piece
+        raise AssertionError(form)
+
+    return LoadLeaf(readable, spec, finish)
+
+
+def _saved(
+    label: str, entry: schema.Entry, document: Mapping[str, Any] | None
+) -> jax.sharding.Sharding:
+    """Returns the saved sharding, or this process's first device where that can't be had."""
+    if document is not None:
+        try:
+            sharding = arrays.ShardingMetadata(document).to_jax_sharding()
+        except ValueError as error:
+            logger.info("leaf %s: %s; it is loaded on one device", label, error)
+        else:
+            kind = entry.private.get("memory_kind")
+            device = next(iter(sharding.device_set))
+            kinds = {memory.kind for memory in device.addressable_memories()}
+            return sharding.with_memory_kind(kind) if kind in kinds else sharding
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _check_width(label: str, dtype: Any, enable_x64: bool) -> None:
+    if not enable_x64 and dtype.name in ("int64", "uint64", "float64", "complex128"):
+        raise errors.DtypeMismatchError(
+            label,
+            f"a jax array of dtype {dtype.name} needs jax_enable_x64, which is off; values would "
+            "be narrowed. Turn it on, or ask for a narrower dtype or for np.ndarray.",
+        )
+
+
+def _impl_of(dtype: Any) -> str:
+    """Returns the name of the PRNG implementation of a key dtype."""
+    return str(jax.random.key_impl(jnp.zeros((), dtype)))
+
+
+def _wrap_key(label: str, array: jax.Array, impl: str, wanted: Wanted) -> jax.Array:
+    keys = jax.random.wrap_key_data(array, impl=impl)
+    if is_prng_key(wanted) and keys.dtype != wanted.dtype:
+        raise errors.DtypeMismatchError(
+            label, f"keys of {wanted.dtype} were asked for, but the checkpoint holds {keys.dtype}"
+        )
+    return keys
+
+
+def _weak(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Returns a weakly typed scalar, if jax makes one of that dtype."""
+    weak = jnp.asarray(array.item())
+    return jax.device_put(weak, sharding) if weak.dtype == array.dtype else array
+
+
+def _is_scalar(entry: schema.Entry) -> bool:
+    return entry.kind == schema.SCALAR or "python_type" in entry.private
+
+
+def _scalar(
+    label: str, piece: np.ndarray[Any, Any], entry: schema.Entry, wanted: Wanted
+) -> Any:
+    stored_as = entry.private.get("python_type")
+    kind = wanted.scalar_type
+    if stored_as == "bytes" and kind in (None, bytes):
+        return piece.tobytes()
+    if piece.shape != ():
+        raise errors.ShapeMismatchError(
+            label,
+            f"a scalar was asked for, but the checkpoint holds {piece.dtype}{list(piece.shape)}",
+        )
+    if kind is None:
+        return piece[()] if stored_as == "numpy_scalar" else piece.item()
+    if issubclass(kind, np.generic):
+        cast = piece.astype(kind)
+        return cast[()] if stored_as == "numpy_scalar" else cast
+    value = piece.item()
+    if kind in (int, float, bool) and isinstance(value, complex):
+        raise errors.DtypeMismatchError(label, f"a complex number can't be loaded as {kind}")
+    if kind is bytes:
+        raise errors.DtypeMismatchError(
+            label, f"bytes were asked for, but the checkpoint holds {piece.dtype}"
+        )
+    return kind(value)

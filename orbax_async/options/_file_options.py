@@ -1,0 +1,127 @@
+"""How checkpoints lie in a file system, appear there and are deleted."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from etils import epath
+
+from orbax_async.options._checks import (
+    function,
+    instance_of,
+    member_of,
+    must_be,
+    number,
+    whole,
+)
+from orbax_async.options._group import OptionGroup
+
+
+@dataclass(kw_only=True)
+class FileOptions(OptionGroup):
+    """How checkpoint directories are made.
+
+    Attributes:
+      path_permission_mode: permission bits of a checkpoint's directory, for example 0o750; None
+        leaves them to the umask.
+      path_class: makes a path object of what the caller passes as a path. `etils.epath.Path`.
+      skip_sync_file_validations: whether to leave out the check for an existing destination when
+        a save starts, so that it is found only when the save commits.
+      temporary_path_class: the older way to choose the commit protocol, now `AtomicityOptions`;
+        None means that `AtomicityOptions.mode` decides.
+    """
+
+    path_permission_mode: int | None = field(default=None, metadata=must_be(whole(at_least=0)))
+    path_class: Callable[..., Any] = field(default=epath.Path, metadata=must_be(function))
+    skip_sync_file_validations: bool = False
+    temporary_path_class: Any = field(default=None, metadata=must_be(function))
+
+
+class AtomicityMode(enum.StrEnum):
+    """How a checkpoint becomes visible as a whole.
+
+    Attributes:
+      AUTO: what suits the file system.
+      COMMIT_FILE: write in place, then add a marker file.
+      ATOMIC_RENAME: write beside, then rename.
+    """
+
+    AUTO = "auto"
+    COMMIT_FILE = "commit_file"
+    ATOMIC_RENAME = "atomic_rename"
+
+
+@dataclass(kw_only=True)
+class AtomicityOptions(OptionGroup):
+    """How a save commits, and what a load accepts as committed.
+
+    Attributes:
+      mode: an `AtomicityMode` or its value. AUTO.
+      allow_legacy_atomic_rename: whether a load under COMMIT_FILE also accepts checkpoints that
+        have no marker because they were renamed into place.
+    """
+
+    mode: AtomicityMode = field(
+        default=AtomicityMode.AUTO, metadata=must_be(member_of(AtomicityMode))
+    )
+    allow_legacy_atomic_rename: bool = False
+
+
+@dataclass(kw_only=True)
+class DeletionOptions(OptionGroup):
+    """How checkpoints are deleted.
+
+    Attributes:
+      gcs_deletion_options: what differs on Google Cloud Storage.
+    """
+
+    @dataclass(kw_only=True)
+    class GcsDeletionOptions(OptionGroup):
+        """How checkpoints on Google Cloud Storage are deleted.
+
+        Attributes:
+          todelete_full_path: a directory, relative to the bucket, into which deleted checkpoints
+            are moved for something else to remove; None deletes them at once.
+        """
+
+        todelete_full_path: str | None = field(default=None, metadata=must_be(instance_of(str)))
+
+    gcs_deletion_options: GcsDeletionOptions = field(default_factory=GcsDeletionOptions)
+
+
+class CheckpointLayout(enum.Enum):
+    """The formats of a checkpoint. Values are accepted in any case: 'orbax', 'Orbax'.
+
+    Attributes:
+      ORBAX: Orbax's own format.
+      SAFETENSORS: safetensors files, for loading.
+      AUTO: found out when loading, ORBAX when saving.
+    """
+
+    ORBAX = "orbax"
+    SAFETENSORS = "safetensors"
+    AUTO = "auto"
+
+    @classmethod
+    def _missing_(cls, value: object) -> CheckpointLayout | None:
+        spelled = value.lower() if isinstance(value, str) else value
+        return next((layout for layout in cls if layout.value == spelled), None)
+
+
+@dataclass(kw_only=True)
+class SafetensorsOptions(OptionGroup):
+    """How safetensors files are read.
+
+    Attributes:
+      max_over_read_ratio: bytes read for each byte needed, at most, where nearby ranges are read in
+        one piece; 1.0 reads nothing that is not needed, None chooses for each file.
+      read_chunk_bytes: bytes that one read asks for; None means 128 MiB.
+      ignore_load_sharding: the older option to load without the shardings asked for.
+    """
+
+    max_over_read_ratio: float | None = field(default=None, metadata=must_be(number(at_least=1)))
+    read_chunk_bytes: int | None = field(default=None, metadata=must_be(whole(at_least=1)))
+    ignore_load_sharding: bool = False

@@ -1,0 +1,10 @@
+"""Pytrees and their description on disk.
+
+Does:
+  - spell key paths, for people and for the format (`keypath`);
+  - flatten trees, rebuild them, and match an abstract tree to what is stored (`structure`);
+  - write and read the documents that describe a tree (`schema`).
+
+Does not:
+  - look at the values of leaves, or know how arrays are stored.
+"""

@@ -1,0 +1,51 @@
+"""Key paths: how a leaf is named in messages, in documents, and in the key-value store."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.tree_util as jtu
+
+__all__ = ["Key", "KeyPath", "keys_of", "label", "stored_name"]
+
+JaxKeyPath = tuple[Any, ...]
+
+
+class Key(NamedTuple):
+    """One step of a stored key path: the key as a string, and whether it indexes a sequence."""
+
+    name: str
+    is_index: bool
+
+
+KeyPath = tuple[Key, ...]
+
+
+def _key(entry: Any) -> Key:
+    match entry:
+        case jtu.SequenceKey():
+            return Key(str(entry.idx), True)
+        case jtu.FlattenedIndexKey():
+            return Key(str(entry.key), True)
+        case jtu.GetAttrKey():
+            return Key(entry.name, False)
+        case jtu.DictKey():
+            return Key(str(entry.key), False)
+    # A pytree registered with its own key class: whatever names it best.
+    named = getattr(entry, "key", getattr(entry, "name", entry))
+    return Key(str(named), False)
+
+
+def keys_of(path: JaxKeyPath) -> KeyPath:
+    """Returns a jax key path in its stored form."""
+    return tuple(_key(entry) for entry in path)
+
+
+def stored_name(keys: KeyPath) -> str:
+    """Returns the name under which a leaf is stored; the format joins keys without escaping."""
+    return ".".join(key.name for key in keys)
+
+
+def label(keys: KeyPath) -> str:
+    """Returns a key path as people read it: `['params'][0]`; empty for a bare leaf."""
+    return "".join(f"[{key.name}]" if key.is_index else f"[{key.name!r}]" for key in keys)

@@ -1,0 +1,133 @@
+"""Flattening trees, rebuilding them, and matching an abstract tree to a stored one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from orbax_async import errors
+from orbax_async.tree import keypath
+from orbax_async.tree.keypath import KeyPath
+
+__all__ = ["FlatTree", "empty_kind", "flatten", "match", "nest"]
+
+
+def is_named_tuple(value: Any) -> bool:
+    """Says whether a value is an instance of a named tuple class."""
+    return isinstance(value, tuple) and hasattr(type(value), "_fields")
+
+
+def empty_kind(value: Any) -> str | None:
+    """Returns how an empty node (None, an empty container) is recorded, None for anything else."""
+    if value is None:
+        return "None"
+    if isinstance(value, tuple) and not value:
+        # Without rich types the format has no empty named tuple: it is recorded as None.
+        return "None" if is_named_tuple(value) else "Tuple"
+    if isinstance(value, list) and not value:
+        return "List"
+    if isinstance(value, Mapping) and not value:
+        return "Dict"
+    return None
+
+
+def _is_empty(value: Any) -> bool:
+    return empty_kind(value) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatTree:
+    """A tree taken apart: its leaves and empty nodes by key path, and its definition."""
+
+    entries: tuple[tuple[KeyPath, Any], ...]
+    treedef: jax.tree_util.PyTreeDef
+
+    def rebuild(self, values: Sequence[Any]) -> Any:
+        """Returns a tree of the same containers around other values."""
+        return jax.tree_util.tree_unflatten(self.treedef, values)
+
+
+def flatten(tree: Any) -> FlatTree:
+    """Takes a tree apart, keeping None and empty containers as entries."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+    return FlatTree(tuple((keypath.keys_of(path), leaf) for path, leaf in paths), treedef)
+
+
+def nest(entries: Iterable[tuple[KeyPath, Any]]) -> Any:
+    """Builds plain dicts and lists from key paths: what is loaded without an abstract tree."""
+    root: dict[keypath.Key, Any] = {}
+    for keys, value in entries:
+        if not keys:
+            return value
+        node = root
+        for key in keys[:-1]:
+            node = node.setdefault(key, _Node())
+        node[keys[-1]] = value
+    return _plain(root)
+
+
+class _Node(dict[Any, Any]):
+    """An inner node under construction, told apart from a leaf that is a dict."""
+
+
+def _plain(node: dict[Any, Any]) -> Any:
+    children = {
+        key: _plain(child) if isinstance(child, _Node) else child for key, child in node.items()
+    }
+    if children and all(key.is_index for key in children):
+        return [children[key] for key in sorted(children, key=lambda key: int(key.name))]
+    return {key.name: child for key, child in children.items()}
+
+
+def match(
+    abstract: FlatTree,
+    stored: Mapping[KeyPath, Any],
+    *,
+    where: str,
+    is_stored_empty: Callable[[Any], bool],
+) -> list[Any]:
+    """Finds the stored entry for each entry of an abstract tree.
+
+    A list matches a tuple, and a dict a named tuple or a dataclass: only key paths count. An
+    abstract `None` or `...` asks for nothing; an extra `...` is tolerated.
+
+    Returns:
+      For each abstract entry its stored entry, or None where nothing is to be loaded.
+
+    Raises:
+      TreeMismatchError: the two differ; all differences are reported at once.
+    """
+    found: list[Any] = []
+    problems: list[str] = []
+    unused = dict(stored)
+    for keys, wanted in abstract.entries:
+        entry = unused.pop(keys, None)
+        label = keypath.label(keys) or "<root>"
+        if entry is None:
+            if wanted is not ... and not _is_empty(wanted):
+                problems.append(f"{label}: asked for, not in the checkpoint")
+        elif is_stored_empty(entry):
+            if wanted is not ... and not _is_empty(wanted):
+                problems.append(f"{label}: the checkpoint holds an empty node, not a leaf")
+            entry = None
+        elif wanted is not None and _is_empty(wanted):
+            problems.append(
+                f"{label}: the checkpoint holds a leaf, not an empty {type(wanted).__name__}"
+            )
+        found.append(entry if wanted is not None and wanted is not ... else None)
+    problems += [
+        f"{keypath.label(keys) or '<root>'}: in the checkpoint, not asked for"
+        for keys, entry in unused.items()
+        if not is_stored_empty(entry)
+    ]
+    if problems:
+        listing = "\n  ".join(problems)
+        raise errors.TreeMismatchError(
+            f"the abstract tree does not match the checkpoint at {where}:\n  {listing}\n"
+            "Give a tree with the same keys; `...` or None as a leaf skips that leaf.",
+            tuple(problems),
+        )
+    return found

@@ -1,10 +1,10 @@
 """The asyncio-native checkpoint engine for JAX: Orbax v1's API and format, with a new inside.
 
-    import orbax_async as ocp
+import orbax_async as ocp
 
-    response = ocp.save_async("/checkpoints/7", state)   # returns once every value is captured
-    await response                                       # or response.result()
-    state = ocp.load("/checkpoints/7", abstract_state)
+response = ocp.save_async("/checkpoints/7", state)   # returns once every value is captured
+await response                                       # or response.result()
+state = ocp.load("/checkpoints/7", abstract_state)
 """
 
 from __future__ import annotations

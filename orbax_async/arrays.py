@@ -108,7 +108,13 @@ class ArrayMetadata:
         return None if self.sharding_metadata is None else self.sharding_metadata.to_jax_sharding()
 
 
-def device_name(device: jax.Device) -> str:
+def devices_of(sharding: jax.sharding.Sharding, *, local: bool = False) -> list[Any]:
+    """Returns a sharding's devices by id, all of them or those of this process."""
+    devices: Any = sharding.addressable_devices if local else sharding.device_set
+    return sorted(devices, key=lambda device: int(device.id))
+
+
+def device_name(device: Any) -> str:
     """Returns a device's name as the format spells it: `cpu:0`, `cuda:3`."""
     return str(device).replace("TFRT_CPU_", "cpu:")
 
@@ -130,7 +136,7 @@ def sharding_document(sharding: jax.sharding.Sharding) -> dict[str, Any]:
             "partition_spec": [_spec_item(item) for item in sharding.spec],
             "device_mesh": {"mesh": _nested(ids, mesh.devices.shape)},
         }
-    device = min(sharding.device_set, key=lambda device: device.id)
+    device = devices_of(sharding)[0]
     return {"sharding_type": "SingleDeviceSharding", "device_str": device_name(device)}
 
 

@@ -200,9 +200,7 @@ async def sync_global_processes(
     name = f"orbax_async/sync/{key}/{operation_id or ''}"
     client = _client()
     try:
-        await anyio.to_thread.run_sync(
-            client.wait_at_barrier, name, int(timeout * 1000), members
-        )
+        await anyio.to_thread.run_sync(client.wait_at_barrier, name, int(timeout * 1000), members)
     except Exception as error:
         raise BarrierErrors.timeout(key, timeout, (), error) from error
     if record_event_name is not None:

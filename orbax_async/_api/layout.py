@@ -49,7 +49,9 @@ def check_name(name: Any, *, is_saved: bool) -> None:
     if not is_saved and name in (None, names.AUTO_CHECKPOINTABLE):
         return
     if not isinstance(name, str):
-        raise TypeError(f"a checkpointable's name must be a str, got {type(name).__name__}: {name!r}")
+        raise TypeError(
+            f"a checkpointable's name must be a str, got {type(name).__name__}: {name!r}"
+        )
     if not name:
         raise ValueError("Empty string is not supported as a checkpointable name; leave it out")
     if name in names.RESERVED_CHECKPOINTABLES:

@@ -10,8 +10,8 @@ from orbax_async._api import layout, perform
 from orbax_async._api.metadata import CheckpointMetadata
 from orbax_async._api.response import AsyncResponse
 from orbax_async._storage import names
+from orbax_async.handlers import resolve
 from orbax_async.handlers.operation import Operation
-from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike, pathlike
 
 __all__ = ["load", "load_async"]
@@ -80,7 +80,8 @@ def load_async(
     layout.check_name(checkpointable_name, is_saved=False)
     if isinstance(abstract_state, CheckpointMetadata):
         abstract_state = abstract_state.metadata
-    handler = PyTreeHandler()
+    with doing.context:
+        handler = resolve.pytree_handler(checkpointable_name, doing.context)
     abstract = handler.read_abstract(abstract_state)
 
     async def body(control: perform.Control, response: AsyncResponse[Any]) -> Any:

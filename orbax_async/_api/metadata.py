@@ -131,7 +131,10 @@ def metadata(
             custom_metadata=document.get("custom_metadata") or {},
         )
 
-    return perform.start(f"metadata of {where}", doing, body).result()
+    found: CheckpointMetadata[PyTreeMetadata] = perform.start(
+        f"metadata of {where}", doing, body
+    ).result()
+    return found
 
 
 def _int(value: Any) -> int | None:

@@ -99,7 +99,7 @@ def start(
         try:
             with doing.context:
                 result = await _limited(label, control, body(control, response), timeout_secs)
-        except BaseException as problem:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as problem:
             error = problem
         if isinstance(error, asyncio.CancelledError):
             error = control.cancelled()
@@ -119,9 +119,8 @@ async def _limited(
         f"Overall save timeout exceeded: {label} took longer than asynchronous.timeout_secs, "
         f"{timeout_secs} s; it is undone"
     )
-    with control.scope(), anyio.move_on_after(timeout_secs) as timer:
-        with errors.ungrouped():
-            return await work
+    with control.scope(), anyio.move_on_after(timeout_secs) as timer, errors.ungrouped():
+        return await work
     raise late if timer.cancelled_caught else control.cancelled()
 
 

@@ -15,7 +15,7 @@ from orbax_async import errors
 from orbax_async._engine import loop
 from orbax_async._trace import Progress, Recorder, Span, logger
 
-__all__ = ["AsyncResponse", "Operation"]
+__all__ = ["AsyncResponse"]
 
 T = TypeVar("T")
 
@@ -98,12 +98,15 @@ class AsyncResponse(Generic[T]):
         raised here too.
         """
         self._check_process()
-        return _Staged(self._staged)
+        return _Staged(self)
 
     def wait_staged(self, timeout: float | None = None) -> None:
         """Blocks until every value is captured; see `staged` and `result`."""
         self._check_may_block()
-        self._staged.result(timeout)
+        try:
+            self._staged.result(timeout)
+        finally:
+            self._note_report(self._staged)
 
     # Asking.
 
@@ -131,7 +134,11 @@ class AsyncResponse(Generic[T]):
           raises OperationCancelledError. False if the operation is committed, or about to be.
         """
         self._check_process()
-        return not self.done() and self._request_cancel()
+        is_cancelled = not self.done() and self._request_cancel()
+        if is_cancelled:
+            self._is_reported = True
+            _unreported.discard(self)
+        return is_cancelled
 
     def add_done_callback(self, callback: Callable[[AsyncResponse[T]], object]) -> None:
         """Calls `callback(response)` once the operation has ended, also when it failed.
@@ -156,6 +163,10 @@ class AsyncResponse(Generic[T]):
                 self._callbacks.append(callback)
                 return
         self._call(callback)
+
+    def _call_all(self, callbacks: list[Callable[[], object]]) -> None:
+        for callback in callbacks:
+            self._call(callback)
 
     def _call(self, callback: Callable[[], object]) -> None:
         try:
@@ -183,10 +194,12 @@ class AsyncResponse(Generic[T]):
         if error is None:
             _unreported.discard(self)
         if callbacks:
-            loop.submit(lambda: [self._call(callback) for callback in callbacks] and None)
+            loop.submit(lambda: self._call_all(callbacks))
 
-    def _note_report(self) -> None:
-        if self._committed.done():
+    def _note_report(self, asked: concurrent.futures.Future[Any] | None = None) -> None:
+        """Remembers that a failure, if there is one, has been told to somebody."""
+        asked = self._committed if asked is None else asked
+        if asked.done() and asked.exception() is not None:
             self._is_reported = True
             _unreported.discard(self)
 
@@ -205,21 +218,27 @@ class AsyncResponse(Generic[T]):
                 "response instead, or wait on another thread"
             )
 
-    def __del__(self) -> None:
-        if not self._is_reported and os.getpid() == self._pid and self._committed.done():
+    def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _is_finalizing() or self._is_reported or os.getpid() != self._pid:
+            return
+        if self._committed.done():
             error = self._committed.exception()
-            if error is not None and not sys.is_finalizing():
+            if error is not None:
                 logger.error("%s failed, and nobody asked for its result: %s", self._label, error)
 
 
 class _Staged:
-    """Awaitable form of a future, for any number of loops."""
+    """Awaits a response's first tier, on any number of loops."""
 
-    def __init__(self, future: concurrent.futures.Future[None]) -> None:
-        self._future = future
+    def __init__(self, response: AsyncResponse[Any]) -> None:
+        self._response = response
 
     def __await__(self) -> Generator[Any, None, None]:
-        yield from asyncio.wrap_future(self._future).__await__()
+        staged = self._response._staged
+        try:
+            yield from asyncio.wrap_future(staged).__await__()
+        finally:
+            self._response._note_report(staged)
 
 
 _unreported: weakref.WeakSet[AsyncResponse[Any]] = weakref.WeakSet()

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 
@@ -19,6 +19,7 @@ from orbax_async._commit import atomicity, finalize
 from orbax_async._engine import loop
 from orbax_async._storage import files, names
 from orbax_async._trace import logger
+from orbax_async.handlers import resolve
 from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.pytree import PreparedTree, PyTreeHandler
 from orbax_async.path import Path, PathLike, pathlike
@@ -105,7 +106,7 @@ def save_async(
     metadata = _json_metadata(custom_metadata)
     options = doing.context
     with options:
-        handler = _handler_for(checkpointable_name, options)
+        handler = resolve.pytree_handler(checkpointable_name, options)
         prepared = handler.flatten(state)
     if not options.file.skip_sync_file_validations:
         _check_destination(final, overwrite=overwrite)
@@ -149,21 +150,6 @@ def _json_metadata(custom_metadata: Any) -> dict[str, Any]:
     return copied
 
 
-def _handler_for(name: str, options: ambient.Context) -> PyTreeHandler:
-    """Returns the pytree handler that the registry names for a state."""
-    registry = options.checkpointables.registry
-    if registry.has(name):
-        bound: Any = registry.get(name)
-        handler = bound() if isinstance(bound, type) else bound
-        if isinstance(handler, PyTreeHandler):
-            return handler
-        raise errors.UnsupportedOptionError(
-            f"checkpointables.registry binds {name!r} to {type(handler).__name__}; states are saved "
-            "and loaded by a PyTreeHandler. Use another name, or save_checkpointables."
-        )
-    return PyTreeHandler()
-
-
 def _check_destination(final: str, *, overwrite: bool) -> None:
     """Raises what can be known to go wrong before any value is captured."""
     atomicity.recover(final)
@@ -196,7 +182,7 @@ class _Turn:
     """A save's place among the saves of this process to one path (W7)."""
 
     _lock = threading.Lock()
-    _last: dict[str, _Turn] = {}
+    _last: ClassVar[dict[str, _Turn]] = {}
 
     def __init__(self, final: str, *, overwrite: bool) -> None:
         self._final = final
@@ -283,7 +269,9 @@ class _Save:
         processes = self._doing.processes
         if processes.are_several:
             await loop.to_worker(self._agree_on_path)
-        own = atomicity.temporary_path(self._final) if processes.is_primary else None
+        own = None
+        if processes.is_primary:
+            own = await loop.to_worker(atomicity.temporary_path, self._final)
         self._temporary = await loop.to_worker(processes.broadcast, "temporary", own)
         try:
             await self._write(response)

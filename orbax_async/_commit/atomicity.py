@@ -228,9 +228,9 @@ def _leftovers(final: str | None, parent: str | None = None) -> list[_Leftover]:
     assert parent is not None
     found = []
     for entry in files.scan(parent):
-        if names.TEMPORARY_MARK in entry.name and (leftover := _parse(entry.path)) is not None:
-            if final is None or leftover.final == final:
-                found.append(leftover)
+        leftover = _parse(entry.path) if names.TEMPORARY_MARK in entry.name else None
+        if leftover is not None and final in (None, leftover.final):
+            found.append(leftover)
     return found
 
 

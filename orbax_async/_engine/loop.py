@@ -254,7 +254,7 @@ async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
     def job() -> None:
         try:
             outcome.append(context.run(function, *args))
-        except BaseException as error:  # noqa: BLE001 - handed to the waiting task
+        except BaseException as error:
             failure.append(error)
         engine.loop.call_soon_threadsafe(done.set)
 
@@ -287,7 +287,7 @@ class Background:
         try:
             with self._scope:
                 await self._function()
-        except BaseException as error:  # noqa: BLE001 - handed to whoever joins
+        except BaseException as error:
             self._error = error
         finally:
             self._ended.set()

@@ -144,9 +144,7 @@ class SavePipeline:
             store.append(await open_store())
             store_ready.set()
 
-        async def write_batch(
-            batch: list[WriteRequest], pieces: list[Staged], held: int
-        ) -> None:
+        async def write_batch(batch: list[WriteRequest], pieces: list[Staged], held: int) -> None:
             try:
                 await store_ready.wait()
                 nbytes = sum(request.nbytes for request in batch)
@@ -245,8 +243,8 @@ class SavePipeline:
                     )
             except Exception as error:
                 raise errors.WriteError(leaf.label, f"cannot be written: {error}") from error
-        for index in () if batch else self._without_pieces:
-            self._document(index, None, values)
+        for leaf_index in () if batch else self._without_pieces:
+            self._document(leaf_index, None, values)
         store.put(transaction, values)
         return transaction, pending
 
@@ -268,9 +266,7 @@ class SavePipeline:
     def _write_error(self, batch: list[WriteRequest], error: Exception) -> errors.WriteError:
         labels = [self._leaves[request.leaf].label for request in batch]
         others = f" (or one of the {len(labels) - 1} others written with it)" if labels[1:] else ""
-        return errors.WriteError(
-            labels[0] if labels else "", f"cannot be written{others}: {error}"
-        )
+        return errors.WriteError(labels[0] if labels else "", f"cannot be written{others}: {error}")
 
 
 @dataclasses.dataclass

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from orbax_async._engine.plan import Box
+from orbax_async.arrays import devices_of
 
 __all__ = ["DeviceSource", "HostSource", "Staged", "aligned_empty", "assemble", "place"]
 
@@ -66,6 +67,11 @@ class DeviceSource:
         shard = self._shard(device_id)
         inner = _within(box, shard_box)
         if not self._pins:
+            if not self._is_on_host:
+                # The host copy stays cached on an array object: not on one that the caller holds.
+                shard = jax.make_array_from_single_device_arrays(
+                    shard.shape, shard.sharding, [shard]
+                )
             return Staged(np.asarray(shard)[inner])
         if box != shard_box:
             shard = shard[inner]
@@ -74,19 +80,20 @@ class DeviceSource:
         return Staged(jax.device_put(shard, pinned, may_alias=False))
 
     def _shard(self, device_id: int) -> jax.Array:
-        """Returns a device's shard as an array object that nobody else holds."""
+        """Returns a device's shard."""
         count = len(self.array.sharding.addressable_devices)
         if count == 1 and self._is_on_host:
             return self.array
-        for index in range(count):
-            shard = self.array.addressable_data(index)
-            if next(iter(shard.devices())).id == device_id:
-                return shard
+        # Not addressable_data, which has the first device's shard alone of a replicated array.
+        for shard in self.array.addressable_shards:
+            if shard.device.id == device_id:
+                data: jax.Array = shard.data
+                return data
         raise ValueError(f"no shard on device {device_id}")
 
     @property
     def _is_on_host(self) -> bool:
-        device = next(iter(self.array.sharding.addressable_devices))
+        device = devices_of(self.array.sharding, local=True)[0]
         return device.platform == "cpu" or "host" in (self.array.sharding.memory_kind or "")
 
     @property
@@ -95,7 +102,7 @@ class DeviceSource:
             return self.use_pinned_host
         if self._is_on_host:
             return False
-        device = next(iter(self.array.sharding.addressable_devices))
+        device = devices_of(self.array.sharding, local=True)[0]
         return any(memory.kind == "pinned_host" for memory in device.addressable_memories())
 
 

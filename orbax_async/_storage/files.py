@@ -1,4 +1,4 @@
-"""Plain files: written whole, read whole, synced, removed. Every function blocks; call on a worker."""
+"""Plain files: written whole, read whole, synced, removed. Every function blocks."""
 
 from __future__ import annotations
 

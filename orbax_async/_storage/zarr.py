@@ -39,9 +39,13 @@ _GZIP = 31  # zlib's window-bits value for a gzip member
 
 # Elements narrower than a byte, or of types of our own making, that zarr stores by name.
 _STORABLE = frozenset(
-    "bool int2 int4 int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
-    "bfloat16 float8_e3m4 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 "
-    "float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn complex64 complex128".split()
+    (
+        *("bool", "complex64", "complex128", "bfloat16", "float16", "float32", "float64"),
+        *("int2", "int4", "int8", "int16", "int32", "int64"),
+        *("uint8", "uint16", "uint32", "uint64"),
+        *("float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz", "float8_e4m3fn"),
+        *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    )
 )
 
 

@@ -3,7 +3,7 @@
 Does:
   - describe each kind of leaf for the plan, and refuse what can't be held (`leaves`);
   - resolve what each leaf should be loaded as (`targets`);
-  - save and load pytrees in two tiers (`pytree`).
+  - save and load pytrees in two tiers (`pytree`), and choose who does (`resolve`).
 
 Does not:
   - schedule bytes (the engine does) or make anything visible (the commit does).
@@ -11,8 +11,8 @@ Does not:
 
 from __future__ import annotations
 
-from orbax_async.handlers.pytree import PyTreeHandler as PyTreeHandler
 from orbax_async.handlers.protocols import CheckpointableHandler as CheckpointableHandler
+from orbax_async.handlers.pytree import PyTreeHandler as PyTreeHandler
 from orbax_async.registration import (
     CheckpointableHandlerRegistry as CheckpointableHandlerRegistry,
 )

@@ -9,7 +9,7 @@
 | `str` | an entry of one JSON document | the same |
 | NumPy scalars, `complex` | 0-d zarr array | a 0-d array |
 | `bytes` | zarr array of uint8 | that array |
-| types narrower than zarr knows, such as uint4 | zarr array of uint8, one byte an element | that array |
+| narrow types that zarr lacks, such as uint4 | zarr array of uint8 | that array |
 | None, empty containers | only the tree's metadata | the same |
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from orbax_async import errors
+from orbax_async import arrays, errors
 from orbax_async._engine import plan
 from orbax_async._engine.transfer import DeviceSource, HostSource, Source
 from orbax_async._storage import zarr
@@ -31,6 +31,9 @@ from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
 __all__ = ["SaveLeaf", "describe", "describe_all", "is_prng_key", "shards_of"]
+
+
+_UINT8 = np.dtype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class SaveLeaf:
     text: str | None = None
     array: jax.Array | np.ndarray[Any, Any] | None = None
     is_mutable: bool = False
-    dtype: np.dtype[Any] = np.dtype(np.uint8)
+    dtype: np.dtype[Any] = _UINT8
     prng_impl: str | None = None
     private: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -97,21 +100,23 @@ def is_prng_key(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def shards_of(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[plan.ShardSpec, ...]:
+def shards_of(
+    sharding: jax.sharding.Sharding, shape: tuple[int, ...]
+) -> tuple[plan.ShardSpec, ...]:
     """Returns each device's box of an array, over all processes."""
-    devices = sharding.device_set
+    devices = arrays.devices_of(sharding)
     if len(devices) == 1:
         (device,) = devices
         return (plan.ShardSpec(device.id, device.process_index, plan.whole(shape)),)
+    boxes = sharding.devices_indices_map(shape)
     return tuple(
         plan.ShardSpec(
             device.id,
             device.process_index,
-            tuple(
-                each.indices(side)[:2] for each, side in zip(index or (), shape, strict=True)
-            ),
+            tuple(each.indices(side)[:2] for each, side in zip(index or (), shape, strict=True)),
         )
-        for device, index in sharding.devices_indices_map(shape).items()
+        for device in devices
+        for index in (boxes[device],)
     )
 
 
@@ -163,7 +168,7 @@ def _describe_jax(keys: KeyPath, value: jax.Array) -> SaveLeaf:
         private["weak_type"] = True
     memory_kind = value.sharding.memory_kind
     if memory_kind not in (None, "device"):
-        device = next(iter(value.sharding.device_set))
+        device = arrays.devices_of(value.sharding)[0]
         if memory_kind != device.default_memory().kind:
             private["memory_kind"] = memory_kind
     return SaveLeaf(
@@ -197,9 +202,7 @@ def _describe_scalar(keys: KeyPath, value: Any) -> SaveLeaf:
             return SaveLeaf(keys, schema.STRING, text=str(value))
         case bytes():
             array = np.frombuffer(value, np.uint8)
-            return SaveLeaf(
-                keys, schema.NUMPY_ARRAY, array=array, private={"python_type": "bytes"}
-            )
+            return SaveLeaf(keys, schema.NUMPY_ARRAY, array=array, private={"python_type": "bytes"})
         case np.generic():
             array = np.asarray(value)
             dtype, logical = _disk_dtype(array.dtype)
@@ -249,7 +252,7 @@ def _disk_dtype(dtype: np.dtype[Any]) -> tuple[np.dtype[Any], str | None]:
         is_narrow = False
     if not is_narrow:
         raise _Unsupported(f"zarr has no data type for arrays of dtype {dtype}; cast it")
-    return np.dtype(np.uint8), dtype.name
+    return _UINT8, dtype.name
 
 
 def describe_all(entries: Iterable[tuple[KeyPath, Any]], *, as_files: bool) -> list[SaveLeaf]:

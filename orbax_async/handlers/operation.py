@@ -6,6 +6,7 @@ import contextvars
 import dataclasses
 
 import jax
+import numpy as np
 
 from orbax_async import context as ambient
 from orbax_async import multihost
@@ -40,7 +41,11 @@ class Operation:
             active=options.active_processes,
             prefix=options.barrier_sync_key_prefix,
         )
-        return cls(snapshot, processes, Recorder(), bool(jax.config.jax_enable_x64))
+        return cls(snapshot, processes, Recorder(), _holds_64_bits())
+
+
+def _holds_64_bits() -> bool:
+    return np.dtype(jax.dtypes.canonicalize_dtype(np.float64)) == np.float64
 
 
 _current: contextvars.ContextVar[Operation] = contextvars.ContextVar("orbax_async.operation")

@@ -78,9 +78,7 @@ class PyTreeHandler:
         """Raises what `save` would raise for a tree; returns None for a good one."""
         self.flatten(tree)
 
-    async def save(
-        self, directory: PathAwaitingCreation, checkpointable: Any
-    ) -> Awaitable[None]:
+    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
         """Captures a state (tier 1) and returns what writes it (tier 2).
 
         Args:
@@ -337,7 +335,9 @@ class _Saving:
 def _path(leaf: SaveLeaf) -> tuple[Any, ...]:
     """Returns a key path in jax's own classes, as callbacks of the options expect it."""
     return tuple(
-        jax.tree_util.SequenceKey(int(key.name)) if key.is_index else jax.tree_util.DictKey(key.name)
+        jax.tree_util.SequenceKey(int(key.name))
+        if key.is_index
+        else jax.tree_util.DictKey(key.name)
         for key in leaf.keys
     )
 
@@ -574,4 +574,3 @@ def _read_metadata(directory: str) -> Any:
         )
 
     return structure.nest((entry.keys, leaf(entry)) for entry in stored.tree.entries)
-

@@ -110,8 +110,7 @@ def _concrete(
     keys: KeyPath, sharding: jax.sharding.Sharding | None
 ) -> jax.sharding.Sharding | None:
     """Replaces an abstract mesh by the one that is set."""
-    if hasattr(sharding, "sharding"):  # a jax.experimental.layout Format
-        sharding = sharding.sharding
+    sharding = getattr(sharding, "sharding", sharding)  # a Format holds one
     if not isinstance(sharding, jax.sharding.NamedSharding) or not isinstance(
         sharding.mesh, jax.sharding.AbstractMesh
     ):
@@ -123,9 +122,7 @@ def _concrete(
             f"its sharding {sharding.spec} is over an abstract mesh {dict(sharding.mesh.shape)}, "
             "and no such mesh is set; load inside `with jax.set_mesh(mesh):`",
         )
-    return jax.sharding.NamedSharding(
-        mesh, sharding.spec, memory_kind=sharding.memory_kind
-    )
+    return jax.sharding.NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
 @dataclasses.dataclass
@@ -185,10 +182,12 @@ def resolve(
         shards = shards_of(sharding, shape)
     else:
         shards = (plan.ShardSpec(-1, process, plan.whole(shape)),)
-    local = (
-        {} if sharding is None else {
+    local: dict[int, jax.sharding.Sharding] = (
+        {}
+        if sharding is None
+        else {
             device.id: jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
-            for device in sharding.addressable_devices
+            for device in arrays.devices_of(sharding, local=True)
         }
     )
     readable = ReadableLeaf(
@@ -229,9 +228,9 @@ def _saved(
             logger.info("leaf %s: %s; it is loaded on one device", label, error)
         else:
             kind = entry.private.get("memory_kind")
-            device = next(iter(sharding.device_set))
+            device = arrays.devices_of(sharding)[0]
             kinds = {memory.kind for memory in device.addressable_memories()}
-            return sharding.with_memory_kind(kind) if kind in kinds else sharding
+            return sharding.with_memory_kind(str(kind)) if kind in kinds else sharding
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
@@ -250,7 +249,7 @@ def _impl_of(dtype: Any) -> str:
 
 
 def _wrap_key(label: str, array: jax.Array, impl: str, wanted: Wanted) -> jax.Array:
-    keys = jax.random.wrap_key_data(array, impl=impl)
+    keys: jax.Array = jax.random.wrap_key_data(array, impl=impl)
     if is_prng_key(wanted) and keys.dtype != wanted.dtype:
         raise errors.DtypeMismatchError(
             label, f"keys of {wanted.dtype} were asked for, but the checkpoint holds {keys.dtype}"
@@ -268,9 +267,7 @@ def _is_scalar(entry: schema.Entry) -> bool:
     return entry.kind == schema.SCALAR or "python_type" in entry.private
 
 
-def _scalar(
-    label: str, piece: np.ndarray[Any, Any], entry: schema.Entry, wanted: Wanted
-) -> Any:
+def _scalar(label: str, piece: np.ndarray[Any, Any], entry: schema.Entry, wanted: Wanted) -> Any:
     stored_as = entry.private.get("python_type")
     kind = wanted.scalar_type
     if stored_as == "bytes" and kind in (None, bytes):
@@ -292,4 +289,5 @@ def _scalar(
         raise errors.DtypeMismatchError(
             label, f"bytes were asked for, but the checkpoint holds {piece.dtype}"
         )
-    return kind(value)
+    cast_to: Any = kind
+    return cast_to(value)

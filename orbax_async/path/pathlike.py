@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from etils import epath
 
 __all__ = ["Path", "PathAwaitingCreation", "PathLike", "absolute"]
 
 Path = epath.Path
-PathLike = epath.Path | str
+PathLike: TypeAlias = str | os.PathLike[str]
 
 
 @runtime_checkable

@@ -22,15 +22,14 @@ KeyPath = tuple[Key, ...]
 
 
 def _key(entry: Any) -> Key:
-    match entry:
-        case jtu.SequenceKey():
-            return Key(str(entry.idx), True)
-        case jtu.FlattenedIndexKey():
-            return Key(str(entry.key), True)
-        case jtu.GetAttrKey():
-            return Key(entry.name, False)
-        case jtu.DictKey():
-            return Key(str(entry.key), False)
+    if isinstance(entry, jtu.DictKey):
+        return Key(str(entry.key), False)
+    if isinstance(entry, jtu.GetAttrKey):
+        return Key(entry.name, False)
+    if isinstance(entry, jtu.SequenceKey):
+        return Key(str(entry.idx), True)
+    if isinstance(entry, jtu.FlattenedIndexKey):
+        return Key(str(entry.key), True)
     # A pytree registered with its own key class: whatever names it best.
     named = getattr(entry, "key", getattr(entry, "name", entry))
     return Key(str(named), False)

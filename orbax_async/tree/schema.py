@@ -51,7 +51,8 @@ class Entry:
       keys: where it is.
       kind: `jax.Array`, `np.ndarray`, `scalar`, `string`, or the name of an empty node.
       write_shape: the shape of the pieces that were written, of a jax array.
-      private: what we know beyond Orbax: `python_type`, `logical_dtype`, `memory_kind`, `weak_type`.
+      private: what we know beyond Orbax: `python_type`, `logical_dtype`, `memory_kind`,
+        `weak_type`.
     """
 
     keys: KeyPath

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from orbax_async import errors
 from orbax_async.tree import keypath
@@ -24,6 +25,8 @@ def empty_kind(value: Any) -> str | None:
     """Returns how an empty node (None, an empty container) is recorded, None for anything else."""
     if value is None:
         return "None"
+    if isinstance(value, (jax.Array, np.ndarray, str, int, float)):
+        return None  # most values by far: no need for the slower questions below
     if isinstance(value, tuple) and not value:
         # Without rich types the format has no empty named tuple: it is recorded as None.
         return "None" if is_named_tuple(value) else "Tuple"

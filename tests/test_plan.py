@@ -1,0 +1,227 @@
+"""The plan (I1): who writes and reads which piece, for any number of devices and processes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from orbax_async._engine import plan
+from orbax_async.handlers import leaves
+
+
+@st.composite
+def topologies(draw: st.DrawFn) -> tuple[plan.LeafSpec, int]:
+    """Draws an array, divided and replicated over a mesh of devices that some processes own."""
+    mesh = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    # Each mesh axis divides one axis of the array, or replicates it.
+    rank = draw(st.integers(0, 3))
+    divides = [draw(st.none() | st.integers(0, rank - 1)) if rank else None for _ in mesh]
+    pieces = [
+        math.prod(n for n, at in zip(mesh, divides, strict=True) if at == axis)
+        for axis in range(rank)
+    ]
+    sides = [draw(st.integers(0, 4)) for _ in range(rank)]
+    shape = tuple(side * count for side, count in zip(sides, pieces, strict=True))
+    processes = draw(st.integers(1, 4))
+    ids = draw(st.permutations(range(math.prod(mesh))))
+    shards = []
+    for device, place in zip(ids, itertools.product(*map(range, mesh)), strict=True):
+        at = [0] * rank
+        for coordinate, count, axis in zip(place, mesh, divides, strict=True):
+            if axis is not None:
+                at[axis] = at[axis] * count + coordinate
+        box = tuple((i * side, (i + 1) * side) for i, side in zip(at, sides, strict=True))
+        shards.append(plan.ShardSpec(device, draw(st.integers(0, processes - 1)), box))
+    leaf = plan.LeafSpec(0, shape, draw(st.sampled_from([1, 2, 4, 8])), tuple(shards))
+    return leaf, processes
+
+
+POLICIES = st.none() | st.builds(
+    plan.ReplicaParallel,
+    min_slice_nbytes=st.none() | st.integers(1, 64),
+    max_replicas=st.none() | st.integers(1, 9),
+)
+
+
+def slices(box: plan.Box) -> tuple[slice, ...]:
+    """Returns the slices of a box."""
+    return tuple(slice(*side) for side in box)
+
+
+@given(topology=topologies(), policy=POLICIES)
+def test_i1_each_element_is_written_once(
+    topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None
+) -> None:
+    """Over all processes, the write requests of a leaf cover it without gap or overlap."""
+    leaf, processes = topology
+    written = np.zeros(leaf.shape, int)
+    for process in range(processes):
+        for request in plan.plan_writes([leaf], process=process, policy=policy):
+            written[slices(request.box)] += 1
+            assert request.nbytes == written[slices(request.box)].size * leaf.itemsize
+    assert (written == 1).all()
+
+
+@given(topology=topologies(), policy=POLICIES)
+def test_i1_a_piece_is_written_by_a_process_that_holds_it(
+    topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None
+) -> None:
+    """Each request names a device of the process that plans, and lies within that device's box."""
+    leaf, processes = topology
+    shards = {shard.device_id: shard for shard in leaf.shards}
+    for process in range(processes):
+        for request in plan.plan_writes([leaf], process=process, policy=policy):
+            shard = shards[request.device_id]
+            assert shard.process == process
+            assert shard.box == request.shard_box
+            for (start, stop), (first, last) in zip(request.box, shard.box, strict=True):
+                assert first <= start < stop <= last
+
+
+@given(topology=topologies(), policy=POLICIES)
+def test_i1_pieces_are_whole_chunks(
+    topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None
+) -> None:
+    """All pieces of a leaf have the shape that is its chunk shape, and lie on that grid."""
+    leaf, processes = topology
+    shape = plan.write_shape(leaf, policy)
+    for process in range(processes):
+        for request in plan.plan_writes([leaf], process=process, policy=policy):
+            assert plan.box_shape(request.box) == shape
+            assert all(
+                start % side == 0 for (start, _), side in zip(request.box, shape, strict=True)
+            )
+
+
+@given(topology=topologies())
+def test_i1_each_process_reads_once_what_its_devices_need(
+    topology: tuple[plan.LeafSpec, int],
+) -> None:
+    """A process reads each box of its devices once, for all of them, and nothing else."""
+    leaf, processes = topology
+    for process in range(processes):
+        requests = plan.plan_reads([leaf], process=process)
+        assert max(Counter(request.box for request in requests).values(), default=0) <= 1
+        served = {device: request.box for request in requests for device in request.device_ids}
+        assert served == {s.device_id: s.box for s in leaf.shards if s.process == process}
+        assert sum(len(request.device_ids) for request in requests) == len(served)
+        for request in requests:
+            assert request.nbytes == plan.box_nbytes(request.box, leaf.itemsize)
+
+
+@given(topology=topologies(), policy=POLICIES)
+def test_i1_all_processes_agree_without_talking(
+    topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None
+) -> None:
+    """The plan depends on the specification alone, not on the order of its shards."""
+    leaf, processes = topology
+    shuffled = plan.LeafSpec(leaf.index, leaf.shape, leaf.itemsize, leaf.shards[::-1])
+    for process in range(processes):
+        one = plan.plan_writes([leaf], process=process, policy=policy)
+        other = plan.plan_writes([shuffled], process=process, policy=policy)
+        assert sorted(one, key=repr) == sorted(other, key=repr)
+
+
+def test_the_work_of_replicas_is_shared_among_processes() -> None:
+    """With replica-parallel saving every process that holds a replica writes an equal part."""
+    shards = tuple(plan.ShardSpec(device, device // 2, ((0, 8),)) for device in range(8))
+    leaf = plan.LeafSpec(0, (8,), 4, shards)
+    shares = [
+        sum(r.nbytes for r in plan.plan_writes([leaf], process=p, policy=plan.ReplicaParallel()))
+        for p in range(4)
+    ]
+    assert shares == [8, 8, 8, 8]
+    alone = [len(plan.plan_writes([leaf], process=p)) for p in range(4)]
+    assert alone == [1, 0, 0, 0]
+
+
+# The shape of a piece and how many there are, by partition spec, for an array of [64, 32] (or as
+# given) on a mesh of 4x2: what stock Orbax writes.
+SHARED = plan.ReplicaParallel()
+TWO = plan.ReplicaParallel(max_replicas=2)
+TABLE = [
+    (("x", "y"), (64, 32), SHARED, (16, 16), 8),
+    (("x", "y"), (64, 32), None, (16, 16), 8),
+    (("x", "y"), (64, 32), TWO, (16, 16), 8),
+    (("x",), (64, 32), SHARED, (8, 32), 8),
+    (("x",), (64, 32), None, (16, 32), 4),
+    (("x",), (64, 32), TWO, (8, 32), 8),
+    ((), (64, 32), SHARED, (8, 32), 8),
+    ((), (64, 32), None, (64, 32), 1),
+    ((), (64, 32), TWO, (32, 32), 2),
+    ((), (7, 5), SHARED, (7, 5), 1),
+    ((), (7, 5), TWO, (7, 5), 1),
+    ((), (), SHARED, (), 1),
+    ((), (16, 3), SHARED, (2, 3), 8),
+    ((), (3, 16), SHARED, (3, 2), 8),
+    ((), (64, 32), plan.ReplicaParallel(min_slice_nbytes=8 * 32 * 4), (8, 32), 8),
+    ((), (64, 32), plan.ReplicaParallel(min_slice_nbytes=8 * 32 * 4 + 1), (64, 32), 1),
+]
+
+
+@pytest.mark.parametrize(("spec", "shape", "policy", "piece", "count"), TABLE)
+def test_b5_6_replica_parallel_pieces_are_those_of_orbax(
+    spec: tuple[str, ...],
+    shape: tuple[int, ...],
+    policy: plan.ReplicaParallel | None,
+    piece: tuple[int, ...],
+    count: int,
+    mesh8: jax.sharding.Mesh,
+) -> None:
+    """Replicas divide the first axis that their number divides, within the limits of the options."""
+    sharding = NamedSharding(mesh8, PartitionSpec(*spec))
+    leaf = plan.LeafSpec(0, shape, 4, leaves.shards_of(sharding, shape))
+    assert plan.write_shape(leaf, policy) == piece
+    assert len(plan.plan_writes([leaf], process=0, policy=policy)) == count
+
+
+def test_a_leaf_without_elements_has_nothing_to_write() -> None:
+    """A zero-size leaf has no write request, but its devices still get their empty arrays."""
+    leaf = plan.LeafSpec(0, (0, 3), 4, (plan.ShardSpec(0, 0, ((0, 0), (0, 3))),))
+    assert plan.plan_writes([leaf], process=0) == []
+    assert [r.nbytes for r in plan.plan_reads([leaf], process=0)] == [0]
+
+
+def test_w14_prioritized_leaves_are_planned_first() -> None:
+    """Prioritized leaves come first; within both groups the order of the leaves stays."""
+    shard = (plan.ShardSpec(0, 0, ((0, 4),)),)
+    leaf_specs = [plan.LeafSpec(i, (4,), 4, shard, is_prioritized=i in (2, 4)) for i in range(5)]
+    requests = plan.plan_writes(leaf_specs, process=0)
+    assert [request.leaf for request in requests] == [2, 4, 0, 1, 3]
+
+
+def _requests(sizes: list[int]) -> list[plan.ReadRequest]:
+    return [plan.ReadRequest(i, ((0, size),), (0,), size) for i, size in enumerate(sizes)]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 200)), target=st.integers(1, 300), max_count=st.integers(1, 10)
+)
+def test_batches_keep_order_and_size(sizes: list[int], target: int, max_count: int) -> None:
+    """Batches hold every request in order, and exceed the target only as a single request."""
+    requests = _requests(sizes)
+    batches = list(plan.batches(requests, target, max_count))
+    assert [request for batch in batches for request in batch] == requests
+    for batch in batches:
+        assert 1 <= len(batch) <= max_count
+        assert len(batch) == 1 or sum(request.nbytes for request in batch) <= target
+
+
+def test_batches_are_as_full_as_they_can_be() -> None:
+    """A batch ends only where the next request would not fit."""
+    batches = plan.batches(_requests([40, 40, 40, 200, 10, 90, 1]), 100)
+    assert [[request.nbytes for request in batch] for batch in batches] == [
+        [40, 40],
+        [40],
+        [200],
+        [10, 90],
+        [1],
+    ]

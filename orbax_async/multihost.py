@@ -1,35 +1,64 @@
-"""Acting together: process indices, barriers and messages over JAX's coordination service.
+"""Acting together: messages, waits and failures over JAX's coordination service.
 
 Rules
-  I8   Every process meets the same barriers in the same order, also after a failure of its own;
-       every wait is bounded, and names who is missing.
+  I8   Every process takes the same steps in the same order. A failure on one of them ends the
+       operation on all; every wait is bounded, and names who is missing.
 
-A single process touches no coordination service. No device collective is ever used: they need
-idle devices and give no answer when one process has died.
+Theory of operation
+  A joint operation is a star. Its *leader*, the primary host, tells the others what they need to
+  know (`broadcast`), and waits where it needs something of each (`gather`); the others never wait
+  for one another. Both are keys in the coordination service's store, at which a waiting process
+  looks with growing pauses: a wait holds no thread, and can be cancelled.
+
+  A process that fails leaves a note. Beside its own work each looks for such notes (`together`),
+  and stops at once when there is one, be it writing or waiting. On its way out it says that it
+  has left; the leader removes what they wrote only then. Later it removes the keys, too.
+
+  Every process begins its joint operations in the same order, so a serial number, counted for
+  each group of processes, names them alike everywhere. What needs no agreement draws no number:
+  any process may load, or ask for metadata, by itself, and a failure to is its own.
+
+  A single process touches no coordination service. No device collective is ever used: they need
+  idle devices and give no answer when one process has died.
 """
 
 from __future__ import annotations
 
+import asyncio
+import collections
+import contextlib
+import hashlib
 import itertools
-from collections.abc import Collection, Sequence
+import json
+import time
+import urllib.parse
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import anyio
 import jax
 from jax.experimental import multihost_utils
 
 from orbax_async import errors
+from orbax_async._trace import logger
 
 __all__ = [
     "Processes",
     "is_pathways_backend",
     "is_primary_host",
+    "participants",
     "process_count",
     "process_index",
     "sync_global_processes",
 ]
 
-_BARRIER_SECS = 600.0
-_serials = itertools.count()
+_WAIT_SECS = 600.0
+_LEAVE_SECS = 5.0
+_PAUSE_SECS = 0.002
+_LONGEST_PAUSE_SECS = 0.25
+
+_serials: collections.defaultdict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+_finished: dict[str, int] = {}  # operations led here whose keys remain: how many took part
 
 
 def is_pathways_backend() -> bool:
@@ -39,12 +68,12 @@ def is_pathways_backend() -> bool:
 
 def process_index() -> int:
     """Returns the index of this process among all of the job."""
-    return jax.process_index()
+    return int(jax.process_index())
 
 
 def process_count() -> int:
     """Returns how many processes the job has."""
-    return jax.process_count()
+    return int(jax.process_count())
 
 
 def is_primary_host(primary_host: int | None) -> bool:
@@ -52,9 +81,14 @@ def is_primary_host(primary_host: int | None) -> bool:
     return primary_host is None or primary_host == process_index()
 
 
+def participants(active: Collection[int] | None) -> list[int]:
+    """Returns the indices of the processes that take part; None stands for all."""
+    return sorted(active) if active else list(range(process_count()))
+
+
 def _client() -> Any:
-    # jax's public namespace has no handle on its coordination client; this module re-exports it.
-    client = multihost_utils.distributed.global_state.client
+    # jax's public namespace has no handle on its coordination client, but this module holds one.
+    client = multihost_utils.distributed.global_state.client  # type: ignore[attr-defined]
     if client is None:
         raise errors.MultihostError(
             "several processes must act together, but jax.distributed is not initialized; "
@@ -63,11 +97,25 @@ def _client() -> Any:
     return client
 
 
+async def _in_place(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
 class Processes:
     """The processes that take part in one operation.
 
-    Every process makes its operations in the same order, so a counter names each operation alike
-    everywhere. All methods block; call them on a worker.
+    Args:
+      primary: the process that does what only one may do; None makes every one do it.
+      active: who takes part; None stands for all.
+      prefix: put before the names of the keys.
+      is_joint: whether they will act together. All of them then have to begin it.
+      timeout_secs: how long after its beginning a joint operation goes on waiting for a process.
+      leave_secs: how long, after a failure, the leader waits for the others to stop.
+      call: how a coroutine makes a blocking call.
+
+    Raises:
+      MultihostError: this process, or the primary, does not take part.
+      UnsupportedOptionError: a joint operation of several processes has no single primary.
     """
 
     def __init__(
@@ -76,21 +124,43 @@ class Processes:
         primary: int | None = 0,
         active: Collection[int] | None = None,
         prefix: str | None = None,
+        is_joint: bool = False,
+        timeout_secs: float = _WAIT_SECS,
+        leave_secs: float = _LEAVE_SECS,
+        call: Callable[..., Awaitable[Any]] = _in_place,
     ) -> None:
         self.index = process_index()
-        self.members: Sequence[int] = sorted(active) if active else range(process_count())
+        self.members = participants(active)
         self.primary = primary
-        self._name = f"{prefix or 'orbax_async'}/{next(_serials)}"
         if self.index not in self.members:
             raise errors.MultihostError(
-                f"process {self.index} is not in multiprocessing.active_processes "
-                f"{list(self.members)}; only those may call"
+                f"process {self.index} is not in multiprocessing.active_processes {self.members}; "
+                "only those may call"
             )
         if primary is not None and primary not in self.members:
             raise errors.MultihostError(
                 f"multiprocessing.primary_host is {primary}, but the processes are "
-                f"{list(self.members)}; name one of them"
+                f"{self.members}; name one of them"
             )
+        self._call = call
+        self._leave_secs = leave_secs
+        self._name = ""
+        self._heard: errors.MultihostError | None = None
+        self._is_decided = False
+        if not is_joint or not self.are_several:
+            return
+        if primary is None:
+            raise errors.UnsupportedOptionError(
+                "multiprocessing.primary_host = None, which gives each process storage of its "
+                "own, has no effect in this version; name the process that commits"
+            )
+        group = hashlib.sha256(repr(self.members).encode()).hexdigest()[:8]
+        name = f"{prefix or 'orbax_async'}/{group}"
+        self._name = f"{name}/{next(_serials[name])}"
+        self._leader = primary
+        # The others go on a little longer, to be told by the leader who was missing.
+        self._timeout_secs = timeout_secs * (1.0 if self.is_primary else 1.1)
+        self._began = time.monotonic()
 
     @property
     def are_several(self) -> bool:
@@ -102,70 +172,212 @@ class Processes:
         """Whether this process does the work that only one may do."""
         return self.primary is None or self.index == self.primary
 
-    def agree(
-        self, step: str, failure: BaseException | None = None, timeout: float = _BARRIER_SECS
-    ) -> None:
-        """Meets all processes at a step, and fails on all if it failed on any (I8).
+    # Steps. A single process takes them at once.
+
+    async def broadcast(self, what: str, value: str = "") -> str:
+        """Returns the leader's `value` on every process; the values of the others don't count.
 
         Args:
-          step: what was just done, the same words on every process.
-          failure: what went wrong here, or None.
-          timeout: seconds to wait for the others.
+          what: names the step, in the same words on every process.
+          value: what the leader has to tell.
 
         Raises:
-          BarrierTimeoutError: some process did not come; the message names it.
-          MultihostError: some other process failed at this step.
+          BarrierTimeoutError: the leader did not come.
         """
-        if failure is not None and not self.are_several:
-            raise failure
+        if not self.are_several:
+            return value
+        if self.is_primary:
+            await self._call(self._post, f"news/{_as_key(what)}", value)
+            return value
+        key = _as_key(what)
+        news = await self._wait("news", {key: self._leader}, f"'{what}' was not told")
+        return news[key]
+
+    async def gather(self, what: str) -> None:
+        """Says that `what` is done here; on the leader, waits until it is done by all.
+
+        Raises:
+          BarrierTimeoutError: (on the leader) some did not come; the message names them.
+        """
         if not self.are_several:
             return
-        client, name = _client(), f"{self._name}/{step}"
-        report = "ok" if failure is None else f"{type(failure).__name__}: {failure}"[:2000]
-        client.key_value_set(f"{name}/reports/{self.index}", report)
+        folder = f"done/{_as_key(what)}"
+        await self._call(self._post, f"{folder}/{self.index}")
+        if self.is_primary:
+            keys = {str(index): index for index in self.members}
+            await self._wait(folder, keys, f"'{what}' was not met")
+
+    # Failures.
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Encloses what precedes `together`: the others hear of a failure in it."""
         try:
-            client.wait_at_barrier(name, int(timeout * 1000), list(self.members))
-        except Exception as error:
-            reports = self._reports(name)
-            missing = tuple(index for index in self.members if index not in reports)
-            raise BarrierErrors.timeout(step, timeout, missing, error) from error
-        if failure is not None:
-            raise failure
-        failed = {index: text for index, text in self._reports(name).items() if text != "ok"}
-        if failed:
-            listing = "; ".join(f"process {index}: {text}" for index, text in failed.items())
-            raise errors.MultihostError(f"'{step}' failed elsewhere: {listing}")
+            yield
+        except BaseException as error:
+            self._note(error)
+            self._leave()
+            raise
 
-    def broadcast(self, what: str, value: str | None, timeout: float = _BARRIER_SECS) -> str:
-        """Returns the primary's `value` on every process."""
-        if not self.are_several:
-            assert value is not None
-            return value
-        client, key = _client(), f"{self._name}/{what}"
-        if self.is_primary and value is not None:
-            client.key_value_set(key, value)
-            return value
+    @contextlib.asynccontextmanager
+    async def together(self) -> AsyncIterator[None]:
+        """Encloses a joint operation: a failure in it ends it on every process.
+
+        After a failure the leader does not come out before the others, unless they take too long.
+
+        Raises:
+          MultihostError: another process has failed; the message says how.
+          BarrierTimeoutError: another process has found that some are missing.
+        """
+        if not self._name:
+            yield
+            return
         try:
-            return str(client.blocking_key_value_get(key, int(timeout * 1000)))
-        except Exception as error:
-            missing = () if self.primary is None else (self.primary,)
-            raise BarrierErrors.timeout(what, timeout, missing, error) from error
+            with errors.ungrouped():
+                await self._listen()
+                async with anyio.create_task_group() as group:
+                    group.start_soon(self._watch)
+                    yield
+                    group.cancel_scope.cancel()
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await self._call(self._note, error)
+                await self._others_left()
+            raise
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._call(self._leave)
 
-    def _reports(self, name: str) -> dict[int, str]:
-        found = _client().key_value_dir_get(f"{name}/reports/")
-        return {int(key.rsplit("/", 1)[1]): text for key, text in found}
+    def decide(self) -> None:
+        """Takes the point of no return: from here on no other process can end the operation.
+
+        Raises:
+          MultihostError: one already has.
+        """
+        if self._heard is not None:
+            raise self._heard
+        self._is_decided = True
+
+    async def _watch(self) -> None:
+        for pause in _pauses():
+            await anyio.sleep(pause)
+            await self._listen()
+
+    async def _listen(self) -> None:
+        """Raises what another process has failed with."""
+        notes: dict[str, str] = await self._call(self._list, "failed")
+        notes.pop(str(self.index), None)
+        if not notes or self._is_decided:
+            return
+        index, note = min(notes.items())
+        told = json.loads(note)
+        text, missing = f"process {index} failed: {told['text']}", tuple(told["missing"])
+        self._heard = (
+            errors.BarrierTimeoutError(text, missing) if missing else errors.MultihostError(text)
+        )
+        raise self._heard
+
+    def _note(self, failure: BaseException) -> None:
+        """Tells the others what has failed here, unless it is what failed elsewhere."""
+        if not self._name or self._heard is not None:
+            return
+        text = f"{type(failure).__name__}: {failure}"[:2000]
+        if isinstance(failure, asyncio.CancelledError):
+            text = "it was cancelled, or ran out of time"
+        missing = failure.missing if isinstance(failure, errors.BarrierTimeoutError) else ()
+        with _logged():
+            self._post(f"failed/{self.index}", json.dumps({"text": text, "missing": missing}))
+
+    async def _others_left(self) -> None:
+        if not self.is_primary or not self._leave_secs:
+            return
+        others = {str(index): index for index in self.members if index != self.index}
+        with _logged():
+            await self._wait("left", others, "what failed was not ended", self._leave_secs)
+
+    def _leave(self) -> None:
+        """Says that this process looks at no key of the operation any more."""
+        if not self._name:
+            return
+        with _logged():
+            self._post(f"left/{self.index}")
+            if self.is_primary:
+                _finished[self._name] = len(self.members)
+                _tidy()
+
+    # The coordination service.
+
+    async def _wait(
+        self, folder: str, keys: Mapping[str, int], problem: str, secs: float | None = None
+    ) -> dict[str, str]:
+        """Waits until a folder holds all `keys`, each set by the process given with it."""
+        began, secs = (
+            (self._began, self._timeout_secs) if secs is None else (time.monotonic(), secs)
+        )
+        for pause in _pauses():
+            found: dict[str, str] = await self._call(self._list, folder)
+            missing = tuple(index for key, index in keys.items() if key not in found)
+            if not missing:
+                return found
+            if time.monotonic() - began > secs:
+                raise errors.BarrierTimeoutError(
+                    f"{problem} in {secs:g} s: processes {list(missing)} did not come",
+                    missing,
+                )
+            await anyio.sleep(pause)
+        raise AssertionError("the pauses have no end")
+
+    def _post(self, key: str, value: str = "") -> None:
+        with _answering():
+            _client().key_value_set(f"{self._name}/{key}", value)
+
+    def _list(self, folder: str) -> dict[str, str]:
+        return _list(f"{self._name}/{folder}/")
 
 
-class BarrierErrors:
-    """How a wait that failed is told."""
+def _pauses() -> Iterator[float]:
+    """Yields the pauses between looks: a short wait ends soon, a long one costs little."""
+    pause = _PAUSE_SECS
+    while True:
+        yield pause
+        pause = min(1.5 * pause, _LONGEST_PAUSE_SECS)
 
-    @staticmethod
-    def timeout(
-        step: str, timeout: float, missing: tuple[int, ...], cause: Exception
-    ) -> errors.BarrierTimeoutError:
-        """Makes the error that names who is missing."""
-        who = f"processes {list(missing)} did not arrive" if missing else str(cause)
-        return errors.BarrierTimeoutError(f"'{step}' was not met in {timeout:g} s: {who}", missing)
+
+def _list(folder: str) -> dict[str, str]:
+    with _answering():
+        return {key.rsplit("/", 1)[1]: value for key, value in _client().key_value_dir_get(folder)}
+
+
+def _as_key(what: str) -> str:
+    return urllib.parse.quote(what, safe=" ")
+
+
+def _tidy() -> None:
+    """Removes the keys of operations that every process has left."""
+    for name, count in list(_finished.items()):
+        if len(_list(f"{name}/left/")) == count:
+            with _answering():
+                _client().key_value_delete(f"{name}/")
+            _finished.pop(name, None)
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    """Logs what goes wrong while something else has already ended, well or not."""
+    try:
+        yield
+    except errors.MultihostError as error:
+        logger.warning("%s", error)
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise errors.MultihostError(
+            f"jax's coordination service did not do what it was asked to: {error}"
+        ) from error
 
 
 async def sync_global_processes(
@@ -174,34 +386,39 @@ async def sync_global_processes(
     operation_id: str | None = None,
     timeout: float | None = None,
     processes: Collection[int] | None = None,
-    record_event_name: str | None = None,
+    record_event_name: str = "/jax/checkpoint/sync_global_devices_duration_sec",
 ) -> None:
     """Waits until every process has called this with the same key; a single one returns at once.
 
     Args:
-      key: names the barrier; each (key, operation_id) serves once.
+      key: names the barrier. It can be used again, by every process in the same order.
       operation_id: tells uses of one key apart.
       timeout: seconds; 600 unless given.
       processes: the processes that take part, all unless given.
       record_event_name: the `jax.monitoring` event under which the wait is recorded.
 
     Raises:
-      BarrierTimeoutError: some process did not come in time.
+      ValueError: `timeout` is not positive, or this process is not one of `processes`.
+      BarrierTimeoutError: some process did not come in time; the message names it.
     """
-    import time
-
-    import anyio.to_thread
-
-    members = sorted(processes) if processes else list(range(process_count()))
+    members = participants(processes)
     if len(members) < 2:
         return
+    timeout = _WAIT_SECS if timeout is None else timeout
+    if timeout <= 0:
+        raise ValueError(f"timeout must be positive, and is {timeout}")
+    if process_index() not in members:
+        raise ValueError(f"process {process_index()} is not one of processes {members}")
     began = time.monotonic()
-    timeout = _BARRIER_SECS if timeout is None else timeout
-    name = f"orbax_async/sync/{key}/{operation_id or ''}"
-    client = _client()
-    try:
-        await anyio.to_thread.run_sync(client.wait_at_barrier, name, int(timeout * 1000), members)
-    except Exception as error:
-        raise BarrierErrors.timeout(key, timeout, (), error) from error
-    if record_event_name is not None:
-        jax.monitoring.record_event_duration_secs(record_event_name, time.monotonic() - began)
+    meeting = Processes(
+        primary=members[0],
+        active=members,
+        prefix=f"orbax_async/sync/{_as_key(operation_id or '')}/{_as_key(key)}",
+        is_joint=True,
+        timeout_secs=timeout,
+        leave_secs=0,
+    )
+    async with meeting.together():
+        await meeting.gather(key)
+        await meeting.broadcast(key)
+    jax.monitoring.record_event_duration_secs(record_event_name, time.monotonic() - began)

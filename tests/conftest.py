@@ -40,6 +40,10 @@ builtins.dir = forbiddenfruit.__dir__
 BLOCKING_BY_CONTRACT = {
     # The sync doors; an eager save_async waits for its values to be staged.
     "orbax_async/_api/response.py": {"result", "wait_staged"},
+    # The calls themselves look at the path, and may be the first to ask for jax's devices.
+    "orbax_async/_api/save.py": {"save_async"},
+    "orbax_async/_api/load.py": {"load_async"},
+    "orbax_async/_api/metadata.py": {"metadata"},
     # The first operation of a process waits for the loop thread to start.
     "orbax_async/_engine/loop.py": {"__init__"},
 }

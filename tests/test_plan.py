@@ -176,7 +176,7 @@ def test_b5_6_replica_parallel_pieces_are_those_of_orbax(
     count: int,
     mesh8: jax.sharding.Mesh,
 ) -> None:
-    """Replicas divide the first axis that their number divides, within the limits of the options."""
+    """Replicas divide the first axis that their number divides, as far as the options allow."""
     sharding = NamedSharding(mesh8, PartitionSpec(*spec))
     leaf = plan.LeafSpec(0, shape, 4, leaves.shards_of(sharding, shape))
     assert plan.write_shape(leaf, policy) == piece

@@ -71,7 +71,7 @@ def live(
       save_secs: about how long a save takes; None lets the trainer live.
     """
     life = Life()
-    spared = dice.randrange(1, 3)  # saves that may pass first, so that something is committed
+    spared = 0  # saves that may pass first
     command = [sys.executable, str(VICTIM), str(folder), "--steps", str(steps)]
     command += ["--save-every", str(save_every), "--staging", staging]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
@@ -81,6 +81,7 @@ def live(
             match what:
                 case "resumed":
                     life.resumed = int(step)
+                    spared = dice.randrange(2) if life.resumed else dice.randrange(1, 3)
                 case "step":
                     life.losses[int(step)] = float(more[0])
                 case "committed":

@@ -10,16 +10,25 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from killing import Life
+from matplotlib.patches import Patch
 from trainers import Run
 
-# What a save does, in the order of a timeline's rows; the rest of a span's life is waiting.
+WAITS = "training stands still"
+STEPS = "training steps"
+# What a save does: the span's name, and its row.
 ROWS = {
-    "stage": "stage: capture values",
-    "create": "create temporary directory",
+    "stage": "capture values",
+    "create": "create directory",
     "write": "write arrays",
     "documents": "write documents",
-    "sync": "sync files, directories",
-    "publish": "publish: rename, sync",
+    "sync": "sync to disk",
+    "publish": "rename into place",
+}
+LEGEND = {
+    "the trainer waits for the save": "crimson",
+    "the trainer trains": "seagreen",
+    "the engine moves array bytes": "steelblue",
+    "the engine makes them durable and visible": "0.4",
 }
 
 
@@ -57,7 +66,7 @@ def draw_loss(reference: Run, lives: list[Life], save_every: int, path: Path) ->
         list(reference.losses),
         list(reference.losses.values()),
         color="0.75",
-        linewidth=6,
+        linewidth=9,
         solid_capstyle="round",
         label="never interrupted",
     )
@@ -66,7 +75,9 @@ def draw_loss(reference: Run, lives: list[Life], save_every: int, path: Path) ->
         colour = colours(number / max(len(lives), 2))
         how = "fresh start" if not life.resumed else f"resumed from step {life.resumed}"
         steps = list(life.losses)
-        axes.plot(steps, list(life.losses.values()), color=colour, linewidth=1.5, label=how)
+        # Each life thinner than the one before: where they overlap, all can be seen.
+        width = max(5.0 - 1.3 * number, 1.1)
+        axes.plot(steps, list(life.losses.values()), color=colour, linewidth=width, label=how)
         if life.killed_in is not None:
             axes.plot(
                 steps[-1],
@@ -91,36 +102,52 @@ def draw_loss(reference: Run, lives: list[Life], save_every: int, path: Path) ->
 
 
 def draw_timeline(runs: list[Run], path: Path) -> None:
-    """Draws one save of each run: what the engine did, and what the trainer did meanwhile."""
+    """Draws the median save of each run: what the engine did, and the trainer meanwhile."""
     figure, all_axes = plt.subplots(
-        len(runs), 1, figsize=(9, 2.9 * len(runs)), sharex=True, layout="constrained"
+        len(runs), 1, figsize=(9, 2.4 * len(runs) + 0.8), sharex=True, layout="constrained"
     )
-    names = ["training waits", "training steps", *ROWS.values()]
     for axes, run in zip(all_axes, runs, strict=True):
-        save = run.saves[len(run.saves) // 2]
-        called, response = save.called, save.response
-        end = response.progress.elapsed_secs
-        bars = [("training waits", 0.0, save.waited_secs, "crimson")]
-        for begun, ended in run.steps:
-            start = max(begun - called, 0.0)
-            if ended > called and start < end * 1.25:
-                bars.append(("training steps", start, ended - called, "seagreen"))
-        for span in response.timeline:
-            colour = "steelblue" if span.nbytes else "slategray"
-            bars.append((ROWS[span.name], span.start_secs, span.end_secs, colour))
-        for name, start, stop, colour in bars:
-            width = max(stop - start, end / 400) * 1e3
-            axes.barh(
-                names.index(name), width, left=start * 1e3, color=colour, edgecolor="white"
+        by_time = sorted(run.saves, key=lambda save: save.response.progress.elapsed_secs)
+        save = by_time[len(by_time) // 2]
+        progress = save.response.progress
+        shown = progress.elapsed_secs * 1.15
+        bars = [
+            (row, begun - save.called, ended - save.called, colour)
+            for row, spans, colour in (
+                (WAITS, save.waits, "crimson"),
+                (STEPS, run.steps, "seagreen"),
             )
-        axes.axvline(end * 1e3, color="black", linestyle="--", linewidth=1)
-        axes.text(end * 1e3, -0.75, " committed", fontsize=8.5, va="center")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.4, -1.3)
+            for begun, ended in spans
+        ]
+        bars += [
+            (ROWS[span.name], span.start_secs, span.end_secs, "steelblue" if span.nbytes else "0.4")
+            for span in save.response.timeline
+        ]
+        rows = [WAITS, STEPS, *ROWS.values()]
+        for row, start, stop, colour in bars:
+            if stop > 0 and start < shown:
+                width = max(min(stop, shown) - start, shown / 300)
+                edge = "white" if row == STEPS else "none"
+                axes.barh(
+                    rows.index(row), width * 1e3, left=start * 1e3, color=colour, edgecolor=edge
+                )
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.axvline(progress.elapsed_secs * 1e3, color="black", linestyle="--", linewidth=1)
+        axes.text(progress.elapsed_secs * 1e3, -0.85, " committed", fontsize=8.5, va="center")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_ylim(len(rows) - 0.4, -1.4)
         axes.set_title(
-            f"{run.name}: {response.progress.bytes_written / 1e6:.0f} MB", loc="left", fontsize=10
+            f"{run.name}, {progress.bytes_written / 1e6:.0f} MB", loc="left", fontsize=10
         )
         axes.grid(axis="x", alpha=0.3)
-    all_axes[-1].set_xlabel("milliseconds since save_async was called")
+        axes.set_axisbelow(True)
+    all_axes[-1].set_xlim(left=0)
+    all_axes[-1].set_xlabel("milliseconds since save_async was called (each run's median save)")
+    figure.legend(
+        handles=[Patch(color=colour, label=label) for label, colour in LEGEND.items()],
+        loc="outside upper center",
+        ncols=2,
+        fontsize=8.5,
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -25,11 +25,16 @@ Tell = Callable[[str], None]
 
 @dataclasses.dataclass
 class Saved:
-    """One save: when it was called, and how long the training stood still because of it."""
+    """One save: when it was called, and when the training stood still because of it."""
 
     called: float
     response: ocp.AsyncResponse[None]
-    waited_secs: float
+    waits: list[tuple[float, float]]
+
+    @property
+    def waited_secs(self) -> float:
+        """How long the training stood still."""
+        return sum(ended - begun for begun, ended in self.waits)
 
 
 @dataclasses.dataclass
@@ -56,15 +61,15 @@ class Run:
         """Starts a save; the state is donated to the next step as soon as it is staged."""
         called = time.perf_counter()
         response = ocp.save_async(path, {"train": state, "step": step})
-        self.saves.append(Saved(called, response, time.perf_counter() - called))
+        self.saves.append(Saved(called, response, [(called, time.perf_counter())]))
         return response
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time in which the training waits for its last save."""
+        """Notes that the training waits for its last save."""
         began = time.perf_counter()
         yield
-        self.saves[-1].waited_secs += time.perf_counter() - began
+        self.saves[-1].waits.append((began, time.perf_counter()))
 
 
 def latest(folder: Path) -> Path | None:
@@ -74,12 +79,25 @@ def latest(folder: Path) -> Path | None:
     return max(committed, key=lambda path: int(path.name), default=None)
 
 
+def _abstract() -> dict[str, object]:
+    return {"train": model.abstract_state(), "step": 0}
+
+
 def load_latest(folder: Path) -> tuple[model.State, int]:
     """Returns the newest state and its step, or a fresh state and 0."""
     path = latest(folder)
     if path is None:
         return model.start(), 0
-    loaded = ocp.load(path, {"train": model.abstract_state(), "step": 0})
+    loaded = ocp.load(path, _abstract())
+    return loaded["train"], loaded["step"]
+
+
+async def load_latest_async(folder: Path) -> tuple[model.State, int]:
+    """Does what `load_latest` does, without blocking the loop."""
+    path = await asyncio.to_thread(latest, folder)
+    if path is None:
+        return model.start(), 0
+    loaded = await ocp.load_async(path, _abstract())
     return loaded["train"], loaded["step"]
 
 
@@ -135,14 +153,15 @@ async def train_async(
     context = ocp.Context()
     context.asynchronous.staging = staging
     run, response = Run(name), None
-    state, done = await asyncio.to_thread(load_latest, folder)
+    state, done = await load_latest_async(folder)
     began = time.perf_counter()
     with context:
         for step in range(done + 1, steps + 1):
             begun = time.perf_counter()
             loss, grads = model.gradients(state, *model.batch(step))
-            if response is not None:
-                # Eager: over since the call. Lazy: it was captured beside the lines above.
+            if response is not None and (step - 1) % save_every == 0:
+                # The update donates what the last save reads, which must be captured before. Eager
+                # staging did that in the call; lazy staging did it beside the lines above.
                 with run.waiting():
                     await response.staged()
             state = model.update(state, grads)

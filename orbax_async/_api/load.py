@@ -76,7 +76,7 @@ def load_async(
     """
     doing = Operation.begin()
     ambient.refuse_unbuilt(doing.context, operation="load")
-    where = pathlike.absolute(path)
+    where = pathlike.absolute(path, doing.context.file.path_class)
     layout.check_name(checkpointable_name, is_saved=False)
     if isinstance(abstract_state, CheckpointMetadata):
         abstract_state = abstract_state.metadata

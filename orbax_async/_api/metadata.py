@@ -116,7 +116,7 @@ def metadata(
     """
     doing = Operation.begin()
     ambient.refuse_unbuilt(doing.context, operation="metadata")
-    where = pathlike.absolute(path)
+    where = pathlike.absolute(path, doing.context.file.path_class)
     layout.check_name(checkpointable_name, is_saved=False)
 
     async def body(*_: Any) -> CheckpointMetadata[PyTreeMetadata]:

@@ -102,7 +102,9 @@ def start(
         except BaseException as problem:
             error = problem
         if isinstance(error, asyncio.CancelledError):
+            # Not this operation's own cancellation: the interpreter is exiting, and said so.
             error = control.cancelled()
+            response._mark_reported()
         when_ended()
         doing.recorder.enter("committed" if error is None else "failed")
         _log(label, doing, error)
@@ -120,7 +122,9 @@ async def _limited(
         f"{timeout_secs} s; it is undone"
     )
     with control.scope(), anyio.move_on_after(timeout_secs) as timer, errors.ungrouped():
-        return await work
+        result = await work
+        control.pass_commit_point()  # for what has none of its own: a load is cancelled or returned
+        return result
     raise late if timer.cancelled_caught else control.cancelled()
 
 

@@ -136,8 +136,7 @@ class AsyncResponse(Generic[T]):
         self._check_process()
         is_cancelled = not self.done() and self._request_cancel()
         if is_cancelled:
-            self._is_reported = True
-            _unreported.discard(self)
+            self._mark_reported()
         return is_cancelled
 
     def add_done_callback(self, callback: Callable[[AsyncResponse[T]], object]) -> None:
@@ -200,8 +199,11 @@ class AsyncResponse(Generic[T]):
         """Remembers that a failure, if there is one, has been told to somebody."""
         asked = self._committed if asked is None else asked
         if asked.done() and asked.exception() is not None:
-            self._is_reported = True
-            _unreported.discard(self)
+            self._mark_reported()
+
+    def _mark_reported(self) -> None:
+        self._is_reported = True
+        _unreported.discard(self)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -251,6 +253,7 @@ def _report_at_exit() -> None:
             error = response.exception()
             if error is not None:
                 print(f"orbax_async: {response._label} FAILED: {error}", file=sys.stderr)
+                response._mark_reported()
 
 
 loop.at_exit(_report_at_exit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -99,9 +100,26 @@ def save_async(
       UnsupportedOptionError: an option asks for what this version does not do.
       CommitError: the directory can't be created (when `response` is awaited).
     """
-    doing = Operation.begin()
+    doing = Operation.begin(is_joint=True)
+    with doing.processes.telling():
+        response = _start(doing, path, state, checkpointable_name, overwrite, custom_metadata)
+    if doing.context.asynchronous.staging == "eager":
+        response.wait_staged()
+    doing.recorder.unblock()
+    return response
+
+
+def _start(
+    doing: Operation,
+    path: PathLike,
+    state: Any,
+    checkpointable_name: str,
+    overwrite: bool,
+    custom_metadata: Any,
+) -> AsyncResponse[None]:
+    """Checks what can be checked before any value is captured, and starts the save."""
     ambient.refuse_unbuilt(doing.context, operation="save")
-    final = pathlike.absolute(path)
+    final = pathlike.absolute(path, doing.context.file.path_class)
     layout.check_name(checkpointable_name, is_saved=True)
     metadata = _json_metadata(custom_metadata)
     options = doing.context
@@ -113,7 +131,7 @@ def save_async(
     turn = _Turn(final, overwrite=overwrite)
     saving = _Save(doing, final, checkpointable_name, handler, prepared, metadata, overwrite, turn)
     try:
-        response = perform.start(
+        return perform.start(
             f"save to {final}",
             doing,
             saving.run,
@@ -123,10 +141,6 @@ def save_async(
     except BaseException:
         turn.end()
         raise
-    if options.asynchronous.staging == "eager":
-        response.wait_staged()
-    doing.recorder.unblock()
-    return response
 
 
 def _json_metadata(custom_metadata: Any) -> dict[str, Any]:
@@ -200,19 +214,28 @@ class _Turn:
 
     async def come(self) -> None:
         """Waits until the save before this one has ended, well or not."""
-        before, self._before = self._before, None
-        if before is not None:
-            import asyncio
-
-            await asyncio.wrap_future(before._ended)
+        if self._before is not None:
+            await asyncio.wrap_future(self._before._ended)
+            self._before = None
 
     def end(self) -> None:
-        """Lets the next save go on."""
+        """Lets the next save go on; if this one's turn never came, after the one before it."""
+        before, self._before = self._before, None
+        if before is None:
+            self._leave()
+        else:
+            before._ended.add_done_callback(lambda _: self._leave())
+
+    def _leave(self) -> None:
         with self._lock:
             if self._last.get(self._final) is self:
                 del self._last[self._final]
         if not self._ended.done():
             self._ended.set_result(None)
+
+
+if hasattr(os, "register_at_fork"):  # the saves of the parent are not the child's
+    os.register_at_fork(after_in_child=_Turn._last.clear)
 
 
 class _Awaited:
@@ -267,15 +290,11 @@ class _Save:
     async def run(self, control: perform.Control, response: AsyncResponse[None]) -> None:
         """The whole operation; leaves nothing behind unless it commits."""
         processes = self._doing.processes
-        if processes.are_several:
-            await loop.to_worker(self._agree_on_path)
-        own = None
-        if processes.is_primary:
-            own = await loop.to_worker(atomicity.temporary_path, self._final)
-        self._temporary = await loop.to_worker(processes.broadcast, "temporary", own)
         try:
-            await self._write(response)
-            await self._commit(control)
+            async with processes.together():
+                await self._agree_on_paths()
+                await self._write(response)
+                await self._commit(control)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await loop.to_worker(self._undo)
@@ -284,16 +303,15 @@ class _Save:
         if callback is not None:
             await loop.to_worker(callback)
 
-    def _agree_on_path(self) -> None:
+    async def _agree_on_paths(self) -> None:
         processes = self._doing.processes
-        theirs = processes.broadcast("path", self._final)
-        failure = None
-        if theirs != self._final:
-            failure = errors.MultihostError(
-                f"Directory path mismatch in multi-process save: {theirs} on the primary, "
-                f"{self._final} on process {processes.index}"
+        own = [self._final, await loop.to_worker(atomicity.temporary_path, self._final)]
+        final, self._temporary = json.loads(await processes.broadcast("paths", json.dumps(own)))
+        if final != self._final:
+            raise errors.MultihostError(
+                f"Directory path mismatch in multi-process save: {final} on process "
+                f"{processes.primary}, {self._final} on process {processes.index}"
             )
-        processes.agree("path", failure)
 
     async def _write(self, response: AsyncResponse[None]) -> None:
         created = anyio.Event()
@@ -312,41 +330,34 @@ class _Save:
     async def _create(self, created: anyio.Event) -> None:
         await self._turn.come()
         processes = self._doing.processes
-        failure: Exception | None = None
         if processes.is_primary:
-            try:
-                with self._doing.recorder.span("create"):
-                    await loop.to_worker(self._create_directories)
-            except Exception as error:
-                failure = error
-        await loop.to_worker(processes.agree, "directory created", failure)
+            with self._doing.recorder.span("create"):
+                await loop.to_worker(self._create_directories)
+        await processes.broadcast("directory created")
         created.set()
 
     def _create_directories(self) -> None:
         mode = self._options.file.path_permission_mode
-        self._made_parents = atomicity.create(self._temporary, permission_mode=mode)
-        os.mkdir(os.path.join(self._temporary, self._name))
+        self._made_parents = atomicity.create(self._temporary, [self._name], mode=mode)
 
     async def _commit(self, control: perform.Control) -> None:
-        """Steps 2 to 5 of `_commit.finalize`."""
+        """Steps 2 to 5 of `_commit.finalize`; the primary takes them once nobody can back out."""
         processes, recorder = self._doing.processes, self._doing.recorder
-        failure: Exception | None = None
-        if processes.is_primary:
-            try:
-                await self._make_durable()
-                control.pass_commit_point()
-                with anyio.CancelScope(shield=True), recorder.span("publish"):
-                    replaced = await loop.to_worker(self._publish)
-                    if replaced is not None:
-                        await loop.to_worker(_remove_replaced, replaced)
-            except Exception as error:
-                failure = error
-        with anyio.CancelScope(shield=True):
-            await loop.to_worker(processes.agree, "committed", failure)
-        if processes.is_primary:
-            loop.spawn(
-                self._sweep, label="sweep", exit_grace_secs=_SWEEP_GRACE_SECS, is_told_of=False
-            )
+        if not processes.is_primary:
+            control.pass_commit_point()
+            await processes.gather("ready to commit")
+            await processes.broadcast("committed")
+            return
+        await self._make_durable()
+        await processes.gather("ready to commit")
+        control.pass_commit_point()
+        processes.decide()
+        with anyio.CancelScope(shield=True), recorder.span("publish"):
+            replaced = await loop.to_worker(self._publish)
+            await processes.broadcast("committed")
+            if replaced is not None:
+                await loop.to_worker(_remove_replaced, replaced)
+        loop.spawn(self._sweep, label="sweep", exit_grace_secs=_SWEEP_GRACE_SECS, is_told_of=False)
 
     async def _make_durable(self) -> None:
         with self._doing.recorder.span("documents"):
@@ -374,21 +385,21 @@ class _Save:
         )
 
     def _publish(self) -> str | None:
-        replaced = atomicity.publish(self._temporary, self._final, overwrite=self._overwrite)
         parents = [os.path.dirname(made) for made in reversed(self._made_parents)]
         finalize.sync_directories(parents, self._final)
-        return replaced
+        if self._overwrite:  # what is there now may have come after the first look, or without one
+            _check_destination(self._final, overwrite=True)
+        return atomicity.publish(self._temporary, self._final, overwrite=self._overwrite)
 
     def _undo(self) -> None:
         """Removes what was written, and parents that were made for it."""
-        if not self._doing.processes.is_primary:
+        if not self._temporary or not self._doing.processes.is_primary:
             return
         try:
             atomicity.discard(self._temporary)
-            for parent in reversed(self._made_parents):
-                os.rmdir(parent)
         except OSError as error:
             logger.warning("%s could not be removed: %s", self._temporary, error)
+        atomicity.remove_empty(self._made_parents)
 
     async def _sweep(self) -> None:
         try:

@@ -21,6 +21,7 @@ Theory of operation
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -31,11 +32,20 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 
 from orbax_async import errors
 from orbax_async._storage import files, names
 
-__all__ = ["create", "discard", "publish", "recover", "sweep", "temporary_path"]
+__all__ = [
+    "create",
+    "discard",
+    "publish",
+    "recover",
+    "remove_empty",
+    "sweep",
+    "temporary_path",
+]
 
 _FOREIGN_LEFTOVER_SECS = 24 * 3600
 _serials = itertools.count()
@@ -112,30 +122,50 @@ def _is_older_than(path: str, secs: float) -> bool:
     return time.time() - newest > secs
 
 
-def create(temporary: str, *, permission_mode: int | None = None) -> list[str]:
-    """Creates a temporary directory and its parents.
+def create(temporary: str, names_inside: Sequence[str], *, mode: int | None = None) -> list[str]:
+    """Creates a temporary directory, directories inside it, and its parents.
+
+    Args:
+      temporary: the directory.
+      names_inside: what to create in it.
+      mode: its permission bits; None leaves them to the process's umask.
 
     Returns:
       The parents that had to be made, outermost first: their entries need syncing too.
 
     Raises:
-      CommitError: the directory can't be made; nothing of it is left.
+      CommitError: a directory can't be made; nothing is left of those that could.
     """
-    missing = []
+    made: list[str] = []
     parent = os.path.dirname(temporary)
-    while not os.path.isdir(parent) and parent != os.path.dirname(parent):
+    missing = [temporary]
+    while not os.path.lexists(parent):
         missing.append(parent)
         parent = os.path.dirname(parent)
+    wanted = missing[::-1] + [os.path.join(temporary, name) for name in names_inside]
     try:
-        os.makedirs(temporary)
-        if permission_mode is not None:
-            os.chmod(temporary, permission_mode)
+        for path in wanted:
+            try:
+                os.mkdir(path)
+            except FileExistsError:
+                continue  # another save has just made the same parent
+            made.append(path)
+        if mode is not None:
+            os.chmod(temporary, mode)
     except OSError as error:
+        remove_empty(made)
         raise errors.CommitError(
             f"cannot create a directory in {os.path.dirname(temporary)}: "
             f"{error.strerror or error}. Check that the path is right, writable and not full."
         ) from error
-    return missing[::-1]
+    return [path for path in made if not path.startswith(temporary)]
+
+
+def remove_empty(made: Sequence[str]) -> None:
+    """Removes directories that a save made, innermost first, as far as they are empty."""
+    for path in reversed(made):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
 
 
 def publish(temporary: str, final: str, *, overwrite: bool) -> str | None:
@@ -159,7 +189,11 @@ def publish(temporary: str, final: str, *, overwrite: bool) -> str | None:
             replaced = _replace(temporary, final)
         else:
             os.rename(temporary, final)
-        files.fsync_directory(os.path.dirname(final))
+        try:
+            files.fsync_directory(os.path.dirname(final))
+        except OSError:
+            _take_back(temporary, final, replaced)
+            raise
     except errors.CheckpointError:
         raise
     except OSError as error:
@@ -178,6 +212,16 @@ def _replace(temporary: str, final: str) -> str:
         os.rename(aside, final)
         raise
     return aside
+
+
+def _take_back(temporary: str, final: str, replaced: str | None) -> None:
+    """Undoes a change of names that can't be made durable: a save that fails changes nothing."""
+    if replaced == temporary:
+        _exchange(temporary, final)
+        return
+    os.rename(final, temporary)
+    if replaced is not None:
+        os.rename(replaced, final)
 
 
 def _exchange(first: str, second: str) -> bool:
@@ -214,6 +258,8 @@ def recover(final: str) -> bool:
             try:
                 os.rename(aside.path, final)
                 files.fsync_directory(os.path.dirname(final))
+            except FileNotFoundError:
+                return False  # another process was quicker
             except OSError as error:
                 raise errors.CommitError(
                     f"an overwrite of {final} was interrupted, and its old checkpoint at "

@@ -14,8 +14,9 @@ Theory of operation
   begun to exit, and that is when the last checkpoint of a script is still being written.
 
   The watcher is the only thread of ours that the interpreter waits for. It sleeps until the main
-  thread has ended, gives each running operation its grace period, cancels what is left (with a
-  line on stderr), and stops the workers and the loop before finalization begins.
+  thread has ended, and every other that the interpreter waits for. Then it gives each running
+  operation its grace period, cancels what is left (with a line on stderr), and stops the workers
+  and the loop before finalization begins.
 
   A forked child inherits memory but no threads: it forgets the engine and starts its own on first
   use. Operations of the parent stay the parent's.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
 import dataclasses
 import os
@@ -126,9 +128,12 @@ class Engine:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # an idle worker holds nobody's arrays
 
     def _watch(self) -> None:
         threading.main_thread().join()
+        while others := [each for each in threading.enumerate() if self._is_waited_for(each)]:
+            others[0].join()
         self._drain()
         self._is_stopping = True
         for hook in _exit_hooks:
@@ -138,6 +143,10 @@ class Engine:
         self._portal_manager.__exit__(None, None, None)
         for worker in self._workers:
             worker.join(_CANCEL_SECS)
+
+    def _is_waited_for(self, thread: threading.Thread) -> bool:
+        # The interpreter lets these end before it goes on, so they may still start operations.
+        return not thread.daemon and thread is not self._watcher and thread.is_alive()
 
     def _drain(self) -> None:
         """I11: waits for each running operation as long as its grace allows, then cancels it."""
@@ -256,7 +265,8 @@ async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
             outcome.append(context.run(function, *args))
         except BaseException as error:
             failure.append(error)
-        engine.loop.call_soon_threadsafe(done.set)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            engine.loop.call_soon_threadsafe(done.set)
 
     engine.submit(job)
     with anyio.CancelScope(shield=True):

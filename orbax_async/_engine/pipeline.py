@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -120,19 +121,18 @@ class SavePipeline:
         self._recorder = recorder
         self._slots = anyio.Semaphore(_BATCHES_IN_FLIGHT)
         self._batches = list(plan.batches(requests, _batch_nbytes(write_limit, transfer_limit)))
-        with_pieces = {request.leaf for request in requests}
-        self._pieces_left = dict.fromkeys(with_pieces, 0)
-        for request in requests:
-            self._pieces_left[request.leaf] += 1
+        self._pieces_unstaged = Counter(request.leaf for request in requests)
+        self._pieces_unwritten = self._pieces_unstaged.copy()
         # Leaves whose document is still to be written by this process. Those of which it writes no
         # piece follow in a last batch of documents alone.
         self._undocumented = set(range(len(leaves))) if writes_documents else set()
-        self._without_pieces = sorted(self._undocumented - with_pieces)
+        self._without_pieces = sorted(self._undocumented - self._pieces_unstaged.keys())
         if self._without_pieces:
             self._batches.append([])
         self._deciding = threading.Lock()
         recorder.add(
-            leaves_planned=len(leaves), bytes_planned=sum(request.nbytes for request in requests)
+            leaves_planned=len(self._pieces_unstaged) + len(self._without_pieces),
+            bytes_planned=sum(request.nbytes for request in requests),
         )
 
     async def run(self, open_store: Callable[[], Any]) -> None:
@@ -174,8 +174,12 @@ class SavePipeline:
             self.staged.set()
         self._recorder.enter("written")
 
+    def _documents_alone(self, batch: list[WriteRequest]) -> int:
+        return 0 if batch else len(self._without_pieces)
+
     def _staging_nbytes(self, batch: list[WriteRequest]) -> int:
-        return sum(r.nbytes for r in batch if self._leaves[r.leaf].source.copies)
+        # Prioritized leaves, which come first, are outside of the limit.
+        return sum(r.nbytes for r in batch if r.priority and self._leaves[r.leaf].source.copies)
 
     def _capture(self, batch: list[WriteRequest]) -> list[Staged]:
         """I3: takes the values of a batch; runs on a worker, in the order of the plan."""
@@ -193,26 +197,28 @@ class SavePipeline:
                 except Exception as error:
                     raise errors.StagingError(leaf.label, f"cannot be captured: {error}") from error
                 pieces.append(staged)
-        self._recorder.add(leaves_staged=len({r.leaf for r in batch}), bytes_staged=nbytes)
+        self._recorder.add(
+            leaves_staged=_count_off(self._pieces_unstaged, batch) + self._documents_alone(batch),
+            bytes_staged=nbytes,
+        )
         return pieces
 
     async def _write(
         self, store: ArrayStore, batch: list[WriteRequest], pieces: list[Staged]
     ) -> None:
-        transaction, pending = await loop.to_worker(self._fill, store, batch, pieces)
         try:
+            transaction, pending = await loop.to_worker(self._fill, store, batch, pieces)
             with anyio.CancelScope(shield=True):
                 # Not to be abandoned: the files below must not change once they are removed.
                 await transaction.commit_async()
+        except errors.LeafError:
+            raise
         except Exception as error:
             raise self._write_error(batch, error) from error
         del pending
-        finished = 0
-        for request in batch:
-            self._pieces_left[request.leaf] -= 1
-            finished += self._pieces_left[request.leaf] == 0
         self._recorder.add(
-            leaves_written=finished, bytes_written=sum(request.nbytes for request in batch)
+            leaves_written=_count_off(self._pieces_unwritten, batch) + self._documents_alone(batch),
+            bytes_written=sum(request.nbytes for request in batch),
         )
 
     def _fill(
@@ -314,8 +320,10 @@ class LoadPipeline:
         self._recorder = recorder
         self._slots = anyio.Semaphore(_BATCHES_IN_FLIGHT)
         self._batches = list(plan.batches(requests, _batch_nbytes(read_limit)))
+        self._pieces_unread = Counter(request.leaf for request in requests)
         recorder.add(
-            leaves_planned=len(leaves), bytes_planned=sum(request.nbytes for request in requests)
+            leaves_planned=len(self._pieces_unread),
+            bytes_planned=sum(request.nbytes for request in requests),
         )
 
     async def run(self) -> None:
@@ -328,7 +336,7 @@ class LoadPipeline:
             async with self._slots, self.read_budget.reserve(nbytes):
                 results[index] = await loop.to_worker(self._read_and_place, batch)
             self._recorder.add(
-                leaves_written=len({request.leaf for request in batch}), bytes_written=nbytes
+                leaves_written=_count_off(self._pieces_unread, batch), bytes_written=nbytes
             )
 
         with errors.ungrouped():
@@ -403,6 +411,12 @@ class LoadPipeline:
             array if small or array.dtype == leaf.dtype else _finish(array, leaf)
             for array, leaf, small in zip(arrays, leaves, is_small, strict=True)
         ]
+
+
+def _count_off(left: Counter[int], batch: Sequence[WriteRequest | ReadRequest]) -> int:
+    """Counts the pieces of a batch as done; returns how many leaves have none left."""
+    left.subtract(request.leaf for request in batch)
+    return sum(left[leaf] == 0 for leaf in {request.leaf for request in batch})
 
 
 def _slices(box: plan.Box) -> tuple[slice, ...]:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from orbax_async import errors
 from orbax_async._storage import names, zarr
 
 __all__ = ["ArrayStore"]
 
 _COPY_THREADS = max(2, min(8, os.cpu_count() or 2))
 _CONTEXT = {
-    "file_io_sync": False,  # the commit syncs every file once, at the end
     "file_io_concurrency": {"limit": 16},
     "data_copy_concurrency": {"limit": _COPY_THREADS},
     "cache_pool": {"total_bytes_limit": 0},
@@ -34,6 +34,22 @@ _OCDBT_CONFIG = {
 }
 
 
+_used_by: int | None = None
+
+
+def _check_process() -> None:
+    """Raises where TensorStore would abort: in a child that was forked after its first use."""
+    global _used_by
+    if _used_by is None:
+        _used_by = os.getpid()
+    if _used_by != os.getpid():
+        raise errors.LoopError(
+            f"this process was forked from process {_used_by} after that had saved or loaded, and "
+            "TensorStore's threads do not survive a fork. Fork before the first checkpoint, or "
+            'start processes by "spawn" or "forkserver".'
+        )
+
+
 class ArrayStore:
     """The arrays below one directory, by stored name."""
 
@@ -44,19 +60,23 @@ class ArrayStore:
         ocdbt: bool,
         zarr3: bool,
         create: bool = False,
+        syncs: bool = False,
         target_data_file_nbytes: int | None = None,
     ) -> None:
+        _check_process()
         base = pathlib.Path(os.path.abspath(directory)).as_uri() + "/"
         self.directory = directory
         self.zarr3 = zarr3
         self.is_ocdbt = ocdbt
-        self._context = ts.Context(_CONTEXT)
+        # What is written may be left to the commit to sync, but not what other machines write.
+        settings = {**_CONTEXT, "file_io_sync": syncs}
+        self._context = ts.Context(settings)
         self._spec: dict[str, Any]
         if ocdbt:
             # A read may cache decoded B-tree nodes, but only as long as this store lives.
             self._spec = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#nodes"}
             self._context = ts.Context(
-                {**_CONTEXT, "cache_pool#nodes": {"total_bytes_limit": 100_000_000}}
+                {**settings, "cache_pool#nodes": {"total_bytes_limit": 100_000_000}}
             )
             if create:
                 self._spec |= {"config": _OCDBT_CONFIG, "assume_config": True}

@@ -138,18 +138,21 @@ def parse_document(data: bytes) -> dict[str, Any]:
 
 
 def stored_dtype(document: Mapping[str, Any]) -> np.dtype[Any]:
-    """Returns the dtype that a document of either zarr version declares."""
-    return dtype_named(document["data_type" if document["zarr_format"] == 3 else "dtype"])
+    """Returns the dtype that a document of either zarr version declares, in native byte order."""
+    dtype = dtype_named(document["data_type" if document["zarr_format"] == 3 else "dtype"])
+    return dtype.newbyteorder("=")
 
 
 def chunk_shape(document: Mapping[str, Any]) -> tuple[int, ...]:
     """Returns the shape of the smallest piece that can be read alone."""
     if document["zarr_format"] == 2:
         return tuple(document["chunks"])
-    for codec in document.get("codecs", ()):
-        if codec.get("name") == "sharding_indexed":
-            return tuple(codec["configuration"]["chunk_shape"])
-    return tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
+    shape = document["chunk_grid"]["configuration"]["chunk_shape"]
+    codecs = document.get("codecs", ())
+    while shards := [codec for codec in codecs if codec.get("name") == "sharding_indexed"]:
+        shape = shards[0]["configuration"]["chunk_shape"]
+        codecs = shards[0]["configuration"].get("codecs", ())  # shards may be nested
+    return tuple(shape)
 
 
 def encode_stored(array: np.ndarray[Any, Any]) -> bytes:
@@ -170,6 +173,7 @@ def is_whole_and_plain(document: Mapping[str, Any]) -> bool:
             plain
             and little
             and document["order"] == "C"
+            and document.get("dimension_separator", ".") == "."
             and not document.get("filters")
             and tuple(document["chunks"]) == shape
         )

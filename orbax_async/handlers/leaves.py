@@ -30,7 +30,7 @@ from orbax_async._storage import zarr
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["SaveLeaf", "describe", "describe_all", "is_prng_key", "shards_of"]
+__all__ = ["SaveLeaf", "describe", "describe_all", "is_prng_key", "shards_of", "summary"]
 
 
 _UINT8 = np.dtype(np.uint8)
@@ -255,12 +255,15 @@ def _disk_dtype(dtype: np.dtype[Any]) -> tuple[np.dtype[Any], str | None]:
     return _UINT8, dtype.name
 
 
-def describe_all(entries: Iterable[tuple[KeyPath, Any]], *, as_files: bool) -> list[SaveLeaf]:
+def describe_all(
+    entries: Iterable[tuple[KeyPath, Any]], *, as_files: bool, are_several: bool = False
+) -> list[SaveLeaf]:
     """Describes every leaf of a flattened tree, and refuses it as a whole if any can't be held.
 
     Args:
       entries: leaves and empty nodes by key path.
       as_files: whether each leaf becomes a directory, whose name then has to be a legal one.
+      are_several: whether several processes save the tree together.
 
     Raises:
       UnsupportedLeafError: leaves that can't be held, all named in one message.
@@ -271,16 +274,19 @@ def describe_all(entries: Iterable[tuple[KeyPath, Any]], *, as_files: bool) -> l
     refused: list[errors.LeafError] = []
     for keys, value in entries:
         try:
-            described.append(describe(keys, value))
+            leaf = describe(keys, value)
+            if are_several and isinstance(leaf.array, jax.Array):
+                _check_shared(leaf.label, leaf.array)
+            described.append(leaf)
         except errors.LeafError as error:
             refused.append(error)
     if refused:
-        raise _summary(refused)
+        raise summary(refused)
     _check_names(described, as_files=as_files)
     return described
 
 
-def _summary(refused: list[errors.LeafError]) -> errors.LeafError:
+def summary(refused: list[errors.LeafError]) -> errors.LeafError:
     """Makes one error of several, of the class and the key path of the first."""
     first, *others = refused
     if not others:
@@ -290,6 +296,16 @@ def _summary(refused: list[errors.LeafError]) -> errors.LeafError:
     summary = type(first)(first.keypath, message)
     summary.others = tuple(others)
     return summary
+
+
+def _check_shared(label: str, array: jax.Array) -> None:
+    if array.is_fully_addressable:
+        raise errors.UnsupportedLeafError(
+            label,
+            "a host-local jax.Array: its devices all belong to this process, and each process "
+            "would store its own under the same name. Make it one array of all processes "
+            "(`jax.make_array_from_process_local_data`), or a NumPy array, which the primary saves",
+        )
 
 
 def _check_names(described: list[SaveLeaf], *, as_files: bool) -> None:

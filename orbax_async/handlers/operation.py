@@ -10,9 +10,15 @@ import numpy as np
 
 from orbax_async import context as ambient
 from orbax_async import multihost
+from orbax_async._engine import loop
 from orbax_async._trace import Recorder
 
 __all__ = ["Operation", "current"]
+
+
+# Joint operations of several processes stop waiting for each other somewhat before they time out.
+_LONGEST_SECS = 1200.0
+_WAITING_SHARE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +38,22 @@ class Operation:
     enable_x64: bool
 
     @classmethod
-    def begin(cls) -> Operation:
-        """Starts an operation under the caller's context."""
+    def begin(cls, *, is_joint: bool = False) -> Operation:
+        """Starts an operation under the caller's context.
+
+        Args:
+          is_joint: whether all processes act together in it, and therefore all begin it.
+        """
         snapshot = ambient.snapshot()
         options = snapshot.multiprocessing
+        timeout_secs = snapshot.asynchronous.timeout_secs
         processes = multihost.Processes(
             primary=options.primary_host,
             active=options.active_processes,
             prefix=options.barrier_sync_key_prefix,
+            is_joint=is_joint,
+            timeout_secs=_WAITING_SHARE * (_LONGEST_SECS if timeout_secs is None else timeout_secs),
+            call=loop.to_worker,
         )
         return cls(snapshot, processes, Recorder(), _holds_64_bits())
 
@@ -51,9 +65,9 @@ def _holds_64_bits() -> bool:
 _current: contextvars.ContextVar[Operation] = contextvars.ContextVar("orbax_async.operation")
 
 
-def current() -> Operation:
+def current(*, is_joint: bool = False) -> Operation:
     """Returns the operation under way; a handler that is used by itself begins its own."""
-    return _current.get(None) or Operation.begin()
+    return _current.get(None) or Operation.begin(is_joint=is_joint)
 
 
 def enter(operation: Operation) -> None:

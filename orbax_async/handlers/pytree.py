@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from orbax_async import arrays, errors
+from orbax_async import arrays, errors, multihost
 from orbax_async import context as ambient
 from orbax_async._engine import loop, plan
 from orbax_async._engine.pipeline import LoadPipeline, SavePipeline, WritableLeaf
@@ -64,7 +64,10 @@ class PyTreeHandler:
                 "", f"Found empty item. There is nothing to save in {state!r}."
             )
         options = self._options().array.saving
-        described = leaves.describe_all(flat.entries, as_files=not options.use_ocdbt)
+        processes = multihost.participants(self._options().multiprocessing.active_processes)
+        described = leaves.describe_all(
+            flat.entries, as_files=not options.use_ocdbt, are_several=len(processes) > 1
+        )
         texts = {leaf.name: leaf.text for leaf in described if leaf.text is not None}
         try:
             strings = schema.dump_strings(texts) if texts else None
@@ -90,7 +93,7 @@ class PyTreeHandler:
             if isinstance(checkpointable, PreparedTree)
             else self.flatten(checkpointable)
         )
-        doing = operation.current()
+        doing = operation.current(is_joint=True)
         saving = _Saving(prepared.leaves, prepared.strings, self._options(), doing)
         running = loop.Background(lambda: saving.run(directory))
         try:
@@ -117,7 +120,15 @@ class PyTreeHandler:
         if abstract is None:
             return None
         flat = structure.flatten(abstract)
-        return AbstractTree(flat, [targets.want(keys, leaf) for keys, leaf in flat.entries])
+        wanted, refused = [], []
+        for keys, leaf in flat.entries:
+            try:
+                wanted.append(targets.want(keys, leaf))
+            except errors.LeafError as error:
+                refused.append(error)
+        if refused:
+            raise leaves.summary(refused)
+        return AbstractTree(flat, wanted)
 
     async def load(
         self, directory: Path, abstract_checkpointable: Any | None = None
@@ -235,14 +246,10 @@ class _Saving:
         )
 
     async def run(self, directory: PathAwaitingCreation) -> None:
-        """Writes arrays and documents; nothing is synced or visible yet."""
+        """Writes arrays and documents; nothing is visible yet."""
         saving = self._options.array.saving
-        failure: Exception | None = None
-        try:
-            await self.pipeline.run(lambda: self._open_store(directory))
-        except Exception as error:
-            failure = error
-        await loop.to_worker(self._processes.agree, "arrays written", failure)
+        await self.pipeline.run(lambda: self._open_store(directory))
+        await self._processes.gather(f"arrays of {directory.path.name} written")
         path = os.fspath(await directory.await_creation())
         if self._processes.are_several and self._processes.is_primary and saving.use_ocdbt:
             await loop.to_worker(ocdbt.merge_process_databases, path)
@@ -262,6 +269,7 @@ class _Saving:
                 ocdbt=saving.use_ocdbt,
                 zarr3=saving.use_zarr3,
                 create=True,
+                syncs=self._processes.are_several,
                 target_data_file_nbytes=saving.ocdbt_target_data_file_size,
             )
         )
@@ -508,17 +516,23 @@ class _Loading:
         documents = stored.documents(store, [entry for _, entry, _ in to_load])
         shardings = stored.shardings()
         impls = stored.prng_impls()
+        refused: list[errors.LeafError] = []
         for index, entry, wanted in to_load:
-            self._leaves[index] = targets.resolve(
-                index,
-                entry,
-                documents[entry.name],
-                wanted,
-                saved_sharding=shardings.get(entry.name),
-                prng_impl=impls.get(entry.name),
-                process=doing.processes.index,
-                enable_x64=doing.enable_x64,
-            )
+            try:
+                self._leaves[index] = targets.resolve(
+                    index,
+                    entry,
+                    documents[entry.name],
+                    wanted,
+                    saved_sharding=shardings.get(entry.name),
+                    prng_impl=impls.get(entry.name),
+                    process=doing.processes.index,
+                    enable_x64=doing.enable_x64,
+                )
+            except errors.LeafError as error:
+                refused.append(error)
+        if refused:
+            raise leaves.summary(refused)
         specs = [leaf.spec for leaf in self._leaves.values()]
         self._pipeline = LoadPipeline(
             {index: leaf.readable for index, leaf in self._leaves.items()},

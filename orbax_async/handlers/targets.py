@@ -20,7 +20,7 @@ from orbax_async._engine.pipeline import ReadableLeaf
 from orbax_async._storage import zarr
 from orbax_async._trace import logger
 from orbax_async.handlers.leaves import is_prng_key, shards_of
-from orbax_async.tree import keypath, schema
+from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
 __all__ = ["LoadLeaf", "Wanted", "resolve", "want"]
@@ -60,7 +60,7 @@ def want(keys: KeyPath, leaf: Any) -> Wanted:
     Raises:
       AbstractLeafError: nothing can be loaded as this.
     """
-    if leaf is None or leaf is ... or (isinstance(leaf, (dict, list, tuple)) and not leaf):
+    if leaf is ... or structure.empty_kind(leaf) is not None:
         return Wanted("skip", original=leaf)
     if isinstance(leaf, type):
         return _want_type(keys, leaf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from etils import epath
@@ -37,15 +38,21 @@ class PathAwaitingCreation(Protocol):
         ...
 
 
-def absolute(path: Any) -> str:
+def absolute(path: Any, path_class: Callable[..., Any] = epath.Path) -> str:
     """Returns any local path as one absolute string.
 
     Accepts `str`, `pathlib` and `epath` paths, relative or with `~`, and `file://` URLs.
+
+    Args:
+      path: the path.
+      path_class: makes a path of it first, where it is not the usual class.
 
     Raises:
       TypeError: it is no path.
       ValueError: it is empty, or names storage that is not a local file system.
     """
+    if path_class is not epath.Path:
+        path = path_class(path)
     if isinstance(path, bytes) or not isinstance(path, (str, os.PathLike)):
         raise TypeError(
             f"a checkpoint path must be a str or a path object, got {type(path).__name__}: {path!r}"

@@ -78,6 +78,21 @@ def on(mesh: Mesh, spec: P, shape: tuple[int, ...], dtype: str = "float32") -> j
     return jax.device_put(values(dtype, shape), NamedSharding(mesh, spec))
 
 
+def base_state() -> dict[str, Any]:
+    """A state with each kind of leaf; `w` and `large` are big enough for no shortcut."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
+    return {
+        "w": on(mesh, P("x", "y"), (8, 16)),
+        "b": jnp.asarray(values("bfloat16", (6,))),
+        "large": jnp.asarray(values("float32", (200, 120))),
+        "k": jax.random.key(5),
+        "np": np.arange(4, dtype=np.int32),
+        "i": 3,
+        "s": "text",
+        "none": None,
+    }
+
+
 # Dtypes and values.
 
 

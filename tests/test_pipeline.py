@@ -1,0 +1,383 @@
+"""Running a plan: budgets that hold, the order of leaves, and how values are captured (I3)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import orbax_async as ocp
+from orbax_async import errors
+from orbax_async._engine import pipeline, transfer
+from orbax_async._storage.kvstore import ArrayStore
+from orbax_async.handlers import pytree
+
+
+class Watched:
+    """The pipelines of a test, and the order in which they capture and write leaves."""
+
+    def __init__(self) -> None:
+        self.saves: list[pipeline.SavePipeline] = []
+        self.loads: list[pipeline.LoadPipeline] = []
+        self.captured: list[str] = []
+        self.written: list[str] = []
+        self.pieces: dict[str, list[transfer.Staged]] = {}
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """Watches every pipeline of the test from the inside."""
+    seen = Watched()
+
+    class Saving(pipeline.SavePipeline):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            seen.saves.append(self)
+
+        def _capture(self, batch: Any) -> Any:
+            pieces = super()._capture(batch)
+            for request, piece in zip(batch, pieces, strict=True):
+                label = self._leaves[request.leaf].label
+                seen.captured.append(label)
+                seen.pieces.setdefault(label, []).append(piece)
+            return list(pieces)
+
+        async def _write(self, store: Any, batch: Any, pieces: Any) -> None:
+            seen.written += [self._leaves[request.leaf].label for request in batch]
+            await super()._write(store, batch, pieces)
+
+    class Loading(pipeline.LoadPipeline):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            seen.loads.append(self)
+
+    monkeypatch.setattr(pytree, "SavePipeline", Saving)
+    monkeypatch.setattr(pytree, "LoadPipeline", Loading)
+    return seen
+
+
+def with_memory(**memory: Any) -> ocp.Context:
+    """Returns a context with some memory options."""
+    context = ocp.Context()
+    for name, value in memory.items():
+        setattr(context.memory, name, value)
+    return context
+
+
+def host_state(count: int = 20, nbytes: int = 4000) -> dict[str, np.ndarray[Any, Any]]:
+    """Returns NumPy leaves of `nbytes` each."""
+    return {f"n{i:02}": np.full(nbytes // 4, i, np.int32) for i in range(count)}
+
+
+def device_state(count: int = 20, nbytes: int = 4000) -> dict[str, jax.Array]:
+    """Returns jax leaves of `nbytes` each."""
+    return {f"j{i:02}": jnp.full(nbytes // 4, i, jnp.int32) for i in range(count)}
+
+
+KINDS = pytest.mark.parametrize("make", [host_state, device_state])
+
+
+def check(path: Path, state: dict[str, Any]) -> None:
+    """Compares what a checkpoint holds with a state."""
+    loaded = ocp.load(path)
+    assert loaded.keys() == state.keys()
+    for key, value in state.items():
+        assert np.array_equal(loaded[key], value), key
+
+
+# Budgets.
+
+
+@KINDS
+def test_w13_the_write_budget_holds(
+    make: Callable[[], dict[str, Any]], tmp_path: Path, watched: Watched
+) -> None:
+    """The bytes being written never exceed the limit, for NumPy and for jax leaves."""
+    state = make()
+    with with_memory(write_concurrent_bytes=10_000):
+        ocp.save(tmp_path / "checkpoint", state)
+    (saving,) = watched.saves
+    statistics = saving.write_budget.statistics()
+    assert statistics.limit_nbytes == 10_000
+    assert statistics.peak_nbytes == 8000  # two leaves of 4000 bytes fit, three do not
+    assert statistics.reserved_nbytes == 0
+    check(tmp_path / "checkpoint", state)
+
+
+@KINDS
+def test_w13_the_read_budget_holds(
+    make: Callable[[], dict[str, Any]], tmp_path: Path, watched: Watched
+) -> None:
+    """The bytes being read never exceed the limit, for NumPy and for jax leaves."""
+    state = make()
+    ocp.save(tmp_path / "checkpoint", state)
+    with with_memory(read_concurrent_bytes=10_000):
+        check(tmp_path / "checkpoint", state)
+    (loading,) = watched.loads
+    statistics = loading.read_budget.statistics()
+    assert statistics.limit_nbytes == 10_000
+    assert statistics.peak_nbytes == 8000
+    assert statistics.reserved_nbytes == 0
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_w14_the_transfer_budget_holds(eager: bool, tmp_path: Path, watched: Watched) -> None:
+    """What is captured and not yet written stays under the limit, with no callback needed."""
+    state = host_state()
+    context = with_memory(transfer_concurrent_bytes=10_000)
+    context.asynchronous.staging = "eager" if eager else "lazy"
+    with context:
+        ocp.save_async(tmp_path / "checkpoint", state).result()
+    (saving,) = watched.saves
+    statistics = saving.transfer_budget.statistics()
+    assert statistics.limit_nbytes == 10_000
+    assert statistics.peak_nbytes == 8000
+    assert statistics.reserved_nbytes == 0
+    check(tmp_path / "checkpoint", state)
+
+
+def test_views_of_host_memory_need_no_transfer_budget(tmp_path: Path, watched: Watched) -> None:
+    """A jax array on CPU is captured as a view, and waits for no budget of copies."""
+    state = device_state()
+    with with_memory(transfer_concurrent_bytes=1):
+        ocp.save(tmp_path / "checkpoint", state)
+    (saving,) = watched.saves
+    assert saving.transfer_budget.statistics().peak_nbytes == 0
+    check(tmp_path / "checkpoint", state)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "option", ["write_concurrent_bytes", "transfer_concurrent_bytes", "read_concurrent_bytes"]
+)
+def test_w13_a_leaf_above_the_budget_passes_alone(
+    option: str, make: Callable[[int, int], dict[str, Any]], tmp_path: Path, watched: Watched
+) -> None:
+    """A leaf of the size of the limit, and one far above it, are saved and loaded all the same."""
+    state = make(3, 40_000) | {"exact": np.zeros(100, np.uint8), "one": np.zeros(1, np.uint8)}
+    with with_memory(**{option: 100}):
+        ocp.save(tmp_path / "checkpoint", state)
+        check(tmp_path / "checkpoint", state)
+    (saving,), (loading,) = watched.saves, watched.loads
+    peaks = {
+        "write_concurrent_bytes": saving.write_budget,
+        "transfer_concurrent_bytes": saving.transfer_budget,
+        "read_concurrent_bytes": loading.read_budget,
+    }
+    peak = peaks[option].statistics().peak_nbytes
+    # Alone: never two at a time. Views of jax arrays on CPU take no transfer budget.
+    is_view = option == "transfer_concurrent_bytes" and make is device_state
+    assert peak == (100 if is_view else 40_000)
+
+
+@pytest.mark.parametrize("option", ["write_concurrent_bytes", "transfer_concurrent_bytes"])
+def test_i2_a_failing_save_returns_its_reservations(
+    option: str, tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a write fails in the middle, no budget keeps anything, and the error names the leaf."""
+
+    def put(self: ArrayStore, transaction: Any, values: Any) -> None:
+        if any(key.startswith("n07/") for key in values):
+            raise OSError("no more room")
+        original(self, transaction, values)
+
+    original = ArrayStore.put
+    monkeypatch.setattr(ArrayStore, "put", put)
+    state = host_state()
+    with (
+        with_memory(**{option: 4000}),
+        pytest.raises(errors.WriteError, match="no more room") as at,
+    ):
+        ocp.save(tmp_path / "checkpoint", state)
+    assert at.value.keypath == "['n07']"
+    (saving,) = watched.saves
+    assert saving.write_budget.statistics().reserved_nbytes == 0
+    assert saving.transfer_budget.statistics().reserved_nbytes == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_small_budgets_and_shards_go_together(
+    tmp_path: Path, watched: Watched, mesh8: jax.sharding.Mesh
+) -> None:
+    """Shards of one leaf in many batches still make one leaf, in the count of progress too."""
+    sharding = NamedSharding(mesh8, PartitionSpec("x", "y"))
+    value = jax.device_put(jnp.arange(64.0 * 32).reshape(64, 32), sharding)
+    with with_memory(write_concurrent_bytes=1024, read_concurrent_bytes=1024):
+        saving = ocp.save_async(tmp_path / "checkpoint", {"a": value, "b": np.zeros((0, 3))})
+        saving.result()
+        loading = ocp.load_async(tmp_path / "checkpoint")
+        assert np.array_equal(loading.result()["a"], value)
+    assert len(watched.written) == 8
+    for progress in (saving.progress, loading.progress):
+        assert progress.leaves_planned == progress.leaves_written == 2
+        assert progress.bytes_planned == progress.bytes_written == value.nbytes
+    assert saving.progress.leaves_staged == 2
+
+
+# Priority.
+
+
+def test_w14_prioritized_leaves_are_captured_and_written_first(
+    tmp_path: Path, watched: Watched
+) -> None:
+    """`is_prioritized_key_fn` decides the order, and is called once with each jax key path."""
+    asked: list[Any] = []
+
+    def is_prioritized(keypath: tuple[Any, ...]) -> bool:
+        asked.append(keypath)
+        return keypath[0].key == "params"
+
+    state = {"opt": host_state(4), "params": host_state(3), "step": 7, "list": [np.arange(3)]}
+    with with_memory(is_prioritized_key_fn=is_prioritized, write_concurrent_bytes=4000):
+        ocp.save(tmp_path / "checkpoint", state)
+    first = ["['params']['n00']", "['params']['n01']", "['params']['n02']"]
+    assert watched.captured[:3] == first
+    assert watched.written[:3] == first
+    assert len(watched.captured) == len(watched.written) == 9
+    assert [jax.tree_util.keystr(path) for path in asked] == [
+        "['list'][0]",
+        *(f"['opt']['n{i:02}']" for i in range(4)),
+        *(f"['params']['n{i:02}']" for i in range(3)),
+        "['step']",
+    ]
+    loaded = ocp.load(tmp_path / "checkpoint")
+    assert loaded["step"] == 7
+    assert np.array_equal(loaded["params"]["n02"], state["params"]["n02"])
+
+
+def test_w14_prioritized_leaves_are_outside_of_the_transfer_budget(
+    tmp_path: Path, watched: Watched
+) -> None:
+    """Only what is not prioritized counts against the limit of transfers."""
+    state = host_state(5) | {"first": np.zeros(50_000, np.uint8)}
+    context = with_memory(
+        is_prioritized_key_fn=lambda keypath: keypath[0].key == "first",
+        transfer_concurrent_bytes=5000,
+    )
+    with context:
+        ocp.save(tmp_path / "checkpoint", state)
+    assert watched.captured[0] == "['first']"
+    (saving,) = watched.saves
+    assert saving.transfer_budget.statistics().peak_nbytes == 4000
+    check(tmp_path / "checkpoint", state)
+
+
+def test_w14_a_failing_priority_function_fails_the_save(tmp_path: Path) -> None:
+    """What the function raises is not swallowed, and nothing is left behind."""
+
+    def broken(keypath: tuple[Any, ...]) -> bool:
+        raise KeyError("broken")
+
+    with with_memory(is_prioritized_key_fn=broken), pytest.raises(KeyError, match="broken"):
+        ocp.save(tmp_path / "checkpoint", {"a": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+# Capture.
+
+
+def test_i3_numpy_leaves_are_copied(tmp_path: Path, watched: Watched) -> None:
+    """A NumPy leaf that is changed once it is captured is saved as it was."""
+    value = np.arange(10_000)
+    expected = value.copy()
+    context = ocp.Context()
+    with context:
+        response = ocp.save_async(tmp_path / "checkpoint", {"a": value})
+    value[:] = -1
+    response.result()
+    assert np.array_equal(ocp.load(tmp_path / "checkpoint")["a"], expected)
+
+
+def test_host_arrays_are_shared_where_the_caller_says_so(tmp_path: Path, watched: Watched) -> None:
+    """`deepcopy_host_arrays=False` captures the caller's own memory, and needs no budget."""
+    value = np.arange(10_000)
+    with with_memory(deepcopy_host_arrays=False, transfer_concurrent_bytes=1):
+        ocp.save(tmp_path / "checkpoint", {"a": value})
+    (staged,) = watched.pieces["['a']"]
+    assert np.shares_memory(np.asarray(staged.piece), value)
+    assert watched.saves[0].transfer_budget.statistics().peak_nbytes == 0
+    check(tmp_path / "checkpoint", {"a": value})
+
+
+def test_i3_a_view_keeps_a_donated_buffer(tmp_path: Path, watched: Watched) -> None:
+    """A jax array is captured without a copy, and survives donation, deletion and its own end."""
+    update = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+    value, other = jnp.arange(10_000.0), jnp.arange(10_000.0) + 1
+    address = value.unsafe_buffer_pointer()
+    with ocp.Context():
+        response = ocp.save_async(tmp_path / "checkpoint", {"a": value, "b": other})
+    (staged,) = watched.pieces["['a']"]
+    assert staged.fetch().ctypes.data == address
+    update(value).block_until_ready()
+    other.delete()
+    del value, other, staged
+    watched.pieces.clear()
+    response.result()
+    loaded = ocp.load(tmp_path / "checkpoint")
+    assert np.array_equal(loaded["a"], np.arange(10_000.0))
+    assert np.array_equal(loaded["b"], np.arange(10_000.0) + 1)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("x", "y"), PartitionSpec("x"), PartitionSpec()])
+def test_i3_pinned_host_transfers(
+    spec: PartitionSpec, tmp_path: Path, watched: Watched, mesh8: jax.sharding.Mesh
+) -> None:
+    """With `enable_pinned_host_transfer` each piece goes to pinned memory of its own device."""
+    value = jax.device_put(jnp.arange(64.0 * 32).reshape(64, 32), NamedSharding(mesh8, spec))
+    expected = np.array(value)
+    context = ocp.Context()
+    context.array.saving.enable_pinned_host_transfer = True
+    with context:
+        response = ocp.save_async(tmp_path / "checkpoint", {"a": value})
+    pieces = [staged.piece for staged in watched.pieces["['a']"]]
+    assert len(pieces) == 8
+    assert all(isinstance(piece, jax.Array) for piece in pieces)
+    assert {piece.sharding.memory_kind for piece in pieces} == {"pinned_host"}
+    assert len({piece.device for piece in pieces}) == 8
+    value.delete()
+    response.result()
+    loaded = ocp.load(tmp_path / "checkpoint")["a"]
+    assert np.array_equal(loaded, expected)
+    assert loaded.sharding.is_equivalent_to(NamedSharding(mesh8, spec), 2)
+
+
+def test_pinned_host_transfers_take_transfer_budget(tmp_path: Path, watched: Watched) -> None:
+    """A transfer to pinned memory is a copy, and counts against the limit of transfers."""
+    context = with_memory(transfer_concurrent_bytes=10_000)
+    context.array.saving.enable_pinned_host_transfer = True
+    state = device_state()
+    with context:
+        ocp.save(tmp_path / "checkpoint", state)
+    assert watched.saves[0].transfer_budget.statistics().peak_nbytes == 8000
+    check(tmp_path / "checkpoint", state)
+
+
+def test_no_host_copy_stays_on_the_callers_arrays(tmp_path: Path, mesh8: jax.sharding.Mesh) -> None:
+    """A save leaves the caller's arrays as they were: none of them keeps a cached host value."""
+    sharded = jax.device_put(jnp.arange(64.0), NamedSharding(mesh8, PartitionSpec("x")))
+    single = jnp.arange(64.0)
+    ocp.save(tmp_path / "checkpoint", {"a": sharded, "b": single})
+    for array in (sharded, *(shard.data for shard in sharded.addressable_shards)):
+        assert getattr(array, "_npy_value", None) is None
+
+
+def test_a_capture_that_fails_names_its_leaf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I9: a value that can't be captured is a StagingError of its key path; nothing is written."""
+
+    def fail(self: transfer.HostSource, *_: Any) -> transfer.Staged:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(transfer.HostSource, "capture", fail)
+    with pytest.raises(errors.StagingError, match=r"\['a'\]\[1\].*too large") as caught:
+        ocp.save(tmp_path / "checkpoint", {"a": [jnp.zeros(3), np.zeros(3)]})
+    assert caught.value.keypath == "['a'][1]"
+    assert os.listdir(tmp_path) == []

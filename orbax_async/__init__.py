@@ -26,10 +26,8 @@ from orbax_async._api.response import AsyncResponse as AsyncResponse
 from orbax_async._api.save import save as save
 from orbax_async._api.save import save_async as save_async
 from orbax_async.context import Context as Context
+from orbax_async.handlers import PLACEHOLDER as PLACEHOLDER
 from orbax_async.handlers import CheckpointableHandler as CheckpointableHandler
-
-PLACEHOLDER = ...
-"""As an abstract leaf: do not load this leaf, and give `...` back."""
 
 __all__ = [
     "PLACEHOLDER",

@@ -33,6 +33,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 __all__ = [
     "AbstractLeafError",
@@ -104,7 +105,11 @@ class LeafError(CheckpointError):
     def __init__(self, keypath: str, message: str) -> None:
         super().__init__(f"leaf {keypath or '<root>'}: {message}")
         self.keypath = keypath
+        self._message = message
         self.others: tuple[LeafError, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.keypath, self._message), vars(self)
 
 
 class UnsupportedLeafError(LeafError, ValueError):

@@ -98,6 +98,7 @@ def _client() -> Any:
 
 
 async def _in_place(function: Callable[..., Any], *args: Any) -> Any:
+    # A question to the coordination service takes a fraction of a millisecond.
     return function(*args)
 
 
@@ -293,7 +294,7 @@ class Processes:
             return
         others = {str(index): index for index in self.members if index != self.index}
         with _logged():
-            await self._wait("left", others, "what failed was not ended", self._leave_secs)
+            await self._wait("left", others, "what has failed was not left", self._leave_secs)
 
     def _leave(self) -> None:
         """Says that this process looks at no key of the operation any more."""
@@ -311,9 +312,8 @@ class Processes:
         self, folder: str, keys: Mapping[str, int], problem: str, secs: float | None = None
     ) -> dict[str, str]:
         """Waits until a folder holds all `keys`, each set by the process given with it."""
-        began, secs = (
-            (self._began, self._timeout_secs) if secs is None else (time.monotonic(), secs)
-        )
+        began = self._began if secs is None else time.monotonic()
+        secs = self._timeout_secs if secs is None else secs
         for pause in _pauses():
             found: dict[str, str] = await self._call(self._list, folder)
             missing = tuple(index for key, index in keys.items() if key not in found)
@@ -321,8 +321,7 @@ class Processes:
                 return found
             if time.monotonic() - began > secs:
                 raise errors.BarrierTimeoutError(
-                    f"{problem} in {secs:g} s: processes {list(missing)} did not come",
-                    missing,
+                    f"{problem} in {secs:g} s: processes {list(missing)} did not come", missing
                 )
             await anyio.sleep(pause)
         raise AssertionError("the pauses have no end")

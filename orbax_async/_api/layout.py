@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import anyio
 
@@ -16,7 +17,9 @@ from orbax_async._storage import files, names
 from orbax_async._trace import logger
 from orbax_async.path import pathlike
 
-__all__ = ["Located", "check_name", "find", "is_orbax_checkpoint", "locate"]
+__all__ = ["Located", "check_name", "find", "is_orbax_checkpoint", "locate", "read_whole"]
+
+T = TypeVar("T")
 
 _LOOKS = 50  # times that a reader looks for a checkpoint that is just being exchanged
 _LOOK_SECS = 0.02
@@ -209,6 +212,36 @@ async def locate_when_settled(path: str, name: str | None) -> Located:
             break
         await anyio.sleep(_LOOK_SECS)
     return await loop.to_worker(locate, path, name)
+
+
+async def read_whole(path: str, read: Callable[[], Awaitable[T]]) -> T:
+    """Returns what `read` makes of a checkpoint that an overwrite may replace meanwhile (I4).
+
+    What is read while a checkpoint gives way to the next may belong to either, or be gone; then it
+    is read again.
+    """
+    for _ in range(_LOOKS):
+        before = await loop.to_worker(_identity, path)
+        try:
+            result = await read()
+        except Exception:
+            if await loop.to_worker(_identity, path) == before:
+                raise
+        else:
+            if await loop.to_worker(_identity, path) == before:
+                return result
+    raise errors.InvalidLayoutError(
+        f"{path} was overwritten each of the {_LOOKS} times that it was read; read it again later"
+    )
+
+
+def _identity(path: str) -> tuple[int, ...] | None:
+    """Returns what tells a checkpoint from the one before it at the same path."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def is_orbax_checkpoint(path: pathlike.PathLike | os.PathLike[str]) -> bool:

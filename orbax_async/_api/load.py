@@ -85,10 +85,13 @@ def load_async(
     abstract = handler.read_abstract(abstract_state)
 
     async def body(control: perform.Control, response: AsyncResponse[Any]) -> Any:
-        located = await layout.locate_when_settled(where, checkpointable_name)
-        loading = await handler.load(Path(os.fspath(located.directory)), abstract)
-        response._set_staged()
-        return await loading
+        async def read() -> Any:
+            located = await layout.locate_when_settled(where, checkpointable_name)
+            loading = await handler.load(Path(os.fspath(located.directory)), abstract)
+            response._set_staged()
+            return await loading
+
+        return await layout.read_whole(where, read)
 
     response = perform.start(f"load from {where}", doing, body)
     doing.recorder.unblock()

@@ -93,7 +93,7 @@ def _as_datetime(nsecs: int | None) -> datetime.datetime | None:
 
 
 def metadata(
-    path: PathLike, *, checkpointable_name: str | None = names.AUTO_CHECKPOINTABLE
+    path: PathLike, checkpointable_name: str | None = names.AUTO_CHECKPOINTABLE
 ) -> CheckpointMetadata[PyTreeMetadata]:
     """Returns what a checkpoint holds, without reading array data.
 
@@ -119,7 +119,7 @@ def metadata(
     where = pathlike.absolute(path, doing.context.file.path_class)
     layout.check_name(checkpointable_name, is_saved=False)
 
-    async def body(*_: Any) -> CheckpointMetadata[PyTreeMetadata]:
+    async def read() -> CheckpointMetadata[PyTreeMetadata]:
         located = await layout.locate_when_settled(where, checkpointable_name)
         tree = await PyTreeHandler().metadata(Path(located.directory))
         document = located.document
@@ -132,7 +132,7 @@ def metadata(
         )
 
     found: CheckpointMetadata[PyTreeMetadata] = perform.start(
-        f"metadata of {where}", doing, body
+        f"metadata of {where}", doing, lambda *_: layout.read_whole(where, read)
     ).result()
     return found
 

@@ -61,10 +61,14 @@ def _host() -> str:
 
 
 def _started(pid: int) -> int:
-    """Returns when a process started, in the kernel's ticks; 0 where that can't be known."""
+    """Returns when a process started, in the kernel's ticks; 0 where that can't be known.
+
+    A process that has died and that nobody has waited for, a zombie, gives 0 too.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
-            return int(stat.read().rsplit(b")", 1)[1].split()[19])
+            fields = stat.read().rsplit(b")", 1)[1].split()
+            return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
     except (OSError, IndexError, ValueError):
         return 0
 
@@ -245,7 +249,7 @@ def recover(final: str) -> bool:
     """Puts a checkpoint back that an interrupted overwrite had set aside.
 
     Returns:
-      True where a living writer is between its two renames just now: look again in a moment.
+      True where somebody else is changing names just now: look again in a moment.
 
     Raises:
       CommitError: what was set aside can't be renamed back.
@@ -261,6 +265,8 @@ def recover(final: str) -> bool:
             except FileNotFoundError:
                 return False  # another process was quicker
             except OSError as error:
+                if os.path.lexists(final) or not os.path.lexists(aside.path):
+                    return True  # somebody else was faster
                 raise errors.CommitError(
                     f"an overwrite of {final} was interrupted, and its old checkpoint at "
                     f"{aside.path} can't be renamed back: {error.strerror or error}"

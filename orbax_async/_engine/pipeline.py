@@ -115,6 +115,8 @@ class SavePipeline:
         self.staged = anyio.Event()
         self.write_budget = ByteBudget(write_limit)
         self.transfer_budget = ByteBudget(transfer_limit)
+        # Only a limit calls for it: the caller may be waiting, and both compete for the GIL.
+        self._writes_while_staging = transfer_limit is not None
         self._leaves = leaves
         self._zarr3 = zarr3
         self._may_sample = may_sample
@@ -147,6 +149,8 @@ class SavePipeline:
         async def write_batch(batch: list[WriteRequest], pieces: list[Staged], held: int) -> None:
             try:
                 await store_ready.wait()
+                if not self._writes_while_staging:
+                    await self.staged.wait()
                 nbytes = sum(request.nbytes for request in batch)
                 async with self._slots, self.write_budget.reserve(nbytes):
                     with self._recorder.span("write", nbytes):
@@ -438,7 +442,11 @@ def _finish(array: np.ndarray[Any, Any], leaf: ReadableLeaf) -> np.ndarray[Any, 
     return target
 
 
-_DAMAGE = ("DATA_LOSS", "CRC", "crc", "checksum", "OUT_OF_RANGE", "bytes found", "Digest")
+_DAMAGE = (
+    *("DATA_LOSS", "CRC", "crc", "checksum", "OUT_OF_RANGE", "bytes found", "Digest"),
+    "inflate",
+    "decompress",
+)
 
 
 @contextmanager

@@ -129,12 +129,24 @@ def array_document(
     return json.dumps(document, separators=(",", ":")).encode()
 
 
+_NEEDED = {
+    2: {"shape", "chunks", "dtype", "compressor", "order"},
+    3: {"shape", "chunk_grid", "chunk_key_encoding", "codecs", "data_type"},
+}
+
+
 def parse_document(data: bytes) -> dict[str, Any]:
     """Returns an array's metadata document as a mapping; raises ValueError where it is none."""
     document = json.loads(data)
-    if not isinstance(document, dict) or "shape" not in document:
+    version = document.get("zarr_format") if isinstance(document, dict) else None
+    needed = _NEEDED.get(version) if isinstance(version, int) else None
+    if needed is None or not needed <= document.keys():
         raise ValueError("it is no zarr array document")
-    return document
+    try:
+        stored_dtype(document)
+    except TypeError as error:
+        raise ValueError(f"its data type is unknown: {error}") from None
+    return dict(document)
 
 
 def stored_dtype(document: Mapping[str, Any]) -> np.dtype[Any]:

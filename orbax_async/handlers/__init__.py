@@ -11,6 +11,7 @@ Does not:
 
 from __future__ import annotations
 
+from orbax_async.handlers.protocols import PLACEHOLDER as PLACEHOLDER
 from orbax_async.handlers.protocols import CheckpointableHandler as CheckpointableHandler
 from orbax_async.handlers.pytree import PyTreeHandler as PyTreeHandler
 from orbax_async.registration import (
@@ -21,6 +22,7 @@ from orbax_async.registration import local_registry as local_registry
 from orbax_async.registration import register_handler as register_handler
 
 __all__ = [
+    "PLACEHOLDER",
     "CheckpointableHandler",
     "CheckpointableHandlerRegistry",
     "PyTreeHandler",

@@ -7,7 +7,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from orbax_async.path import Path, PathAwaitingCreation
 
-__all__ = ["CheckpointableHandler"]
+__all__ = ["PLACEHOLDER", "CheckpointableHandler"]
+
+PLACEHOLDER = ...
+"""As an abstract leaf: do not load this leaf, and give `...` back."""
 
 T = TypeVar("T")
 AbstractT = TypeVar("AbstractT")

@@ -27,6 +27,9 @@ from orbax_async.tree.structure import FlatTree
 
 __all__ = ["PyTreeHandler"]
 
+# What reading a document raises that has another form than it should.
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
+
 
 class PyTreeHandler:
     """Saves and loads pytrees of arrays, scalars and strings.
@@ -375,7 +378,7 @@ class _Stored:
             )
         try:
             self.tree = schema.TreeDocument.load(data)
-        except (ValueError, KeyError, TypeError) as error:
+        except _DAMAGED as error:
             raise errors.InvalidLayoutError(
                 f"{os.path.join(directory, names.TREE_METADATA)} is damaged: {error!r}"
             ) from error
@@ -431,7 +434,7 @@ class _Stored:
         data = files.read_bytes(os.path.join(self.directory, names.SHARDINGS))
         try:
             return {} if data is None else schema.load_shardings(data)
-        except ValueError as error:
+        except _DAMAGED as error:
             raise errors.InvalidLayoutError(
                 f"{os.path.join(self.directory, names.SHARDINGS)} is damaged: {error}"
             ) from error
@@ -444,7 +447,7 @@ class _Stored:
                 data = files.read_bytes(entry.path) or b""
                 try:
                     return schema.load_array_metadatas(data)
-                except (ValueError, KeyError, TypeError) as error:
+                except _DAMAGED as error:
                     raise errors.InvalidLayoutError(f"{entry.path} is damaged: {error}") from error
         return {}
 

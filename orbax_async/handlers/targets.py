@@ -52,6 +52,7 @@ class Wanted:
 
 
 STORED = Wanted("stored")
+_WIDE = ("int64", "uint64", "float64", "complex128")
 
 
 def want(keys: KeyPath, leaf: Any) -> Wanted:
@@ -75,7 +76,8 @@ def want(keys: KeyPath, leaf: Any) -> Wanted:
     if isinstance(leaf, arrays.ArrayMetadata):
         # Its devices may not be here: the saved sharding is looked up as if nothing were given.
         return Wanted("jax", tuple(leaf.shape), leaf.dtype)
-    if isinstance(leaf, arrays.AbstractArray):
+    # The protocol alone would do, but is slow to check.
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, arrays.AbstractArray)):
         return Wanted(
             "jax",
             None if leaf.shape is None else tuple(leaf.shape),
@@ -224,7 +226,7 @@ def _saved(
     if document is not None:
         try:
             sharding = arrays.ShardingMetadata(document).to_jax_sharding()
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.info("leaf %s: %s; it is loaded on one device", label, error)
         else:
             kind = entry.private.get("memory_kind")
@@ -235,7 +237,7 @@ def _saved(
 
 
 def _check_width(label: str, dtype: Any, enable_x64: bool) -> None:
-    if not enable_x64 and dtype.name in ("int64", "uint64", "float64", "complex128"):
+    if not enable_x64 and dtype.name in _WIDE:
         raise errors.DtypeMismatchError(
             label,
             f"a jax array of dtype {dtype.name} needs jax_enable_x64, which is off; values would "
@@ -245,7 +247,8 @@ def _check_width(label: str, dtype: Any, enable_x64: bool) -> None:
 
 def _impl_of(dtype: Any) -> str:
     """Returns the name of the PRNG implementation of a key dtype."""
-    return str(jax.random.key_impl(jnp.zeros((), dtype)))
+    with jax.transfer_guard("allow"):
+        return str(jax.random.key_impl(jnp.zeros((), dtype)))
 
 
 def _wrap_key(label: str, array: jax.Array, impl: str, wanted: Wanted) -> jax.Array:
@@ -259,8 +262,10 @@ def _wrap_key(label: str, array: jax.Array, impl: str, wanted: Wanted) -> jax.Ar
 
 def _weak(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
     """Returns a weakly typed scalar, if jax makes one of that dtype."""
-    weak = jnp.asarray(array.item())
-    return jax.device_put(weak, sharding) if weak.dtype == array.dtype else array
+    is_wide = array.dtype.name in _WIDE
+    with jax.transfer_guard("allow"), jax.enable_x64(is_wide):
+        weak = jnp.asarray(array.item())
+        return jax.device_put(weak, sharding) if weak.dtype == array.dtype else array
 
 
 def _is_scalar(entry: schema.Entry) -> bool:

@@ -27,6 +27,7 @@ class AsyncOptions(OptionGroup):
     Attributes:
       timeout_secs: seconds for the background part of a save, after which it fails with
         `OperationTimeoutError`; zero or less fails at once, None means no limit. 20 minutes.
+        Several processes wait for one another at most four fifths of it, or 16 minutes.
       post_finalization_callback: called without arguments after each commit, before the response
         is done; what it raises, the response raises. None means no call.
       create_directories_asynchronously: whether `save_async` may return before the temporary
@@ -55,7 +56,8 @@ class MultiprocessingOptions(OptionGroup):
 
     Attributes:
       primary_host: index of the process that creates directories, writes metadata and commits;
-        None makes every process primary, each with storage of its own. Process 0.
+        None makes every process primary, each with storage of its own, which a save of several
+        processes refuses in this version. Process 0.
       active_processes: indices of the processes that call the operation; None means all.
       barrier_sync_key_prefix: put before the name of each barrier, to keep apart operations that
         different subsets of processes run at the same time; None means no prefix.

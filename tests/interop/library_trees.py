@@ -1,5 +1,7 @@
 """Trees of the interop proof that optax, flax and equinox make."""
 
+# ruff: noqa: D103 - the name of a tree says what it is
+
 from __future__ import annotations
 
 from typing import Any

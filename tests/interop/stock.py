@@ -13,8 +13,7 @@ from orbax.checkpoint import v1
 def load_or_refusal(path: Path, abstract: Any = None) -> tuple[Any, str]:
     """Returns what Orbax loads and "", or None and its message when it raises.
 
-    A load that fails leaves coroutines behind that were never awaited; they are collected here,
-    so that their warnings don't fall upon another test.
+    A load that fails leaves coroutines behind that were never awaited; they are collected here.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)

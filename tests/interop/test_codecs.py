@@ -14,11 +14,11 @@ import pytest
 from equality import abstract_of, assert_same
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1
 from stock import refusal
 from trees import base_state
 
 import orbax_async as ocp
-from orbax.checkpoint import v1
 from orbax_async import errors
 
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -101,9 +101,7 @@ def assert_reads(path: Path, mesh: Mesh) -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("codec", CODECS)
-def test_zarr3_codecs(
-    codec: str, grid: str, copy_of: Callable[[str], Path], mesh8: Mesh
-) -> None:
+def test_zarr3_codecs(codec: str, grid: str, copy_of: Callable[[str], Path], mesh8: Mesh) -> None:
     """Any codec chain on any chunk grid loads, though the documents beside it say otherwise."""
     path = copy_of("orbax")
     array = np.asarray(base_state()["w"])
@@ -189,7 +187,7 @@ ZARR2 = {
 def test_zarr2_variants(
     variant: str, chunks: str, use_ocdbt: bool, mesh8: Mesh, tmp_path: Path
 ) -> None:
-    """zarr v2 arrays load with any compressor, order, separator and chunk grid."""
+    """Zarr v2 arrays load with any compressor, order, separator and chunk grid."""
     context = ocp.Context()
     context.array.saving.use_zarr3 = False
     context.array.saving.use_ocdbt = use_ocdbt
@@ -261,7 +259,7 @@ DAMAGES: dict[str, tuple[list[Any], Callable[[bytes], bytes | None]]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_values_are_refused(damage: str, copy_of: Callable[[str], Path]) -> None:
-    """A value that is not what its codecs say, or that is missing, is an error that names the leaf."""
+    """A value that is missing, or not what its codecs say, is an error that names the leaf."""
     codecs, spoil = DAMAGES[damage]
     path = copy_of("orbax")
     directory = path / "state"

@@ -18,6 +18,7 @@ import orbax_async as ocp
 from orbax_async import errors
 
 FLIPS = 40
+ORBAX_LOOKS_AT_EACH = 4  # it takes its time
 
 CASES: dict[str, tuple[np.ndarray[Any, Any], dict[str, Any], list[str] | None]] = {
     # array, options, its codecs
@@ -39,15 +40,15 @@ CASES: dict[str, tuple[np.ndarray[Any, Any], dict[str, Any], list[str] | None]] 
 
 @contextmanager
 def flipped(file: Path, position: int, bit: int) -> Iterator[None]:
-    """Flips one bit of a file, and flips it back."""
-    for _ in range(2):
-        with open(file, "r+b") as opened:
-            opened.seek(position)
-            byte = opened.read(1)[0]
-            opened.seek(position)
-            opened.write(bytes([byte ^ (1 << bit)]))
-        if _ == 0:
-            yield
+    """Flips one bit of a file, and puts it back."""
+    with open(file, "r+b", buffering=0) as opened:
+        opened.seek(position)
+        (byte,) = opened.read(1)
+        opened.seek(position)
+        opened.write(bytes([byte ^ (1 << bit)]))
+        yield
+        opened.seek(position)
+        opened.write(bytes([byte]))
 
 
 def data_of(directory: Path, chunk: bytes) -> tuple[Path, int, int]:
@@ -83,8 +84,9 @@ def test_flipped_bits_are_found(case: str, tmp_path: Path, rng: np.random.Genera
                 raised += 1
             else:
                 assert not list(differences(loaded, {"x": array})), position
-            theirs, message = load_or_refusal(tmp_path / "ours")
-            assert message or not list(differences(theirs, {"x": array})), position
+            if index % ORBAX_LOOKS_AT_EACH == 0:
+                theirs, message = load_or_refusal(tmp_path / "ours")
+                assert message or not list(differences(theirs, {"x": array})), position
     assert raised >= FLIPS * 3 // 4
     assert_same(ocp.load(tmp_path / "ours"), {"x": array})
 

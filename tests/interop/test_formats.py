@@ -1,4 +1,4 @@
-"""Options of the format: each has its effect on disk, and either library reads what the other wrote."""
+"""Options of the format: their effect on disk, read by either library."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 from equality import abstract_of, as_plain, as_typed, assert_same
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1
 from trees import ONLY_OURS, Nothing, Pair, jax_dtypes_sharded, numpy_dtypes, on, values
 
 import orbax_async as ocp
-from orbax.checkpoint import v1
 
 LIBRARIES = {"ours": ocp, "orbax": v1}
 SWITCHES = ("use_ocdbt", "use_zarr3", "use_compression")
@@ -127,7 +127,7 @@ def test_without_sharding_file(writer: str, mesh8: Mesh, tmp_path: Path) -> None
         assert_same(library.load(path, abstract_of(state)), state)
     here = jax.device_put(state["w"], jax.devices()[0])
     assert_same(ocp.load(path), state | {"w": here})
-    with pytest.raises(ValueError, match="Sharding of jax.Array cannot be None"):
+    with pytest.raises(ValueError, match=r"Sharding of jax\.Array cannot be None"):
         v1.load(path)
 
 
@@ -256,9 +256,7 @@ def test_reads_small_chunks(options: dict[str, Any], mesh8: Mesh, tmp_path: Path
 def test_reads_separate_replica_folders(mesh8: Mesh, tmp_path: Path) -> None:
     """Data that Orbax put into folders of its own for replicated arrays is found."""
     state = {"w": on(mesh8, P("x", "y"), (8, 4)), "replicated": on(mesh8, P(), (16, 3))}
-    directory = save(
-        v1, tmp_path / "orbax", state, enable_replica_parallel_separate_folder=True
-    )
+    directory = save(v1, tmp_path / "orbax", state, enable_replica_parallel_separate_folder=True)
     assert list(directory.glob("ocdbt.process_replica_*"))
     assert_same(ocp.load(tmp_path / "orbax"), state)
 

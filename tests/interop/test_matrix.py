@@ -10,15 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import library_trees
 import numpy as np
 import pytest
-from equality import abstract_of, as_plain, as_typed, assert_same, is_empty, same_sharding
+from equality import (
+    abstract_of,
+    as_plain,
+    as_typed,
+    assert_same,
+    differences,
+    is_empty,
+    same_sharding,
+)
 from jax.sharding import Mesh
-from trees import ONLY_OURS, TREES
+from orbax.checkpoint import v1
+from trees import ONLY_OURS, TREES, on
 
 import orbax_async as ocp
-from orbax.checkpoint import v1
 
 assert library_trees  # it registers its trees
 
@@ -97,6 +106,7 @@ def leaves_of(tree: Any) -> Iterator[tuple[str, Any]]:
         yield jax.tree_util.keystr(path), leaf
 
 
+@pytest.mark.leaves_temporaries  # Orbax's own, when it fails late
 @pytest.mark.parametrize("name", ONLY_OURS)
 def test_richer_than_orbax(name: str, mesh8: Mesh, tmp_path: Path) -> None:
     """What Orbax can't save is loaded by us exactly as it was, its types included."""
@@ -128,3 +138,67 @@ def test_richer_than_orbax_read_by_orbax(name: str, mesh8: Mesh, tmp_path: Path)
         assert isinstance(have, jax.Array) == isinstance(leaf, jax.Array), where
         assert np.asarray(have).tobytes() == np.asarray(want).tobytes(), where
     assert not loaded
+
+
+def test_numpy_float64_scalar(tmp_path: Path) -> None:
+    """np.float64, which Orbax takes for a float, comes back from ours as what it was."""
+    state = {"x": np.float64(0.1)}
+    for writer, library in LIBRARIES.items():
+        library.save(tmp_path / writer, state)
+        assert_same(v1.load(tmp_path / writer), {"x": 0.1})
+    assert_same(ocp.load(tmp_path / "ours"), state)
+    assert_same(ocp.load(tmp_path / "orbax"), {"x": 0.1})
+
+
+def test_what_the_format_has_no_place_for(tmp_path: Path) -> None:
+    """W37: memory kind and weak type come back from ours; Orbax reads the values all the same."""
+    device = jax.devices()[0]
+    pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    state = {"pinned": jax.device_put(np.arange(6.0), pinned), "weak": jnp.asarray(2.5)}
+    assert state["weak"].weak_type
+    ocp.save(tmp_path / "ours", state)
+    loaded = ocp.load(tmp_path / "ours")
+    assert loaded["pinned"].sharding == pinned
+    assert loaded["weak"].weak_type
+    assert loaded["weak"].dtype == jnp.float32
+    for library in LIBRARIES.values():
+        typed = library.load(tmp_path / "ours", abstract_of(state))
+        assert_same(typed, state)
+        assert typed["pinned"].sharding.memory_kind == "pinned_host"
+    assert_same(v1.load(tmp_path / "ours")["weak"], state["weak"])
+
+
+def test_there_are_enough_trees() -> None:
+    """The matrix is as large as it claims to be."""
+    assert len(TREES) >= 45
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"a": np.arange(3), "b": [1, 2.0]}, "structure"),
+        ({"a": np.arange(3), "b": (1, 2)}, ""),
+        ({"a": np.arange(3), "b": (1, True)}, "expected 2"),
+        ({"a": np.arange(3, dtype=np.int32), "b": (1, 2)}, "int32"),
+        ({"a": np.array([0, 1, 3]), "b": (1, 2)}, "values differ"),
+        ({"a": jnp.arange(3), "b": (1, 2)}, "expected a NumPy array"),
+        ({"a": np.arange(3)[::-1], "b": (1, 2)}, "values differ"),
+    ],
+)
+def test_comparison_sees_differences(other: Any, difference: str) -> None:
+    """The comparison that this matrix rests on finds what it should find."""
+    found = list(differences(other, {"a": np.arange(3), "b": (1, 2)}))
+    assert bool(found) == bool(difference)
+    assert all(difference in line for line in found)
+
+
+def test_comparison_sees_shardings(mesh8: Mesh) -> None:
+    """Equal values on other devices, or cut in another way, count as different."""
+    spec = jax.sharding.PartitionSpec
+    array = on(mesh8, spec("x"), (8, 4))
+    for sharding in (
+        jax.sharding.NamedSharding(mesh8, spec("y")),
+        jax.sharding.SingleDeviceSharding(jax.devices()[1]),
+    ):
+        assert list(differences(jax.device_put(array, sharding), array))
+    assert not list(differences(jax.device_put(array, array.sharding), array))

@@ -1,169 +1,28 @@
-"""FORMAT 5.1 and 5.4 to 5.6: checkpoints built by hand or altered, read or refused as specified."""
+"""FORMAT 5.4 and 5.5: documents that are missing, damaged, or say more than is known."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import disk
-import hand_ocdbt
 import jax
 import numpy as np
 import pytest
-import tensorstore as ts
+from alterations import WRITERS, Change, adding, assert_reads, dropping, editing, without, writing
 from equality import abstract_of, assert_same
+from orbax.checkpoint import v1
 from stock import refusal
 from trees import base_state
 
 import orbax_async as ocp
-from orbax.checkpoint import v1
 from orbax_async import errors
 
-Change = Callable[[Path], Any]
-WRITERS = ("ours", "orbax")
 ROOT = "_CHECKPOINT_METADATA"
-
-
-def assert_reads(path: Path, *, also_orbax: bool = True) -> None:
-    """Fails unless the base state loads, with and without an abstract tree."""
-    state = base_state()
-    assert_same(ocp.load(path), state)
-    assert_same(ocp.load(path, abstract_of(state)), state)
-    if also_orbax:
-        assert_same(v1.load(path), state)
-
-
-# 5.1: other ways to build the store.
-
-
-def rebuild(directory: Path, config: dict[str, Any], **spec: Any) -> None:
-    """Copies every key into a new OCDBT database of another configuration, in place of the old."""
-    store = disk.kvstore(directory)
-    values = {key: store.read(key).result().value for key in store.list().result()}
-    remove_database(directory)
-    base = f"{directory.as_uri()}/"
-    built = {"driver": "ocdbt", "base": base, "config": config} | spec
-    target = ts.KvStore.open(built).result()
-    for key, value in values.items():
-        target[key] = value
-
-
-def remove_database(directory: Path) -> None:
-    """Removes the OCDBT database of a checkpointable and those of its processes."""
-    (directory / "manifest.ocdbt").unlink()
-    for folder in (directory / "d", *directory.glob("ocdbt.process_*")):
-        shutil.rmtree(folder)
-
-
-OCDBT = {
-    "nothing-inline": ({"max_inline_value_bytes": 0}, {}),
-    "all-inline": ({"max_inline_value_bytes": 1 << 20}, {}),
-    "small-nodes": ({"max_decoded_node_bytes": 200}, {}),
-    "uncompressed-nodes": ({"compression": None}, {}),
-    "zstd-9-nodes": ({"compression": {"id": "zstd", "level": 9}}, {}),
-    "numbered-manifest": ({"manifest_kind": "numbered"}, {}),
-    "not-assumed": ({}, {"assume_config": False}),
-    "small-files": ({}, {"target_data_file_size": 64}),
-    "folders": (
-        {},
-        {"value_data_prefix": "ocdbt_data/", "btree_node_data_prefix": "ocdbt_meta/"},
-    ),
-    "prefixes": ({}, {"value_data_prefix": "v-", "btree_node_data_prefix": "m-"}),
-}
-
-
-@pytest.mark.parametrize("variant", OCDBT)
-def test_ocdbt_configurations(variant: str, copy_of: Callable[[str], Path]) -> None:
-    """A database of any configuration, written key by key, is read."""
-    path = copy_of("orbax")
-    config, spec = OCDBT[variant]
-    rebuild(path / "state", config, **spec)
-    assert_reads(path)
-
-
-@pytest.mark.parametrize(("files", "leaves"), [(1, 1), (3, 1), (2, 4)])
-@pytest.mark.parametrize("writer", WRITERS)
-def test_hand_encoded_database(
-    writer: str, files: int, leaves: int, copy_of: Callable[[str], Path]
-) -> None:
-    """A manifest, nodes and aligned data files written byte by byte are a database, too."""
-    path = copy_of(writer)
-    store = disk.kvstore(path / "state")
-    values = {
-        key.decode(): bytes(store.read(key).result().value) for key in store.list().result()
-    }
-    remove_database(path / "state")
-    hand_ocdbt.write(path / "state", values, files=files, leaves=leaves)
-    assert_reads(path)
-
-
-def test_merged_parts(copy_of: Callable[[str], Path]) -> None:
-    """A root database that refers to others, whose own manifests are gone, is read."""
-    path = copy_of("ours")
-    directory = path / "state"
-    store = disk.kvstore(directory)
-    values = {key: store.read(key).result().value for key in store.list().result()}
-    remove_database(directory)
-    context = ts.Context()
-    root = {"driver": "ocdbt", "base": f"{directory.as_uri()}/"}
-    target = ts.KvStore.open(root, context=context).result()
-    for number in range(2):
-        part_spec = root | {"base": f"{directory.as_uri()}/data/part-{number}/"}
-        part = ts.KvStore.open(part_spec, context=context).result()
-        for key in sorted(values)[number::2]:
-            part[key] = values[key]
-        part.experimental_copy_range_to(target).result()
-    for manifest in directory.glob("data/*/manifest.ocdbt"):
-        manifest.unlink()
-    assert_reads(path)
-
-
-def test_process_manifests_are_not_needed(copy_of: Callable[[str], Path]) -> None:
-    """After the merge the manifests of Orbax's processes are irrelevant."""
-    path = copy_of("orbax")
-    (path / "state" / "ocdbt.process_0" / "manifest.ocdbt").unlink()
-    assert_reads(path)
-
-
-# 5.4 and 5.5: documents missing, damaged, or with more in them than is known.
-
-
-def without(*names: str) -> Change:
-    """Removes files or directories of a checkpoint."""
-
-    def change(path: Path) -> None:
-        for name in names:
-            target = path / name
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
-
-    return change
-
-
-def writing(name: str, text: str) -> Change:
-    """Gives a file other content, and makes it if it isn't there."""
-
-    def change(path: Path) -> None:
-        (path / name).parent.mkdir(exist_ok=True, parents=True)
-        (path / name).write_text(text)
-
-    return change
-
-
-def editing(name: str, edit: Callable[[Any], Any]) -> Change:
-    """Edits a JSON document."""
-    return lambda path: disk.edit(path / name, edit)
-
-
-def adding(name: str, **entries: Any) -> Change:
-    """Adds entries at the top of a JSON document."""
-    return editing(name, lambda content: content | entries)
 
 
 def _more_in_each_entry(content: Any) -> None:
@@ -215,7 +74,8 @@ READ_BY_BOTH: dict[str, Change] = {
     "root document {}": writing(ROOT, "{}"),
     "root document is no JSON": writing(ROOT, "{ not json"),
     "root document is empty": writing(ROOT, ""),
-    "root document names no handlers": editing(ROOT, lambda d: d.pop("item_handlers") and None),
+    "root document is a list": writing(ROOT, "[]"),
+    "root document names no handlers": dropping(ROOT, "item_handlers"),
     "root document with unknown handler": adding(ROOT, item_handlers={"state": "acme.Handler"}),
     "root document with unknown key": adding(ROOT, acme=1),
     "array_metadatas lists only the key": editing(
@@ -229,9 +89,7 @@ READ_BY_BOTH: dict[str, Change] = {
     "_METADATA knows more": adding("state/_METADATA", acme=[1], custom_metadata={"a": 1}),
     "_METADATA entries know more": editing("state/_METADATA", _more_in_each_entry),
     "_METADATA entries of other names": editing("state/_METADATA", _rename_entries),
-    "_METADATA doesn't mention OCDBT": editing(
-        "state/_METADATA", lambda d: d.pop("use_ocdbt") and None
-    ),
+    "_METADATA doesn't mention OCDBT": dropping("state/_METADATA", "use_ocdbt"),
     "_sharding knows more": adding("state/_sharding", acme="{}"),
     "more keys in the store": _more_keys,
     "more files": lambda path: [
@@ -243,7 +101,6 @@ READ_BY_BOTH: dict[str, Change] = {
 }
 
 READ_BY_US: dict[str, Change] = {
-    "root document is a list": writing(ROOT, "[]"),
     "root document with unknown statistics": adding(ROOT, performance_metrics={"acme": 1.5}),
     "root document with strange times": adding(ROOT, init_timestamp_nsecs="yesterday"),
     "array_metadatas of a process without number": writing(
@@ -314,9 +171,7 @@ def test_no_saved_sharding(change: Change, writer: str, copy_of: Callable[[str],
     ],
     ids=["gone", "empty", "lists nothing"],
 )
-def test_no_key_implementation(
-    change: Change, writer: str, copy_of: Callable[[str], Path]
-) -> None:
+def test_no_key_implementation(change: Change, writer: str, copy_of: Callable[[str], Path]) -> None:
     """Without the implementation's name keys load as integers; as keys when keys are asked for."""
     path = copy_of(writer)
     change(path)
@@ -328,7 +183,7 @@ def test_no_key_implementation(
 
 
 def test_unknown_kind_of_leaf(copy_of: Callable[[str], Path]) -> None:
-    """FORMAT 2.2: a leaf of a handler that we don't know loads as the array that it is stored as."""
+    """FORMAT 2.2: a leaf of a handler that we don't know loads as a NumPy array."""
     path = copy_of("orbax")
 
     def rename(content: Any) -> None:
@@ -357,10 +212,6 @@ def _claim(name: str, value: bool) -> Change:
     return adding("state/_METADATA", **{name: value})
 
 
-def _leave_out_an_index(path: Path) -> None:
-    disk.edit(path / "state" / "_METADATA", _keep_only_the_key)
-
-
 def _deleting(name: str) -> Change:
     record = {"operation_id": "0" * 32, "checkpointable_name": name, "destination": None}
     documents = {"original_metadata": {}, "updated_metadata": {}}
@@ -374,7 +225,7 @@ REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
     "tree is empty": (writing("state/_METADATA", ""), errors.InvalidLayoutError, "damaged"),
     "tree is a list": (writing("state/_METADATA", "[]"), errors.InvalidLayoutError, "damaged"),
     "tree without entries": (
-        editing("state/_METADATA", lambda d: d.pop("tree_metadata") and None),
+        dropping("state/_METADATA", "tree_metadata"),
         errors.InvalidLayoutError,
         "tree_metadata",
     ),
@@ -471,98 +322,3 @@ def test_unfinished_directory(name: str, copy_of: Callable[[str], Path]) -> None
     with pytest.raises(errors.InvalidLayoutError, match="unfinished"):
         ocp.load(path)
     assert not ocp.is_orbax_checkpoint(path)
-
-
-# Where a checkpoint lies doesn't matter.
-
-
-@pytest.mark.parametrize("writer", WRITERS)
-def test_relocated(
-    writer: str, copy_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A checkpoint can be renamed, moved, linked to, and named by a relative path."""
-    path = copy_of(writer)
-    moved = path.with_name("renamed [1] ünïcödé")
-    path.rename(moved)
-    path.symlink_to(moved, target_is_directory=True)
-    monkeypatch.chdir(moved.parent)
-    for spelled in (moved, path, f"{path}/", moved.name, f"file://{path}"):
-        assert_same(ocp.load(spelled), base_state())
-
-
-# 5.6: plain files.
-
-
-@pytest.mark.parametrize("writer", WRITERS)
-def test_plain_files(writer: str, tmp_path: Path) -> None:
-    """Arrays in directories load with more files beside them, and without the flag."""
-    library = {"ours": ocp, "orbax": v1}[writer]
-    context = library.Context()
-    context.array.saving.use_ocdbt = False
-    with context:
-        library.save(tmp_path / "files", base_state())
-    directory = tmp_path / "files" / "state"
-    (directory / "w" / "acme").mkdir()
-    (directory / "w" / "acme.json").write_text("?")
-    assert_reads(tmp_path / "files")
-    disk.edit(directory / "_METADATA", lambda d: d.pop("use_ocdbt") and None)
-    assert_reads(tmp_path / "files")
-    disk.edit(directory / "_METADATA", lambda d: d | {"use_ocdbt": True})
-    with pytest.raises(errors.InvalidLayoutError, match="manifest.ocdbt"):
-        ocp.load(tmp_path / "files")
-
-
-# D2: other devices than those that saved.
-
-ON_ONE_DEVICE = """
-import sys
-import jax
-import numpy as np
-import orbax_async as ocp
-
-assert jax.device_count() == 1
-for path in sys.argv[1:]:
-    expected = dict(np.load(f"{path}.npz"))
-    described = ocp.metadata(path)
-    try:
-        described.metadata["w"].sharding
-    except ValueError as error:
-        assert "not here" in str(error)
-    else:
-        raise AssertionError("a sharding over absent devices")
-    as_numpy = jax.tree.map(lambda leaf: np.ndarray, expected)
-    for loaded in (ocp.load(path), ocp.load(path, described), ocp.load(path, as_numpy)):
-        assert set(loaded) == set(expected)
-        for name, leaf in loaded.items():
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                leaf = jax.random.key_data(leaf)
-            elif isinstance(leaf, jax.Array):
-                assert leaf.devices() == set(jax.devices()), name
-            assert leaf.dtype == expected[name].dtype, name
-            assert np.asarray(leaf).tobytes() == expected[name].tobytes(), name
-print("same")
-"""
-
-
-def test_saved_on_eight_devices_loaded_on_one(tmp_path: Path) -> None:
-    """D2: a checkpoint of eight devices loads on one, even without an abstract tree."""
-    state = {name: leaf for name, leaf in base_state().items() if hasattr(leaf, "dtype")}
-    state["elsewhere"] = jax.device_put(np.arange(5), jax.devices()[5])
-    state["b"] = state["b"].astype(np.float32)  # for .npz
-    paths = []
-    for writer, library in (("ours", ocp), ("orbax", v1)):
-        library.save(tmp_path / writer, state)
-        host = {n: jax.random.key_data(x) if n == "k" else x for n, x in state.items()}
-        np.savez(tmp_path / writer, **{name: np.asarray(leaf) for name, leaf in host.items()})
-        paths.append(str(tmp_path / writer))
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    script = tmp_path / "load.py"
-    script.write_text(ON_ONE_DEVICE)
-    done = subprocess.run(
-        [sys.executable, script, *paths],
-        env=environment | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.stdout == "same\n", done.stderr

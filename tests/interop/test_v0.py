@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as v0
 import pytest
 from equality import abstract_of, as_plain, as_typed, assert_same
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1
 from trees import Pair, on
 
-import orbax.checkpoint as v0
 import orbax_async as ocp
-from orbax.checkpoint import v1
 from orbax_async import errors
 
 
@@ -147,9 +147,7 @@ def test_flat_checkpoint(flavour: str, mesh8: Mesh, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("removed", ["_CHECKPOINT_METADATA", "commit_success.txt"])
-def test_flat_checkpoint_without_root_documents(
-    removed: str, mesh8: Mesh, tmp_path: Path
-) -> None:
+def test_flat_checkpoint_without_root_documents(removed: str, mesh8: Mesh, tmp_path: Path) -> None:
     """B16.4: what older versions did not write a flat checkpoint loads without."""
     state = plain_state(mesh8)
     _standard(tmp_path / "flat", state)
@@ -178,7 +176,7 @@ def test_v0_numpy_scalars(tmp_path: Path) -> None:
 
 
 def test_v0_array_checkpoint(mesh8: Mesh, tmp_path: Path) -> None:
-    """A checkpoint of one array, as ArrayCheckpointHandler writes it, loads as Orbax v1 loads it."""
+    """What ArrayCheckpointHandler writes, one array, loads as in Orbax v1."""
     array = on(mesh8, P("x", "y"), (8, 4))
     with v0.Checkpointer(v0.ArrayCheckpointHandler()) as checkpointer:
         checkpointer.save(tmp_path / "array", args=v0.args.ArraySave(array))
@@ -221,7 +219,9 @@ def test_manager_step_with_several_items(mesh8: Mesh, tmp_path: Path) -> None:
         assert_same(ocp.load(with_state, checkpointable_name=name), as_plain(tree))
     assert_same(v1.load(without), as_plain(trees["opt"]))
     for name in ("config", "missing"):
-        with pytest.raises(errors.InvalidLayoutError, match=r"it holds \['opt', 'params'\]") as found:
+        with pytest.raises(
+            errors.InvalidLayoutError, match=r"it holds \['opt', 'params'\]"
+        ) as found:
             ocp.load(without, checkpointable_name=name)
         assert isinstance(found.value.__cause__, FileNotFoundError)
 

@@ -4,6 +4,8 @@ A factory takes the 4x2 mesh of eight host devices and returns the same tree eac
 by optax, flax and equinox are in `library_trees.py`.
 """
 
+# ruff: noqa: D103 - the name of a tree says what it is
+
 from __future__ import annotations
 
 import collections
@@ -457,7 +459,12 @@ def keys_with_spaces_and_quotes(mesh: Mesh) -> Any:
 
 @tree
 def keys_with_unicode(mesh: Mesh) -> Any:
-    return {"ключ": jnp.arange(2), "鍵": {"🙂": np.arange(3)}, "é": "text", "ñ": on(mesh, P(), (8,))}
+    return {
+        "ключ": jnp.arange(2),
+        "鍵": {"🙂": np.arange(3)},
+        "é": "text",
+        "ñ": on(mesh, P(), (8,)),
+    }
 
 
 @tree

@@ -1,14 +1,16 @@
 """Saves and loads jax arrays with `await` beside a heartbeat; prints the gaps of the heartbeat.
 
-    heartbeat.py DIRECTORY LOOP STAGING MEBIBYTES
+    heartbeat.py DIRECTORY LOOP STAGING MEBIBYTES LEAVES ROUNDS
 
-LOOP is asyncio or uvloop. The last line of the output is JSON: milliseconds by phase.
+LOOP is asyncio or uvloop. Each round looks at the idle loop, saves, loads, and looks at the idle
+loop again. The output is JSON: for each round the gaps in milliseconds by phase.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import sys
 import time
@@ -21,19 +23,14 @@ import uvloop
 
 import orbax_async as ocp
 
-ROUNDS = 3  # the first save and load of a process, too, must leave the loop alone
 
-
-def make_state(mebibytes: int) -> dict[str, jax.Array]:
-    """Returns three quarters in large leaves, the rest in medium and small ones."""
+def make_state(mebibytes: int, leaves: int) -> dict[str, jax.Array]:
+    """Returns float32 weights in leaves of one size."""
     rng = np.random.default_rng(0)
-    sizes = {"large": (12, 1 << 22), "medium": (48, 1 << 18), "small": (1024, 1 << 12)}
-    state = {}
-    for name, (count, size) in sizes.items():
-        for index in range(count):
-            values = rng.standard_normal(size * mebibytes // 256, np.float32)
-            state[f"{name}{index}"] = jnp.asarray(values) * 2
-    return jax.block_until_ready(state)
+    size = mebibytes * (1 << 18) // leaves
+    return {
+        str(index): jnp.asarray(rng.standard_normal(size, np.float32)) for index in range(leaves)
+    }
 
 
 @contextlib.asynccontextmanager
@@ -56,36 +53,35 @@ async def heartbeat(gaps: list[float]) -> AsyncIterator[None]:
     task.cancel()
 
 
-def figures(gaps: list[float]) -> dict[str, float]:
-    """Returns percentiles of the gaps."""
-    p50, p99, top = np.percentile(gaps, [50, 99, 100])
-    return {"p50": p50, "p99": p99, "max": top, "beats": len(gaps)}
-
-
-async def main(directory: str, staging: str, mebibytes: int) -> None:
-    """Measures an idle loop, then saves and loads."""
-    state = make_state(mebibytes)
+async def main(directory: str, staging: str, mebibytes: int, leaves: int, rounds: int) -> None:
+    """Measures every round."""
+    state = make_state(mebibytes, leaves)
     abstract = jax.eval_shape(lambda: state)
-    measured: dict[str, list[float]] = {"idle": [], "save": [], "load": []}
-    async with heartbeat(measured["idle"]):
-        await asyncio.sleep(0.5)
     options = ocp.Context()
     options.asynchronous.staging = staging
-    for index in range(ROUNDS):
-        gaps: list[float] = []
-        async with heartbeat(gaps):
+    # The collector's pauses grow with the program's own objects, and are its own.
+    gc.collect()
+    gc.freeze()
+    measured: list[dict[str, list[float]]] = []
+    for index in range(rounds):
+        gaps: dict[str, list[float]] = {"before": [], "save": [], "load": [], "after": []}
+        async with heartbeat(gaps["before"]):
+            await asyncio.sleep(0.2)
+        async with heartbeat(gaps["save"]):
             with options:
-                await ocp.save_async(f"{directory}/{index}", state)
-        measured["save"] += gaps
-        async with heartbeat(gaps := []):
-            loaded = await ocp.load_async(f"{directory}/{index}", abstract)
-        measured["load"] += gaps
+                response = ocp.save_async(f"{directory}/{index % 2}", state, overwrite=True)
+            await response
+        async with heartbeat(gaps["load"]):
+            loaded = await ocp.load_async(f"{directory}/{index % 2}", abstract)
+        async with heartbeat(gaps["after"]):
+            await asyncio.sleep(0.2)
         for name, array in state.items():
             assert np.array_equal(array, loaded[name]), name
         del loaded
-    print(json.dumps({phase: figures(gaps) for phase, gaps in measured.items()}))
+        measured.append(gaps)
+    print(json.dumps(measured))
 
 
-directory, loop, staging, mebibytes = sys.argv[1:]
+directory, loop, staging, *numbers = sys.argv[1:]
 run = uvloop.run if loop == "uvloop" else asyncio.run
-run(main(directory, staging, int(mebibytes)))
+run(main(directory, staging, *map(int, numbers)))

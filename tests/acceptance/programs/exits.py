@@ -1,0 +1,87 @@
+"""Starts a save, never waits for it, and ends in one of many ways.
+
+    exits.py DIRECTORY WAY
+
+Prints the monotonic time of the end of what the user wrote.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+from acceptance import states
+
+import orbax_async as ocp
+
+directory, way = Path(sys.argv[1]), sys.argv[2]
+final = directory / "checkpoint"
+
+
+def save(mebibytes: float = 2) -> None:
+    """Starts a save that nobody waits for."""
+    ocp.save_async(final, states.make(0, mebibytes=mebibytes))
+
+
+async def save_from_a_loop() -> None:
+    """Starts a save on a loop that ends at once."""
+    save()
+    if way == "loop_raise":
+        raise RuntimeError("the end of the loop")
+
+
+def note_end() -> None:
+    """Tells when the script had nothing left to do."""
+    print(time.monotonic(), flush=True)
+
+
+match way:
+    case "end":
+        save()
+        note_end()
+    case "raise":
+        save()
+        note_end()
+        raise RuntimeError("the end of the script")
+    case "sys_exit":
+        save()
+        note_end()
+        sys.exit(3)
+    case "loop_end":
+        asyncio.run(save_from_a_loop())
+        note_end()
+    case "loop_raise":
+        note_end()
+        asyncio.run(save_from_a_loop())
+    case "thread":
+        thread = threading.Thread(target=save)
+        thread.start()
+        thread.join()
+        note_end()
+    case "late_thread":  # still saves when the main thread has ended
+        ocp.save(directory / "before", {"step": 1})  # the engine is there
+        threading.Thread(target=save).start()
+        note_end()
+    case "slow":
+        context = ocp.Context()
+        context.asynchronous.exit_grace_secs = 0.01
+        with context:
+            save(mebibytes=96)
+        note_end()
+    case "lazy":
+        context = ocp.Context()
+        context.asynchronous.staging = "lazy"
+        with context:
+            save()
+        note_end()
+    case "parent_is_gone":
+        final = directory / "parent" / "checkpoint"
+        final.parent.mkdir()
+        save(mebibytes=32)
+        shutil.rmtree(final.parent, ignore_errors=True)
+        final.parent.write_text("now a file") if not final.parent.exists() else None
+        note_end()

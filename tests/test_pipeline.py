@@ -17,7 +17,7 @@ import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._engine import pipeline, transfer
 from orbax_async._storage.kvstore import ArrayStore
-from orbax_async.handlers import pytree
+from orbax_async.handlers import reading, saving
 
 
 class Watched:
@@ -58,8 +58,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             super().__init__(*args, **kwargs)
             seen.loads.append(self)
 
-    monkeypatch.setattr(pytree, "SavePipeline", Saving)
-    monkeypatch.setattr(pytree, "LoadPipeline", Loading)
+    monkeypatch.setattr(saving, "SavePipeline", Saving)
+    monkeypatch.setattr(reading, "LoadPipeline", Loading)
     return seen
 
 

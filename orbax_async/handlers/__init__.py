@@ -3,7 +3,8 @@
 Does:
   - describe each kind of leaf for the plan, and refuse what can't be held (`leaves`);
   - resolve what each leaf should be loaded as (`targets`);
-  - save and load pytrees in two tiers (`pytree`), and choose who does (`resolve`).
+  - save and load pytrees in two tiers (`pytree`, with `saving` and `reading` behind it);
+  - choose the handler of a checkpointable (`resolve`).
 
 Does not:
   - schedule bytes (the engine does) or make anything visible (the commit does).

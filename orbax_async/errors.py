@@ -58,7 +58,6 @@ __all__ = [
     "UnsupportedLeafError",
     "UnsupportedOptionError",
     "WriteError",
-    "ungrouped",
 ]
 
 

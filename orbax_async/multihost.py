@@ -43,10 +43,8 @@ from orbax_async import errors
 from orbax_async._trace import logger
 
 __all__ = [
-    "Processes",
     "is_pathways_backend",
     "is_primary_host",
-    "participants",
     "process_count",
     "process_index",
     "sync_global_processes",

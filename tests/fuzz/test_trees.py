@@ -173,10 +173,8 @@ def save(path: Path, tree: Any, **options: Any) -> None:
         assume(False)  # two names that the format can't tell apart
     except errors.UnsupportedLeafError as error:
         # The only reasons: nothing at all at the root, and names that are no file paths.
-        assert (
-            isinstance(tree, (type(None), dict, list, tuple))
-            and not tree
-            or ("use_ocdbt" in str(error) and not context.array.saving.use_ocdbt)
+        assert (isinstance(tree, (type(None), dict, list, tuple)) and not tree) or (
+            "use_ocdbt" in str(error) and not context.array.saving.use_ocdbt
         ), error
         assume(False)
 

@@ -551,6 +551,27 @@ def test_the_end_of_a_load_lets_go_of_the_state(tmp_path: Path) -> None:
         collect(each)
 
 
+def test_callbacks_may_wait_for_other_operations(tmp_path: Path, before_commit: Gate) -> None:
+    """More callbacks than the engine has workers wait for saves, and make some; none hangs."""
+    count = 10
+    ended = threading.Semaphore(0)
+    responses = [ocp.save_async(tmp_path / str(index), STATE) for index in range(count)]
+
+    def copy(done: ocp.AsyncResponse[None]) -> None:
+        for response in responses:
+            response.result()
+        index = responses.index(done)
+        ocp.save(tmp_path / f"copy {index}", ocp.load(tmp_path / str(index)))
+        ended.release()
+
+    for response in responses:
+        response.add_done_callback(copy)
+    before_commit.open()
+    for _ in range(count):
+        assert ended.acquire(timeout=30)
+    assert len(os.listdir(tmp_path)) == 2 * count
+
+
 # Failures are never silent.
 
 

@@ -142,8 +142,8 @@ class AsyncResponse(Generic[T]):
     def add_done_callback(self, callback: Callable[[AsyncResponse[T]], object]) -> None:
         """Calls `callback(response)` once the operation has ended, also when it failed.
 
-        Callbacks run in order on a worker thread, or at once in this thread if the operation has
-        ended. What they raise is logged.
+        Callbacks run in order on a thread of their own, or at once in this thread if the operation
+        has ended. What they raise is logged.
         """
         self._add_callback(lambda: callback(self))
 
@@ -193,7 +193,7 @@ class AsyncResponse(Generic[T]):
         if error is None:
             _unreported.discard(self)
         if callbacks:
-            loop.submit(lambda: self._call_all(callbacks))
+            loop.submit_callback(lambda: self._call_all(callbacks))
 
     def _note_report(self, asked: concurrent.futures.Future[Any] | None = None) -> None:
         """Remembers that a failure, if there is one, has been told to somebody."""

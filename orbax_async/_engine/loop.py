@@ -78,9 +78,15 @@ class Engine:
         self.running: set[_Running] = set()
         self._is_stopping = False
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Users' callbacks may wait for operations, and those need the workers.
+        self._callbacks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        roles = [(f"worker {index}", self._jobs) for index in range(_WORKERS)]
+        roles.append(("callbacks", self._callbacks))
         self._workers = [
-            threading.Thread(target=self._work, name=f"orbax_async worker {index}", daemon=True)
-            for index in range(_WORKERS)
+            threading.Thread(
+                target=self._work, args=(jobs,), name=f"orbax_async {role}", daemon=True
+            )
+            for role, jobs in roles
         ]
         for worker in self._workers:
             worker.start()
@@ -125,8 +131,13 @@ class Engine:
         # Unlike the portal's own calls, this does not wait for the loop to take notice.
         self.loop.call_soon_threadsafe(begin, context=context)
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+    def submit_callback(self, job: Callable[[], None]) -> None:
+        """Queues a job for the thread of callbacks, which runs one after the other."""
+        self._callbacks.put(job)
+
+    @staticmethod
+    def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+        while (job := jobs.get()) is not None:
             job()
             del job  # an idle worker holds nobody's arrays
 
@@ -138,7 +149,8 @@ class Engine:
         self._is_stopping = True
         for hook in _exit_hooks:
             hook()
-        for _ in self._workers:
+        self._callbacks.put(None)
+        for _ in range(_WORKERS):
             self._jobs.put(None)
         self._portal_manager.__exit__(None, None, None)
         for worker in self._workers:
@@ -237,9 +249,9 @@ def call_soon(function: Callable[[], object]) -> None:
     _current().loop.call_soon_threadsafe(function)
 
 
-def submit(job: Callable[[], None]) -> None:
-    """Runs a job that handles its own errors on a worker, from any thread."""
-    _current().submit(job)
+def submit_callback(job: Callable[[], None]) -> None:
+    """Runs a user's callbacks, whose errors are handled, one job after the other."""
+    _current().submit_callback(job)
 
 
 def is_engine_thread() -> bool:

@@ -81,7 +81,12 @@ def _plain(node: dict[Any, Any]) -> Any:
         key: _plain(child) if isinstance(child, _Node) else child for key, child in node.items()
     }
     if children and all(key.is_index for key in children):
-        return [children[key] for key in sorted(children, key=lambda key: int(key.name))]
+        indexes = sorted(children, key=lambda key: int(key.name))
+        if int(indexes[-1].name) >= len(indexes):
+            raise errors.InvalidLayoutError(
+                f"a list of the stored tree has only the indexes {[key.name for key in indexes]}"
+            )
+        return [children[key] for key in indexes]
     return {key.name: child for key, child in children.items()}
 
 

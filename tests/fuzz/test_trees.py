@@ -123,6 +123,8 @@ def as_saved(tree: Any) -> Any:
             return [as_saved(value) for value in tree]
         case tuple():
             return [as_saved(value) for value in tree] if tree else ()
+        case np.ndarray():
+            return tree.astype(tree.dtype.newbyteorder("="))
     return tree
 
 
@@ -145,11 +147,7 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
                 assert_same(one, other, f"{where}[{index}]")
         case jax.Array() | np.ndarray() | np.generic():
             assert found.shape == expected.shape, where
-            assert (
-                found.dtype == expected.dtype.newbyteorder("=")
-                if not isinstance(expected, jax.Array)
-                else found.dtype == expected.dtype
-            ), where
+            assert found.dtype == expected.dtype, where
             if isinstance(expected, jax.Array):
                 assert found.sharding.is_equivalent_to(expected.sharding, expected.ndim), where
                 if jnp.issubdtype(expected.dtype, jax.dtypes.prng_key):

@@ -274,6 +274,20 @@ def test_refused(alteration: str, writer: str, copy_of: Callable[[str], Path]) -
         ocp.load(path)
 
 
+def test_list_with_a_gap(tmp_path: Path) -> None:
+    """FORMAT 2.2: a list that lacks an element in the middle is damaged, and never closed up."""
+    ocp.save(tmp_path / "ours", {"l": [np.arange(2), np.arange(3), np.arange(4)]})
+
+    def forget(content: Any) -> None:
+        del content["tree_metadata"]["('l', '1')"]
+
+    disk.edit(tmp_path / "ours" / "state" / "_METADATA", forget)
+    with pytest.raises(errors.InvalidLayoutError, match="only the indexes"):
+        ocp.load(tmp_path / "ours")
+    with pytest.raises(errors.InvalidLayoutError, match="only the indexes"):
+        ocp.metadata(tmp_path / "ours")
+
+
 def test_another_checkpointable_in_deletion(copy_of: Callable[[str], Path]) -> None:
     """The unfinished deletion of one checkpointable doesn't hide the others."""
     path = copy_of("orbax")

@@ -9,7 +9,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -20,7 +20,7 @@ from orbax_async.handlers import leaves
 @st.composite
 def topologies(draw: st.DrawFn) -> tuple[plan.LeafSpec, int]:
     """Draws an array, divided and replicated over a mesh of devices that some processes own."""
-    mesh = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    mesh = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
     # Each mesh axis divides one axis of the array, or replicates it.
     rank = draw(st.integers(0, 3))
     divides = [draw(st.none() | st.integers(0, rank - 1)) if rank else None for _ in mesh]
@@ -28,7 +28,7 @@ def topologies(draw: st.DrawFn) -> tuple[plan.LeafSpec, int]:
         math.prod(n for n, at in zip(mesh, divides, strict=True) if at == axis)
         for axis in range(rank)
     ]
-    sides = [draw(st.integers(0, 4)) for _ in range(rank)]
+    sides = [draw(st.integers(0, 9)) for _ in range(rank)]
     shape = tuple(side * count for side, count in zip(sides, pieces, strict=True))
     processes = draw(st.integers(1, 4))
     ids = draw(st.permutations(range(math.prod(mesh))))
@@ -56,6 +56,7 @@ def slices(box: plan.Box) -> tuple[slice, ...]:
     return tuple(slice(*side) for side in box)
 
 
+@settings(max_examples=max(200, settings().max_examples))
 @given(topology=topologies(), policy=POLICIES)
 def test_i1_each_element_is_written_once(
     topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None
@@ -70,6 +71,7 @@ def test_i1_each_element_is_written_once(
     assert (written == 1).all()
 
 
+@settings(max_examples=max(200, settings().max_examples))
 @given(topology=topologies(), policy=POLICIES)
 def test_i1_a_piece_is_written_by_a_process_that_holds_it(
     topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None
@@ -86,6 +88,7 @@ def test_i1_a_piece_is_written_by_a_process_that_holds_it(
                 assert first <= start < stop <= last
 
 
+@settings(max_examples=max(200, settings().max_examples))
 @given(topology=topologies(), policy=POLICIES)
 def test_i1_pieces_are_whole_chunks(
     topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None
@@ -101,6 +104,7 @@ def test_i1_pieces_are_whole_chunks(
             )
 
 
+@settings(max_examples=max(200, settings().max_examples))
 @given(topology=topologies())
 def test_i1_each_process_reads_once_what_its_devices_need(
     topology: tuple[plan.LeafSpec, int],
@@ -117,6 +121,7 @@ def test_i1_each_process_reads_once_what_its_devices_need(
             assert request.nbytes == plan.box_nbytes(request.box, leaf.itemsize)
 
 
+@settings(max_examples=max(200, settings().max_examples))
 @given(topology=topologies(), policy=POLICIES)
 def test_i1_all_processes_agree_without_talking(
     topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None

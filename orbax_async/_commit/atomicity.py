@@ -92,6 +92,8 @@ def temporary_path(final: str, use: str = "new") -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Leftover:
+    """A temporary directory, and what its name and its owner tell of it."""
+
     path: str
     final: str
     use: str

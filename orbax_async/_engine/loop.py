@@ -38,7 +38,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, TypeVarTuple
 
 import anyio
-import anyio.from_thread
 
 from orbax_async import errors
 
@@ -90,7 +89,9 @@ class Engine:
         ]
         for worker in self._workers:
             worker.start()
-        self._portal_manager = anyio.from_thread.start_blocking_portal(
+        from anyio.from_thread import start_blocking_portal  # slow to import
+
+        self._portal_manager = start_blocking_portal(
             "asyncio", {"use_uvloop": sys.platform != "win32"}, name="orbax_async loop"
         )
         self.portal = self._portal_manager.__enter__()

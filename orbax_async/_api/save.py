@@ -242,10 +242,9 @@ if hasattr(os, "register_at_fork"):  # the saves of the parent are not the child
 class _Awaited:
     """A directory that handlers may write to once it is there."""
 
-    def __init__(self, path: Path, created: anyio.Event, *, makes_itself: bool = False) -> None:
+    def __init__(self, path: Path, created: anyio.Event) -> None:
         self._path = path
         self._created = created
-        self._makes_itself = makes_itself
 
     @property
     def path(self) -> Path:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from orbax_async import errors
@@ -77,22 +77,20 @@ def write_root_documents(
         ) from error
 
 
-def sync_files(paths: list[str], final: str) -> None:
+def sync_files(paths: Iterable[str], final: str) -> None:
     """Makes some files durable (I5)."""
-    for path in paths:
-        try:
-            files.fsync_file(path)
-        except OSError as error:
-            raise errors.CommitError(
-                f"cannot make {path} durable for {final}: {error.strerror or error}"
-            ) from error
+    _sync(files.fsync_file, paths, final)
 
 
-def sync_directories(paths: list[str], final: str) -> None:
+def sync_directories(paths: Iterable[str], final: str) -> None:
     """Makes the entries of some directories durable, in the order given (I5)."""
+    _sync(files.fsync_directory, paths, final)
+
+
+def _sync(fsync: Callable[[str], None], paths: Iterable[str], final: str) -> None:
     for path in paths:
         try:
-            files.fsync_directory(path)
+            fsync(path)
         except OSError as error:
             raise errors.CommitError(
                 f"cannot make {path} durable for {final}: {error.strerror or error}"

@@ -108,6 +108,9 @@ def box_nbytes(box: Box, itemsize: int) -> int:
 
 
 def _replicas(leaf: LeafSpec) -> Iterator[tuple[Box, list[ShardSpec]]]:
+    if len(leaf.shards) == 1:  # most leaves of most states
+        yield leaf.shards[0].box, list(leaf.shards)
+        return
     groups: dict[Box, list[ShardSpec]] = {}
     for shard in sorted(leaf.shards, key=lambda shard: shard.device_id):
         groups.setdefault(shard.box, []).append(shard)

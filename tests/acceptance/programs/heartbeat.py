@@ -3,7 +3,8 @@
     heartbeat.py DIRECTORY LOOP STAGING MEBIBYTES LEAVES ROUNDS
 
 LOOP is asyncio or uvloop. Each round looks at the idle loop, saves, loads, and looks at the idle
-loop again. The output is JSON: for each round the gaps in milliseconds by phase.
+loop again. The output is JSON: for each round, by phase, the gaps in milliseconds, each with how
+long the thread was ready to run and no core was free for it (0 where the system does not say).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +35,25 @@ def make_state(mebibytes: int, leaves: int) -> dict[str, jax.Array]:
     }
 
 
+def waited_for_a_core() -> float:
+    """Returns for how many milliseconds this thread has been ready to run, and did not."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e6
+    except FileNotFoundError:
+        return 0.0
+
+
 @contextlib.asynccontextmanager
-async def heartbeat(gaps: list[float]) -> AsyncIterator[None]:
-    """Notes in milliseconds how long the loop took to come back each time."""
+async def heartbeat(gaps: list[tuple[float, float]]) -> AsyncIterator[None]:
+    """Notes how long the loop took to come back each time."""
 
     async def beat() -> None:
-        last = time.perf_counter()
+        last, last_waited = time.perf_counter(), waited_for_a_core()
         while True:
             await asyncio.sleep(0.001)
-            now = time.perf_counter()
-            gaps.append((now - last) * 1e3)
-            last = now
+            now, waited = time.perf_counter(), waited_for_a_core()
+            gaps.append(((now - last) * 1e3, waited - last_waited))
+            last, last_waited = now, waited
 
     task = asyncio.create_task(beat())
     await asyncio.sleep(0.02)
@@ -62,9 +72,10 @@ async def main(directory: str, staging: str, mebibytes: int, leaves: int, rounds
     # The collector's pauses grow with the program's own objects, and are its own.
     gc.collect()
     gc.freeze()
-    measured: list[dict[str, list[float]]] = []
+    measured: list[dict[str, list[tuple[float, float]]]] = []
     for index in range(rounds):
-        gaps: dict[str, list[float]] = {"before": [], "save": [], "load": [], "after": []}
+        gaps: dict[str, list[tuple[float, float]]]
+        gaps = {"before": [], "save": [], "load": [], "after": []}
         async with heartbeat(gaps["before"]):
             await asyncio.sleep(0.2)
         async with heartbeat(gaps["save"]):

@@ -1,33 +1,39 @@
 """The asyncio-native checkpoint engine for JAX: Orbax v1's API and format, with a new inside.
 
-import orbax_async as ocp
+    import orbax_async as ocp
 
-response = ocp.save_async("/checkpoints/7", state)   # returns once every value is captured
-await response                                       # or response.result()
-state = ocp.load("/checkpoints/7", abstract_state)
+    response = ocp.save_async("/checkpoints/7", state)   # returns once every value is captured
+    await response                                       # or response.result()
+    state = ocp.load("/checkpoints/7", abstract_state)
+
+A name is imported when it is first used, so that importing the package costs next to nothing.
 """
 
 from __future__ import annotations
 
-from orbax_async import arrays as arrays
-from orbax_async import errors as errors
-from orbax_async import handlers as handlers
-from orbax_async import multihost as multihost
-from orbax_async import options as options
-from orbax_async import path as path
-from orbax_async import tree as tree
-from orbax_async._api.layout import is_orbax_checkpoint as is_orbax_checkpoint
-from orbax_async._api.load import load as load
-from orbax_async._api.load import load_async as load_async
-from orbax_async._api.metadata import CheckpointMetadata as CheckpointMetadata
-from orbax_async._api.metadata import PyTreeMetadata as PyTreeMetadata
-from orbax_async._api.metadata import metadata as metadata
-from orbax_async._api.response import AsyncResponse as AsyncResponse
-from orbax_async._api.save import save as save
-from orbax_async._api.save import save_async as save_async
-from orbax_async.context import Context as Context
-from orbax_async.handlers import PLACEHOLDER as PLACEHOLDER
-from orbax_async.handlers import CheckpointableHandler as CheckpointableHandler
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orbax_async import arrays as arrays
+    from orbax_async import errors as errors
+    from orbax_async import handlers as handlers
+    from orbax_async import multihost as multihost
+    from orbax_async import options as options
+    from orbax_async import path as path
+    from orbax_async import tree as tree
+    from orbax_async._api.layout import is_orbax_checkpoint as is_orbax_checkpoint
+    from orbax_async._api.load import load as load
+    from orbax_async._api.load import load_async as load_async
+    from orbax_async._api.metadata import CheckpointMetadata as CheckpointMetadata
+    from orbax_async._api.metadata import PyTreeMetadata as PyTreeMetadata
+    from orbax_async._api.metadata import metadata as metadata
+    from orbax_async._api.response import AsyncResponse as AsyncResponse
+    from orbax_async._api.save import save as save
+    from orbax_async._api.save import save_async as save_async
+    from orbax_async.context import Context as Context
+    from orbax_async.handlers import PLACEHOLDER as PLACEHOLDER
+    from orbax_async.handlers import CheckpointableHandler as CheckpointableHandler
 
 __all__ = [
     "PLACEHOLDER",
@@ -50,3 +56,33 @@ __all__ = [
     "save_async",
     "tree",
 ]
+
+_HOMES = {
+    "PLACEHOLDER": "handlers",
+    "AsyncResponse": "_api.response",
+    "CheckpointMetadata": "_api.metadata",
+    "CheckpointableHandler": "handlers",
+    "Context": "context",
+    "PyTreeMetadata": "_api.metadata",
+    "is_orbax_checkpoint": "_api.layout",
+    "load": "_api.load",
+    "load_async": "_api.load",
+    "metadata": "_api.metadata",
+    "save": "_api.save",
+    "save_async": "_api.save",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name at its first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'orbax_async' has no attribute {name!r}")
+    value: Any = importlib.import_module(f"orbax_async.{_HOMES.get(name, name)}")
+    if name in _HOMES:
+        value = getattr(value, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -177,7 +177,8 @@ def test_a_room_says_what_it_does_and_does_not(path: Path) -> None:
         assert re.search(r"^\W*Does\b(?! not)", docstring, re.M), "no list of what it does"
         assert re.search(r"^\W*Does not\b", docstring, re.M), "no list of what it does not"
     defined = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    assert not defined, [n.name for n in defined]
+    names = {definition.name for definition in defined}
+    assert names <= {"__getattr__", "__dir__"}, names
 
 
 @pytest.mark.parametrize("path", PUBLIC, ids=_ids)
@@ -193,16 +194,29 @@ def test_all_is_sorted_and_true(path: Path) -> None:
 
 
 def test_public_names_are_reexported_by_their_own_name() -> None:
-    """``orbax_async/__init__.py`` says ``X as X`` for exactly the names in ``__all__``."""
-    tree = _parsed(PACKAGE / "__init__.py")
-    reexported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module != "__future__":
+    """``orbax_async/__init__.py`` says ``X as X`` for ``__all__``, and finds each where it says."""
+    package = importlib.import_module("orbax_async")
+    reexported = {}
+    for node in ast.walk(_parsed(PACKAGE / "__init__.py")):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orbax_async"):
             for alias in node.names:
                 assert alias.asname == alias.name, f"line {node.lineno}: {alias.name}"
-                reexported.add(alias.name)
-    listed = set(importlib.import_module("orbax_async").__all__)
-    assert listed == reexported
+                reexported[alias.name] = f"{node.module}."[len("orbax_async.") : -1]
+    assert set(package.__all__) == reexported.keys() == set(dir(package))
+    assert {name: home for name, home in reexported.items() if home} == package._HOMES
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = package.no_such_name
+
+
+def test_the_import_leaves_the_engine_alone() -> None:
+    """Importing the package imports none of its parts, nor TensorStore or anyio."""
+    program = "import sys, orbax_async; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    modules = done.stdout.split()
+    assert "orbax_async" in modules
+    assert not {"jax", "tensorstore", "anyio", "orbax_async._engine"} & set(modules)
 
 
 @pytest.mark.parametrize("folder", ["orbax_async", "tests", "examples", "benchmarks"])

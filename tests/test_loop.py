@@ -146,7 +146,7 @@ def test_a_blocking_call_raises_what_the_worker_raised() -> None:
     for _ in range(20):  # more often than there are workers
         with pytest.raises(ValueError, match="no number"):
             on_engine(fail)
-    assert len([each for each in engine_threads() if "worker" in each.name]) == 8
+    assert len([each for each in engine_threads() if "worker" in each.name]) == loop._WORKERS
 
 
 def test_a_cancelled_task_waits_for_its_blocking_call() -> None:

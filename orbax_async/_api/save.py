@@ -28,7 +28,7 @@ from orbax_async.path import Path, PathLike, pathlike
 
 __all__ = ["save", "save_async"]
 
-_SYNCS_AT_ONCE = 8
+_SYNCS_AT_ONCE = 4
 _SWEEP_GRACE_SECS = 1.0
 
 

@@ -46,7 +46,7 @@ __all__ = ["Background", "Engine", "call_soon", "is_engine_thread", "spawn", "to
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_WORKERS = 8
+_WORKERS = 4  # few: each keeps an arena of the C allocator, and with it some freed memory
 _CANCEL_SECS = 2.0  # how long the exit drain waits for cancelled operations to clean up
 
 

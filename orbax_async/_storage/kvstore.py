@@ -21,7 +21,7 @@ __all__ = ["ArrayStore"]
 
 _COPY_THREADS = max(2, min(8, os.cpu_count() or 2))
 _CONTEXT = {
-    "file_io_concurrency": {"limit": 16},
+    "file_io_concurrency": {"limit": 4},
     "data_copy_concurrency": {"limit": _COPY_THREADS},
     "cache_pool": {"total_bytes_limit": 0},
 }

@@ -107,7 +107,8 @@ def draw_timeline(runs: list[Run], path: Path) -> None:
         len(runs), 1, figsize=(9, 2.4 * len(runs) + 0.8), sharex=True, layout="constrained"
     )
     for axes, run in zip(all_axes, runs, strict=True):
-        by_time = sorted(run.saves, key=lambda save: save.response.progress.elapsed_secs)
+        followed = run.saves[:-1]  # no training comes after the last save
+        by_time = sorted(followed, key=lambda save: save.response.progress.elapsed_secs)
         save = by_time[len(by_time) // 2]
         progress = save.response.progress
         shown = progress.elapsed_secs * 1.15

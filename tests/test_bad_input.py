@@ -684,3 +684,14 @@ def test_the_widest_values_that_are_accepted(tmp_path: Path) -> None:
     assert loaded["text"] == state["text"]
     assert loaded["unmasked"].tolist() == [1, 2]
     assert loaded["narrow"].dtype == ml_dtypes.int4
+
+
+def test_a_handler_validates_without_saving_or_loading() -> None:
+    """Both checks of `PyTreeHandler` pass good trees and name the leaf of bad ones."""
+    handler = ocp.handlers.PyTreeHandler()
+    handler.validate_leaves_handleable({"a": np.ones(2), "b": "text"})
+    handler.validate_abstract_leaves_handleable({"a": np.ndarray, "b": str, "c": ...})
+    with pytest.raises(errors.UnsupportedLeafError, match=r"\['bad'\]"):
+        handler.validate_leaves_handleable({"bad": object()})
+    with pytest.raises(errors.AbstractLeafError, match=r"\['bad'\]"):
+        handler.validate_abstract_leaves_handleable({"bad": object()})

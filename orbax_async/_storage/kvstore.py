@@ -24,6 +24,8 @@ _CONTEXT = {
     "file_io_concurrency": {"limit": 4},
     "data_copy_concurrency": {"limit": _COPY_THREADS},
     "cache_pool": {"total_bytes_limit": 0},
+    # Decoded B-tree nodes may be kept, but only as long as the store lives.
+    "cache_pool#nodes": {"total_bytes_limit": 100_000_000},
 }
 # As Orbax configures it: small values live in the B-tree's nodes, one node holds a whole model.
 _OCDBT_CONFIG = {
@@ -69,15 +71,10 @@ class ArrayStore:
         self.zarr3 = zarr3
         self.is_ocdbt = ocdbt
         # What is written may be left to the commit to sync, but not what other machines write.
-        settings = {**_CONTEXT, "file_io_sync": syncs}
-        self._context = ts.Context(settings)
+        self._context = ts.Context({**_CONTEXT, "file_io_sync": syncs})
         self._spec: dict[str, Any]
         if ocdbt:
-            # A read may cache decoded B-tree nodes, but only as long as this store lives.
             self._spec = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#nodes"}
-            self._context = ts.Context(
-                {**settings, "cache_pool#nodes": {"total_bytes_limit": 100_000_000}}
-            )
             if create:
                 self._spec |= {"config": _OCDBT_CONFIG, "assume_config": True}
             if target_data_file_nbytes is not None:

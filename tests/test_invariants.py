@@ -50,10 +50,10 @@ def test_i9_a_failing_read_names_its_leaf(tmp_path: Path, monkeypatch: pytest.Mo
     ocp.save(tmp_path / "checkpoint", {"a": 1, "b": [np.zeros(9), np.ones(8)]})
     original = zarr.decode_whole
 
-    def decode_whole(document: Any, data: bytes) -> Any:
-        if tuple(document["shape"]) == (8,):
+    def decode_whole(layout: zarr.WholeLayout, data: bytes) -> Any:
+        if layout.shape == (8,):
             raise RuntimeError("broken")
-        return original(document, data)
+        return original(layout, data)
 
     monkeypatch.setattr(zarr, "decode_whole", decode_whole)
     with pytest.raises(errors.ReadError, match="broken") as caught:

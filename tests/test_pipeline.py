@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._engine import pipeline, transfer
+from orbax_async._engine import load_pipeline, save_pipeline
+from orbax_async._engine.transfer import Piece
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import reading, saving
 
@@ -24,11 +25,11 @@ class Watched:
     """The pipelines of a test, and the order in which they capture and write leaves."""
 
     def __init__(self) -> None:
-        self.saves: list[pipeline.SavePipeline] = []
-        self.loads: list[pipeline.LoadPipeline] = []
+        self.saves: list[save_pipeline.SavePipeline] = []
+        self.loads: list[load_pipeline.LoadPipeline] = []
         self.captured: list[str] = []
         self.written: list[str] = []
-        self.pieces: dict[str, list[transfer.Staged]] = {}
+        self.pieces: dict[str, list[Piece]] = {}
 
 
 @pytest.fixture
@@ -36,24 +37,24 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """Watches every pipeline of the test from the inside."""
     seen = Watched()
 
-    class Saving(pipeline.SavePipeline):
+    class Saving(save_pipeline.SavePipeline):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             seen.saves.append(self)
 
         def _capture(self, batch: Any) -> Any:
             pieces = super()._capture(batch)
-            for request, piece in zip(batch, pieces, strict=True):
+            for request, piece in zip(batch.requests, pieces, strict=True):
                 label = self._leaves[request.leaf].label
                 seen.captured.append(label)
                 seen.pieces.setdefault(label, []).append(piece)
             return list(pieces)
 
         async def _write(self, store: Any, batch: Any, pieces: Any) -> None:
-            seen.written += [self._leaves[request.leaf].label for request in batch]
+            seen.written += [self._leaves[request.leaf].label for request in batch.requests]
             await super()._write(store, batch, pieces)
 
-    class Loading(pipeline.LoadPipeline):
+    class Loading(load_pipeline.LoadPipeline):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             seen.loads.append(self)
@@ -301,7 +302,7 @@ def test_host_arrays_are_shared_where_the_caller_says_so(tmp_path: Path, watched
     with with_memory(deepcopy_host_arrays=False, transfer_concurrent_bytes=1):
         ocp.save(tmp_path / "checkpoint", {"a": value})
     (staged,) = watched.pieces["['a']"]
-    assert np.shares_memory(np.asarray(staged.piece), value)
+    assert np.shares_memory(np.asarray(staged), value)
     assert watched.saves[0].transfer_budget.statistics().peak_nbytes == 0
     check(tmp_path / "checkpoint", {"a": value})
 
@@ -314,7 +315,7 @@ def test_i3_a_view_keeps_a_donated_buffer(tmp_path: Path, watched: Watched) -> N
     with ocp.Context():
         response = ocp.save_async(tmp_path / "checkpoint", {"a": value, "b": other})
     (staged,) = watched.pieces["['a']"]
-    assert staged.fetch().ctypes.data == address
+    assert np.asarray(staged).ctypes.data == address
     update(value).block_until_ready()
     other.delete()
     del value, other, staged
@@ -336,7 +337,7 @@ def test_i3_pinned_host_transfers(
     context.array.saving.enable_pinned_host_transfer = True
     with context:
         response = ocp.save_async(tmp_path / "checkpoint", {"a": value})
-    pieces = [staged.piece for staged in watched.pieces["['a']"]]
+    pieces = watched.pieces["['a']"]
     assert len(pieces) == 8
     assert all(isinstance(piece, jax.Array) for piece in pieces)
     assert {piece.sharding.memory_kind for piece in pieces} == {"pinned_host"}
@@ -373,10 +374,13 @@ def test_a_capture_that_fails_names_its_leaf(
 ) -> None:
     """I9: a value that can't be captured is a StagingError of its key path; nothing is written."""
 
-    def fail(self: transfer.HostSource, *_: Any) -> transfer.Staged:
-        raise MemoryError("too large")
+    def fail(array: Piece, *args: Any, **kwargs: Any) -> Piece:
+        if isinstance(array, np.ndarray):
+            raise MemoryError("too large")
+        return original(array, *args, **kwargs)
 
-    monkeypatch.setattr(transfer.HostSource, "capture", fail)
+    original = save_pipeline.capture
+    monkeypatch.setattr(save_pipeline, "capture", fail)
     with pytest.raises(errors.StagingError, match=r"\['a'\]\[1\].*too large") as caught:
         ocp.save(tmp_path / "checkpoint", {"a": [jnp.zeros(3), np.zeros(3)]})
     assert caught.value.keypath == "['a'][1]"

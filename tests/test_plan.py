@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -112,13 +114,67 @@ def test_i1_each_process_reads_once_what_its_devices_need(
     """A process reads each box of its devices once, for all of them, and nothing else."""
     leaf, processes = topology
     for process in range(processes):
-        requests = plan.plan_reads([leaf], process=process)
-        assert max(Counter(request.box for request in requests).values(), default=0) <= 1
-        served = {device: request.box for request in requests for device in request.device_ids}
+        regions = _regions(leaf, process, chunk_shape=[1] * len(leaf.shape))
+        assert max(Counter(region.box for region in regions).values(), default=0) <= 1
+        assert all(region.parts == ((region.box, region.parts[0][1]),) for region in regions)
+        served = {device: region.box for region in regions for device in region.parts[0][1]}
         assert served == {s.device_id: s.box for s in leaf.shards if s.process == process}
-        assert sum(len(request.device_ids) for request in requests) == len(served)
-        for request in requests:
-            assert request.nbytes == plan.box_nbytes(request.box, leaf.itemsize)
+        assert sum(len(region.parts[0][1]) for region in regions) == len(served)
+        for region in regions:
+            assert region.nbytes == plan.box_nbytes(region.box, leaf.itemsize)
+
+
+@settings(max_examples=max(200, settings().max_examples))
+@given(topology=topologies(), data=st.data())
+def test_i1_no_stored_chunk_is_decoded_twice(
+    topology: tuple[plan.LeafSpec, int], data: st.DataObject
+) -> None:
+    """However arrays are divided in storage, no two regions share bytes of an encoded chunk."""
+    leaf, processes = topology
+    chunk_shape = [data.draw(st.integers(1, max(1, side))) for side in leaf.shape]
+    is_raw = data.draw(st.booleans())
+    for process in range(processes):
+        regions = _regions(leaf, process, chunk_shape=chunk_shape, is_raw=is_raw)
+        served = {d: box for r in regions for box, devices in r.parts for d in devices}
+        assert served == {s.device_id: s.box for s in leaf.shards if s.process == process}
+        read: Counter[Any] = Counter()
+        for region in regions:
+            for index in itertools.product(
+                *(
+                    range(start // side, -(-stop // side))
+                    for (start, stop), side in zip(region.box, chunk_shape, strict=True)
+                )
+            ):
+                read.update(_bytes_read(region.box, index, leaf.shape, chunk_shape, is_raw))
+        assert max(read.values(), default=0) <= 1
+
+
+def _bytes_read(
+    box: Any, index: tuple[int, ...], shape: Any, chunk_shape: Any, is_raw: bool
+) -> Iterator[tuple[Any, int]]:
+    """Yields what of a chunk has to be read for a box: a run of a raw one, else all of it."""
+    sides = list(zip(index, chunk_shape, strict=True))
+    elements = np.arange(math.prod(chunk_shape)).reshape(chunk_shape)
+    within = tuple(
+        slice(max(start - i * side, 0), min(stop - i * side, side))
+        for (start, stop), (i, side) in zip(box, sides, strict=True)
+    )
+    run = elements[within].reshape(-1)
+    is_run = is_raw and run.size and run[-1] - run[0] + 1 == run.size
+    yield from ((index, int(each)) for each in (run if is_run else elements.reshape(-1)))
+
+
+def _regions(
+    leaf: plan.LeafSpec, process: int, *, chunk_shape: Any, is_raw: bool = False
+) -> tuple[plan.Region, ...]:
+    return plan.read_regions(
+        leaf.shards,
+        leaf.itemsize,
+        process=process,
+        shape=leaf.shape,
+        chunk_shape=chunk_shape,
+        is_raw=is_raw,
+    )
 
 
 @settings(max_examples=max(200, settings().max_examples))
@@ -192,7 +248,7 @@ def test_a_leaf_without_elements_has_nothing_to_write() -> None:
     """A zero-size leaf has no write request, but its devices still get their empty arrays."""
     leaf = plan.LeafSpec(0, (0, 3), 4, (plan.ShardSpec(0, 0, ((0, 0), (0, 3))),))
     assert plan.plan_writes([leaf], process=0) == []
-    assert [r.nbytes for r in plan.plan_reads([leaf], process=0)] == [0]
+    assert [r.nbytes for r in _regions(leaf, 0, chunk_shape=(1, 3))] == [0]
 
 
 def test_w14_prioritized_leaves_are_planned_first() -> None:
@@ -204,7 +260,10 @@ def test_w14_prioritized_leaves_are_planned_first() -> None:
 
 
 def _requests(sizes: list[int]) -> list[plan.ReadRequest]:
-    return [plan.ReadRequest(i, ((0, size),), (0,), size) for i, size in enumerate(sizes)]
+    return [
+        plan.ReadRequest(i, plan.Region(((0, size),), (), size), size)
+        for i, size in enumerate(sizes)
+    ]
 
 
 @given(

@@ -24,7 +24,7 @@ import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._api import save as save_module
 from orbax_async._commit import finalize
-from orbax_async._engine import loop, pipeline
+from orbax_async._engine import loop, save_pipeline
 from orbax_async.handlers.pytree import PyTreeHandler
 
 STATE = {"a": np.arange(1000), "b": 1}
@@ -283,7 +283,7 @@ def test_a_failure_before_staging_is_raised_by_both_tiers(
     def fail(*_: Any) -> None:
         raise errors.StagingError("['a']", "cannot be captured")
 
-    monkeypatch.setattr(pipeline.SavePipeline, "_capture", fail)
+    monkeypatch.setattr(save_pipeline.SavePipeline, "_capture", fail)
     with with_async(staging="lazy"):
         response = ocp.save_async(tmp_path / "checkpoint", STATE)
     with pytest.raises(errors.StagingError):

@@ -21,9 +21,9 @@ from orbax_async._engine import loop
 from orbax_async._storage import files, names
 from orbax_async._trace import logger
 from orbax_async.handlers import resolve
+from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.pytree import PyTreeHandler
-from orbax_async.handlers.saving import PreparedTree
 from orbax_async.path import Path, PathLike, pathlike
 
 __all__ = ["save", "save_async"]

@@ -82,6 +82,11 @@ class ByteBudget:
         self._reserved -= nbytes
         self._grant()
 
+    @property
+    def has_limit(self) -> bool:
+        """Whether anyone may have to wait."""
+        return self._limit is not None
+
     def statistics(self) -> BudgetStatistics:
         """Returns a snapshot."""
         waiting = sum(not waiter.has_left for waiter in self._waiters)

@@ -28,14 +28,15 @@ from typing import Protocol, TypeVar
 __all__ = [
     "LeafSpec",
     "ReadRequest",
+    "Region",
     "ReplicaParallel",
     "ShardSpec",
     "WriteRequest",
     "batches",
     "box_nbytes",
     "box_shape",
-    "plan_reads",
     "plan_writes",
+    "read_regions",
     "whole",
 ]
 
@@ -83,12 +84,20 @@ class WriteRequest:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Region:
+    """A box of a leaf to read once; each part of it goes to the local devices that hold it."""
+
+    box: Box
+    parts: tuple[tuple[Box, tuple[int, ...]], ...]
+    nbytes: int
+
+
+@dataclasses.dataclass(slots=True)
 class ReadRequest:
-    """One piece to read once, for every local device in `device_ids`."""
+    """One region to read of leaf `leaf`."""
 
     leaf: int
-    box: Box
-    device_ids: tuple[int, ...]
+    region: Region
     nbytes: int
 
 
@@ -174,19 +183,55 @@ def plan_writes(
     return requests
 
 
-def plan_reads(leaves: Iterable[LeafSpec], *, process: int) -> list[ReadRequest]:
-    """Returns what `process` reads for its own devices."""
-    return [
-        ReadRequest(
-            leaf=leaf.index,
-            box=box,
-            device_ids=device_ids,
-            nbytes=box_nbytes(box, leaf.itemsize),
-        )
-        for leaf in leaves
-        for box, replicas in _replicas(leaf)
-        if (device_ids := tuple(s.device_id for s in replicas if s.process == process))
+def read_regions(
+    shards: Sequence[ShardSpec],
+    itemsize: int,
+    *,
+    process: int,
+    shape: Sequence[int],
+    chunk_shape: Sequence[int],
+    is_raw: bool,
+) -> tuple[Region, ...]:
+    """Returns what a process reads of a leaf for its own devices.
+
+    Args:
+      shards: of the sharding to load to, over all processes.
+      itemsize: bytes of an element.
+      process: whose devices.
+      shape: of the whole array.
+      chunk_shape: of the smallest piece that is stored, and encoded, by itself.
+      is_raw: whether a run of bytes can be read out of the middle of a chunk.
+    """
+    boxes: dict[Box, tuple[int, ...]] = {}
+    for shard in sorted(shards, key=lambda shard: shard.device_id):
+        if shard.process == process:
+            boxes[shard.box] = (*boxes.get(shard.box, ()), shard.device_id)
+    parts = tuple(boxes.items())
+    if len(parts) < 2 or all(_is_separate(box, shape, chunk_shape, is_raw) for box in boxes):
+        return tuple(Region(part[0], (part,), box_nbytes(part[0], itemsize)) for part in parts)
+    # Several would have to read, and decode, the same chunks.
+    around = tuple(
+        (min(start for start, _ in axis), max(stop for _, stop in axis))
+        for axis in zip(*boxes, strict=True)
+    )
+    return (Region(around, parts, box_nbytes(around, itemsize)),)
+
+
+def _is_separate(box: Box, shape: Sequence[int], chunk_shape: Sequence[int], is_raw: bool) -> bool:
+    """Says whether a box shares no bytes that have to be read together with other boxes."""
+    cut = [
+        axis
+        for axis, (start, stop) in enumerate(box)
+        if start % chunk_shape[axis] or (stop % chunk_shape[axis] and stop != shape[axis])
     ]
+    if not cut:
+        return True
+    if not is_raw or len(cut) > 1:
+        return False
+    # Rows of a raw chunk are one run of bytes, unless it reaches over the edge of the array.
+    (axis,) = cut
+    pairs = zip(shape[axis + 1 :], chunk_shape[axis + 1 :], strict=True)
+    return math.prod(chunk_shape[:axis]) == 1 and not any(side % piece for side, piece in pairs)
 
 
 class _Sized(Protocol):

@@ -16,11 +16,10 @@ Theory of operation
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -28,82 +27,82 @@ import numpy as np
 from orbax_async._engine.plan import Box
 from orbax_async.arrays import devices_of
 
-__all__ = ["DeviceSource", "HostSource", "Staged", "aligned_empty", "assemble", "place"]
+__all__ = ["Mode", "Piece", "aligned_empty", "assemble", "capture", "capture_mode", "place"]
 
 _ALIGNMENT = 64  # bytes; jax aliases host memory on CPU where it is aligned so
 
 
-@dataclasses.dataclass(frozen=True)
-class HostSource:
-    """An array in host memory; `is_mutable` where its owner may change it during the save."""
-
-    array: np.ndarray[Any, Any]
-    is_mutable: bool
-
-    @property
-    def copies(self) -> bool:
-        """Whether capturing takes memory of its own."""
-        return self.is_mutable
-
-    def capture(self, device_id: int, shard_box: Box, box: Box) -> Staged:
-        """Captures one piece."""
-        piece = self.array[_within(box, shard_box)]
-        return Staged(np.array(piece, order="C") if self.is_mutable else piece)
+Piece = np.ndarray[Any, Any] | jax.Array
+Mode = Literal["view", "copy", "fetch", "pin"]
 
 
-@dataclasses.dataclass(frozen=True)
-class DeviceSource:
-    """A jax array; `use_pinned_host` is None for the default of its platform."""
+def capture_mode(
+    sharding: jax.sharding.Sharding | None,
+    *,
+    is_mutable: bool = False,
+    use_pinned_host: bool | None = None,
+) -> Mode:
+    """Says how the values of an array are captured.
 
-    array: jax.Array
-    use_pinned_host: bool | None = None
+    Args:
+      sharding: of a jax array; None for a NumPy array.
+      is_mutable: whether a NumPy array's owner may change it during the save.
+      use_pinned_host: whether to go through pinned memory; None for the platform's default.
 
-    @property
-    def copies(self) -> bool:
-        """Whether capturing takes host memory of its own."""
-        return self._pins or not self._is_on_host
+    Returns:
+      `view` where the values stay where they are, `copy` for a copy on the host, `fetch` and `pin`
+      for a transfer from a device to ordinary or to pinned memory.
+    """
+    if sharding is None:
+        return "copy" if is_mutable else "view"
+    on_host = _lies_on_host(sharding)
+    if use_pinned_host is None:
+        use_pinned_host = not on_host and _has_pinned_host(sharding)
+    if use_pinned_host:
+        return "pin"
+    return "view" if on_host else "fetch"
 
-    def capture(self, device_id: int, shard_box: Box, box: Box) -> Staged:
-        """Captures one piece, on the device's own stream where it has to be moved."""
-        shard = self._shard(device_id)
-        inner = _within(box, shard_box)
-        if not self._pins:
-            if not self._is_on_host:
-                # The host copy stays cached on an array object: not on one that the caller holds.
-                shard = jax.make_array_from_single_device_arrays(
-                    shard.shape, shard.sharding, [shard]
-                )
-            return Staged(np.asarray(shard)[inner])
-        if box != shard_box:
-            shard = shard[inner]
+
+def capture(array: Piece, mode: Mode, *, device_id: int | None, shard_box: Box, box: Box) -> Piece:
+    """I3: captures one piece of an array.
+
+    Args:
+      array: the whole array.
+      mode: how; see `capture_mode`.
+      device_id: whose shard to take; None where the array is a single one.
+      shard_box: where that shard lies in the array.
+      box: where the piece lies in the array.
+
+    Returns:
+      A host array, or, of mode `pin`, a jax array in host memory whose transfer may be under way:
+      `np.asarray` waits for it.
+    """
+    is_whole = box is shard_box or box == shard_box
+    if isinstance(array, np.ndarray):
+        piece = array if is_whole else array[_within(box, shard_box)]
+        return np.array(piece, order="C") if mode == "copy" else piece
+    shard = array if device_id is None else _shard(array, device_id)
+    if mode == "pin":
+        if not is_whole:
+            shard = shard[_within(box, shard_box)]
         (device,) = shard.devices()
         pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-        return Staged(jax.device_put(shard, pinned, may_alias=False))
+        moved: jax.Array = jax.device_put(shard, pinned, may_alias=False)
+        return moved
+    if mode == "fetch":
+        # The host copy stays cached on an array object: not on one that the caller holds.
+        shard = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
+    host = np.asarray(shard)
+    return host if is_whole else host[_within(box, shard_box)]
 
-    def _shard(self, device_id: int) -> jax.Array:
-        """Returns a device's shard."""
-        count = len(self.array.sharding.addressable_devices)
-        if count == 1 and self._is_on_host:
-            return self.array
-        # Not addressable_data, which has the first device's shard alone of a replicated array.
-        for shard in self.array.addressable_shards:
-            if shard.device.id == device_id:
-                data: jax.Array = shard.data
-                return data
-        raise ValueError(f"no shard on device {device_id}")
 
-    @property
-    def _is_on_host(self) -> bool:
-        return _lies_on_host(self.array.sharding)
-
-    @property
-    def _pins(self) -> bool:
-        if self.use_pinned_host is not None:
-            return self.use_pinned_host
-        if self._is_on_host:
-            return False
-        device = devices_of(self.array.sharding, local=True)[0]
-        return any(memory.kind == "pinned_host" for memory in device.addressable_memories())
+def _shard(array: jax.Array, device_id: int) -> jax.Array:
+    # Not addressable_data, which has the first device's shard alone of a replicated array.
+    for shard in array.addressable_shards:
+        if shard.device.id == device_id:
+            data: jax.Array = shard.data
+            return data
+    raise ValueError(f"no shard on device {device_id}")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -112,18 +111,9 @@ def _lies_on_host(sharding: jax.sharding.Sharding) -> bool:
     return device.platform == "cpu" or "host" in (sharding.memory_kind or "")
 
 
-Source = HostSource | DeviceSource
-
-
-@dataclasses.dataclass
-class Staged:
-    """A captured piece: a host array, or a transfer to host memory that is under way."""
-
-    piece: np.ndarray[Any, Any] | jax.Array
-
-    def fetch(self) -> np.ndarray[Any, Any]:
-        """Returns the host array; blocks until its transfer has arrived."""
-        return np.asarray(self.piece)
+def _has_pinned_host(sharding: jax.sharding.Sharding) -> bool:
+    device = devices_of(sharding, local=True)[0]
+    return any(memory.kind == "pinned_host" for memory in device.addressable_memories())
 
 
 def _within(box: Box, outer: Box) -> tuple[slice, ...]:
@@ -137,25 +127,39 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray[Any,
     """Returns an uninitialized array that jax can alias on CPU."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    offset = -raw.ctypes.data % _ALIGNMENT
+    address: int = raw.__array_interface__["data"][0]
+    offset = -address % _ALIGNMENT
     return raw[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
 def place(
-    pieces: Sequence[np.ndarray[Any, Any]], devices: Sequence[jax.sharding.Sharding]
-) -> list[jax.Array]:
-    """Puts host arrays on single devices, all in one call, and waits until they have arrived."""
+    targets: Sequence[Sequence[tuple[np.ndarray[Any, Any], jax.sharding.Sharding | None]]],
+) -> list[list[Piece]]:
+    """Puts host arrays on devices, and waits until they have arrived.
+
+    Args:
+      targets: for each of several leaves its pieces, and where each goes: all of it on the one
+        device of its sharding, or nowhere.
+    """
     # These settings belong to threads: a worker keeps every dtype as it is.
     with jax.transfer_guard("allow"), jax.enable_x64(True):
-        placed = jax.device_put(list(pieces), list(devices))
+        placed = [
+            [array if where is None else _put(array, where) for array, where in pieces]
+            for pieces in targets
+        ]
         jax.block_until_ready(placed)
-    return list(placed)
+    return placed
+
+
+def _put(array: np.ndarray[Any, Any], where: jax.sharding.Sharding) -> jax.Array:
+    # Half as much work for jax as device_put.
+    return jax.make_array_from_callback(array.shape, where, lambda _: array)
 
 
 def assemble(
     shape: tuple[int, ...], sharding: jax.sharding.Sharding, shards: Sequence[jax.Array]
 ) -> jax.Array:
     """Makes one global array of the shards that this process holds."""
-    if isinstance(sharding, jax.sharding.SingleDeviceSharding) and len(shards) == 1:
+    if len(shards) == 1 and shards[0].sharding == sharding:
         return shards[0]
     return jax.make_array_from_single_device_arrays(shape, sharding, list(shards))

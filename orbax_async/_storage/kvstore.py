@@ -6,6 +6,7 @@ made for that operation and dropped with it, so that nothing stays pinned in mem
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import tensorstore as ts
 
 from orbax_async import errors
 from orbax_async._storage import names, zarr
+from orbax_async._storage.direct import DirectReader
 
 __all__ = ["ArrayStore"]
 
@@ -27,10 +29,11 @@ _CONTEXT = {
     # Decoded B-tree nodes may be kept, but only as long as the store lives.
     "cache_pool#nodes": {"total_bytes_limit": 100_000_000},
 }
-# As Orbax configures it: small values live in the B-tree's nodes, one node holds a whole model.
+# Small values live in the B-tree's nodes. A commit rewrites each node that it changes, so nodes
+# of a limited size keep many commits of a large tree from rewriting all of it each time.
 _OCDBT_CONFIG = {
     "max_inline_value_bytes": 1024,
-    "max_decoded_node_bytes": 100_000_000,
+    "max_decoded_node_bytes": 2_000_000,
     "version_tree_arity_log2": 4,
     "compression": {"id": "zstd"},
 }
@@ -81,7 +84,16 @@ class ArrayStore:
                 self._spec["target_data_file_size"] = target_data_file_nbytes
         else:
             self._spec = {"driver": "file", "path": os.path.abspath(directory) + "/"}
-        self._kvstore = ts.KvStore.open(self._spec, context=self._context).result()
+        self._creates = create
+
+    @functools.cached_property
+    def _kvstore(self) -> ts.KvStore:
+        return ts.KvStore.open(self._spec, context=self._context).result()
+
+    @functools.cached_property
+    def direct(self) -> DirectReader | None:
+        """The database's values without TensorStore; None where there is no database."""
+        return DirectReader(self.directory) if self.is_ocdbt and not self._creates else None
 
     def begin(self) -> ts.Transaction:
         """Starts a transaction; on OCDBT it is atomic, on files it only groups the writes."""
@@ -116,8 +128,10 @@ class ArrayStore:
         region = tuple(slice(start, stop) for start, stop in box)
         return target[region].write(array, can_reference_source_data_indefinitely=True)
 
-    def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
+    def read_many(self, keys: Sequence[str]) -> list[bytes | memoryview | None]:
         """Reads whole values, None for each key that is absent; all reads are under way at once."""
+        if self.direct is not None:
+            return self.direct.values(keys)
         futures = [self._kvstore.read(key) for key in keys]
         results = (future.result() for future in futures)
         return [result.value if result.state == "value" else None for result in results]

@@ -16,14 +16,19 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 __all__ = [
+    "CHECKSUM_BLOCK",
     "Encoding",
+    "RawLayout",
+    "WholeLayout",
     "array_document",
+    "block_checksums",
+    "checksums_key",
     "chunk_key",
     "compression_saving",
     "decode_whole",
@@ -32,9 +37,12 @@ __all__ = [
     "encode_stored",
     "is_storable",
     "parse_document",
+    "raw_layout",
+    "whole_layout",
 ]
 
 Encoding = Literal["stored", "raw", "zstd"]
+CHECKSUM_BLOCK = 4 << 20
 _GZIP = 31  # zlib's window-bits value for a gzip member
 
 # Elements narrower than a byte, or of types of our own making, that zarr stores by name.
@@ -167,6 +175,23 @@ def chunk_shape(document: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def checksums_key(name: str, index: Sequence[int]) -> str:
+    """Returns the key of a raw chunk's `block_checksums`, which zarr readers pass over."""
+    return (f"{name}/" if name else "") + ".crc32/" + ".".join(map(str, index))
+
+
+def block_checksums(array: np.ndarray[Any, Any]) -> bytes:
+    """Returns the CRC-32 of each block of `CHECKSUM_BLOCK` bytes, as little-endian uint32.
+
+    The chunk's own CRC-32C needs the whole chunk, and a library that computes it; these let a
+    reader verify any range with what Python has, as fast as it reads.
+    """
+    data: Any = array.reshape(-1).view(np.uint8)
+    blocks = range(0, data.size, CHECKSUM_BLOCK)
+    sums = [zlib.crc32(data[start : start + CHECKSUM_BLOCK]) for start in blocks]
+    return np.array(sums, "<u4").tobytes()
+
+
 def encode_stored(array: np.ndarray[Any, Any]) -> bytes:
     """Encodes a whole small chunk: C order, little endian, one gzip member at level 0."""
     if array.dtype.byteorder == ">":
@@ -174,51 +199,93 @@ def encode_stored(array: np.ndarray[Any, Any]) -> bytes:
     return zlib.compress(array.tobytes(), 0, wbits=_GZIP)
 
 
-def is_whole_and_plain(document: Mapping[str, Any]) -> bool:
-    """Says whether `decode_whole` can read the array from one value without TensorStore."""
-    shape = tuple(max(1, side) for side in document["shape"])
+class WholeLayout(NamedTuple):
+    """How a small array lies in a single value that `decode_whole` reads without TensorStore."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    nbytes: int
+    is_compressed: bool
+
+
+def whole_layout(document: Mapping[str, Any]) -> WholeLayout | None:
+    """Returns how an array lies in one value; None where it is in several, or not plain."""
+    shape = tuple(document["shape"])
     if document["zarr_format"] == 2:
         compressor = document["compressor"]
-        plain = compressor is None or compressor["id"] in ("gzip", "zlib")
-        little = document["dtype"][0] != ">"
-        return bool(
-            plain
-            and little
-            and document["order"] == "C"
-            and document.get("dimension_separator", ".") == "."
-            and not document.get("filters")
-            and tuple(document["chunks"]) == shape
+        is_plain = _is_plain_v2(document) and (
+            compressor is None or compressor["id"] in ("gzip", "zlib")
         )
-    keys = document["chunk_key_encoding"]
+        is_compressed = compressor is not None
+    else:
+        tail = [codec.get("name") for codec in document["codecs"][1:]]
+        is_plain = _is_plain_v3(document) and tail in ([], ["gzip"])
+        is_compressed = bool(tail)
+    if not is_plain or chunk_shape(document) != tuple(max(1, side) for side in shape):
+        return None
+    dtype = stored_dtype(document)
+    return WholeLayout(shape, dtype, math.prod(shape) * dtype.itemsize, is_compressed)
+
+
+class RawLayout(NamedTuple):
+    """How an array lies in chunks that hold its elements as they are.
+
+    Attributes:
+      chunk_shape: of each chunk; the last ones may reach over the array's edge.
+      has_crc32c: whether the elements are followed by their CRC-32C.
+      zarr3: which version's keys the chunks have.
+    """
+
+    chunk_shape: tuple[int, ...]
+    has_crc32c: bool
+    zarr3: bool
+
+
+def raw_layout(document: Mapping[str, Any]) -> RawLayout | None:
+    """Returns how an array lies in its chunks; None where they are encoded in any way."""
+    if document["zarr_format"] == 2:
+        is_raw = document["compressor"] is None and _is_plain_v2(document)
+        return RawLayout(chunk_shape(document), False, False) if is_raw else None
     codecs = document["codecs"]
-    head = codecs[0] if codecs else {}
-    return (
-        tuple(document["chunk_grid"]["configuration"]["chunk_shape"]) == shape
-        and keys["name"] == "default"
+    if not _is_plain_v3(document) or [codec.get("name") for codec in codecs[1:]] not in (
+        [],
+        ["crc32c"],
+    ):
+        return None
+    return RawLayout(chunk_shape(document), len(codecs) == 2, True)
+
+
+def _is_plain_v2(document: Mapping[str, Any]) -> bool:
+    return bool(
+        document["dtype"][0] != ">"
+        and document["order"] == "C"
+        and document.get("dimension_separator", ".") == "."
+        and not document.get("filters")
+    )
+
+
+def _is_plain_v3(document: Mapping[str, Any]) -> bool:
+    keys = document["chunk_key_encoding"]
+    head = document["codecs"][0] if document["codecs"] else {}
+    return bool(
+        keys["name"] == "default"
         and keys.get("configuration", {}).get("separator", "/") == "/"
         and head.get("name") == "bytes"
         and head.get("configuration", {}).get("endian", "little") == "little"
-        and (len(codecs) == 1 or (len(codecs) == 2 and codecs[1].get("name") == "gzip"))
+        and not document.get("storage_transformers")
     )
 
 
-def decode_whole(document: Mapping[str, Any], data: bytes) -> np.ndarray[Any, Any]:
-    """Decodes an array that is one chunk; raises ValueError where its bytes are damaged."""
-    compressed = (
-        len(document["codecs"]) == 2
-        if document["zarr_format"] == 3
-        else document["compressor"] is not None
-    )
-    if compressed:
+def decode_whole(layout: WholeLayout, data: bytes | memoryview) -> np.ndarray[Any, Any]:
+    """Decodes an array that is one value; raises ValueError where its bytes are damaged."""
+    if layout.is_compressed:
         try:
-            data = zlib.decompress(data, wbits=47)  # a gzip or a zlib header
+            data = zlib.decompress(data, 47, layout.nbytes or 1)  # a gzip or a zlib header
         except zlib.error as error:
             raise ValueError(f"checksum or framing error ({error})") from None
-    dtype = stored_dtype(document)
-    shape = tuple(document["shape"])
-    if len(data) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{len(data)} bytes found, {math.prod(shape) * dtype.itemsize} expected")
-    return np.frombuffer(data, dtype).reshape(shape)
+    if len(data) != layout.nbytes:
+        raise ValueError(f"{len(data)} bytes found, {layout.nbytes} expected")
+    return np.frombuffer(data, layout.dtype).reshape(layout.shape)
 
 
 def compression_saving(array: np.ndarray[Any, Any], sample_nbytes: int = 1 << 16) -> float:

@@ -25,45 +25,52 @@ import numpy as np
 
 from orbax_async import arrays, errors
 from orbax_async._engine import plan
-from orbax_async._engine.transfer import DeviceSource, HostSource, Source
 from orbax_async._storage import zarr
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["SaveLeaf", "describe", "describe_all", "is_prng_key", "shards_of", "summary"]
+__all__ = [
+    "Described",
+    "LeafForm",
+    "describe",
+    "describe_all",
+    "is_prng_key",
+    "shards_of",
+    "summary",
+]
 
 
 _UINT8 = np.dtype(np.uint8)
 
 
-@dataclasses.dataclass(frozen=True)
-class SaveLeaf:
-    """A leaf, or an empty node, ready to be planned.
+@dataclasses.dataclass(slots=True)
+class LeafForm:
+    """What is known of a leaf, or of an empty node, apart from its values.
 
     Attributes:
       keys: where it is in the tree.
       kind: as `schema.Entry.kind`.
-      text: the value of a string.
-      array: the value of anything stored as an array: a jax or a NumPy array.
-      is_mutable: whether the caller could change `array` in place.
+      shape: the global shape of its array; None where it is not stored as one.
       dtype: the dtype on disk.
+      sharding: of a jax array.
+      is_mutable: whether the caller could change its array in place.
       prng_impl: of typed PRNG keys, the name of their implementation.
       private: what only we record.
+      name: the name under which it is stored.
     """
 
     keys: KeyPath
     kind: str
-    text: str | None = None
-    array: jax.Array | np.ndarray[Any, Any] | None = None
-    is_mutable: bool = False
+    shape: tuple[int, ...] | None = None
     dtype: np.dtype[Any] = _UINT8
+    sharding: jax.sharding.Sharding | None = None
+    is_mutable: bool = False
     prng_impl: str | None = None
     private: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    name: str = ""
 
-    @property
-    def name(self) -> str:
-        """The name under which it is stored."""
-        return keypath.stored_name(self.keys)
+    def __post_init__(self) -> None:
+        self.name = keypath.stored_name(self.keys)
 
     @property
     def label(self) -> str:
@@ -71,26 +78,21 @@ class SaveLeaf:
         return keypath.label(self.keys)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The global shape of its array."""
-        assert self.array is not None
-        return tuple(self.array.shape)
-
-    def source(self, *, use_pinned_host: bool | None, copies_host_arrays: bool) -> Source:
-        """Returns where the engine captures its values."""
-        if isinstance(self.array, jax.Array):
-            return DeviceSource(self.array, use_pinned_host)
-        assert self.array is not None
-        return HostSource(self.array, self.is_mutable and copies_host_arrays)
+    def has_value(self) -> bool:
+        """Whether it is a leaf, not an empty node."""
+        return self.shape is not None or self.kind == schema.STRING
 
     def spec(self, index: int, *, host_process: int, is_prioritized: bool) -> plan.LeafSpec:
         """Returns what the plan needs to know; host arrays belong to `host_process`."""
-        assert self.array is not None
-        if isinstance(self.array, jax.Array):
-            shards = shards_of(self.array.sharding, self.shape)
+        assert self.shape is not None
+        if self.sharding is not None:
+            shards = shards_of(self.sharding, self.shape)
         else:
             shards = (plan.ShardSpec(-1, host_process, plan.whole(self.shape)),)
         return plan.LeafSpec(index, self.shape, self.dtype.itemsize, shards, is_prioritized)
+
+
+Described = tuple[LeafForm, Any]  # with its array, its text, or None
 
 
 def is_prng_key(value: Any) -> bool:
@@ -124,8 +126,11 @@ class _Unsupported(Exception):
     """Why a leaf can't be stored."""
 
 
-def describe(keys: KeyPath, value: Any) -> SaveLeaf:
+def describe(keys: KeyPath, value: Any) -> Described:
     """Describes one leaf or empty node.
+
+    Returns:
+      Its form, and its value as it is stored: a jax or NumPy array, a str, or None.
 
     Raises:
       UnsupportedLeafError: a checkpoint can't hold it.
@@ -133,8 +138,7 @@ def describe(keys: KeyPath, value: Any) -> SaveLeaf:
     """
     kind = structure.empty_kind(value)
     if kind is not None:
-        return SaveLeaf(keys, kind)
-    label = keypath.label(keys)
+        return LeafForm(keys, kind), None
     try:
         if isinstance(value, jax.Array):
             return _describe_jax(keys, value)
@@ -142,10 +146,10 @@ def describe(keys: KeyPath, value: Any) -> SaveLeaf:
             return _describe_numpy(keys, value)
         return _describe_scalar(keys, value)
     except _Unsupported as reason:
-        raise errors.UnsupportedLeafError(label, str(reason)) from None
+        raise errors.UnsupportedLeafError(keypath.label(keys), str(reason)) from None
 
 
-def _describe_jax(keys: KeyPath, value: jax.Array) -> SaveLeaf:
+def _describe_jax(keys: KeyPath, value: jax.Array) -> Described:
     if isinstance(value, jax.core.Tracer):
         raise _Unsupported(
             "Unsupported leaf type for saving: a tracer. Save outside of jit, grad and vmap."
@@ -164,19 +168,34 @@ def _describe_jax(keys: KeyPath, value: jax.Array) -> SaveLeaf:
     dtype, logical = _disk_dtype(value.dtype)
     if logical:
         private["logical_dtype"] = logical
-    if value.weak_type and not value.shape:
+    if not value.shape and value.weak_type:
         private["weak_type"] = True
-    memory_kind = value.sharding.memory_kind
-    if memory_kind not in (None, "device"):
-        device = arrays.devices_of(value.sharding)[0]
-        if memory_kind != device.default_memory().kind:
-            private["memory_kind"] = memory_kind
-    return SaveLeaf(
-        keys, schema.JAX_ARRAY, array=value, dtype=dtype, prng_impl=impl, private=private
+    sharding = value.sharding
+    memory_kind = _special_memory_kind(sharding)
+    if memory_kind is not None:
+        private["memory_kind"] = memory_kind
+    form = LeafForm(
+        keys,
+        schema.JAX_ARRAY,
+        value.shape,
+        dtype,
+        sharding,
+        prng_impl=impl,
+        private=private,
     )
+    return form, value
 
 
-def _describe_numpy(keys: KeyPath, value: np.ndarray[Any, Any]) -> SaveLeaf:
+@functools.lru_cache(maxsize=4096)
+def _special_memory_kind(sharding: jax.sharding.Sharding) -> str | None:
+    """Returns the memory kind to record: none for that in which a device puts arrays anyway."""
+    kind = sharding.memory_kind
+    if kind in (None, "device") or kind == arrays.devices_of(sharding)[0].default_memory().kind:
+        return None
+    return str(kind)
+
+
+def _describe_numpy(keys: KeyPath, value: np.ndarray[Any, Any]) -> Described:
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise _Unsupported(
             "a masked array would lose its mask; save `.data` and `.mask`, or `.filled()`"
@@ -185,60 +204,56 @@ def _describe_numpy(keys: KeyPath, value: np.ndarray[Any, Any]) -> SaveLeaf:
     is_mutable = True
     if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and not np.little_endian):
         array, is_mutable = array.astype(array.dtype.newbyteorder("<")), False
+    return _host_leaf(keys, schema.NUMPY_ARRAY, array, is_mutable=is_mutable)
+
+
+def _host_leaf(
+    keys: KeyPath,
+    kind: str,
+    array: np.ndarray[Any, Any],
+    python_type: str | None = None,
+    *,
+    is_mutable: bool = False,
+) -> Described:
     dtype, logical = _disk_dtype(array.dtype)
-    private = {"logical_dtype": logical} if logical else {}
-    return SaveLeaf(
-        keys, schema.NUMPY_ARRAY, array=array, is_mutable=is_mutable, dtype=dtype, private=private
-    )
+    private = {"python_type": python_type, "logical_dtype": logical}
+    private = {name: text for name, text in private.items() if text}
+    form = LeafForm(keys, kind, array.shape, dtype, is_mutable=is_mutable, private=private)
+    return form, array
 
 
-def _describe_scalar(keys: KeyPath, value: Any) -> SaveLeaf:
+def _describe_scalar(keys: KeyPath, value: Any) -> Described:
     match value:
         case str():
             if "~" in keypath.stored_name(keys):
                 raise _Unsupported(
                     "a string's key can't hold '~', which readers take for an escape; rename it"
                 )
-            return SaveLeaf(keys, schema.STRING, text=str(value))
+            return LeafForm(keys, schema.STRING), str(value)
         case bytes():
             array = np.frombuffer(value, np.uint8)
-            return SaveLeaf(keys, schema.NUMPY_ARRAY, array=array, private={"python_type": "bytes"})
+            return _host_leaf(keys, schema.NUMPY_ARRAY, array, "bytes")
         case np.generic():
-            array = np.asarray(value)
-            dtype, logical = _disk_dtype(array.dtype)
-            private = {"python_type": "numpy_scalar"} | (
-                {"logical_dtype": logical} if logical else {}
-            )
             # np.float64 is a float, and Orbax takes it for one.
             kind = schema.SCALAR if isinstance(value, float) else schema.NUMPY_ARRAY
-            return SaveLeaf(keys, kind, array=array, dtype=dtype, private=private)
+            return _host_leaf(keys, kind, np.asarray(value), "numpy_scalar")
         case bool():
-            return _python_scalar(keys, np.asarray(bool(value)))
+            return _host_leaf(keys, schema.SCALAR, np.asarray(bool(value)))
         case int():
             if not -(2**63) <= value < 2**64:
                 raise _Unsupported(f"the int {value} is outside of int64 and uint64")
             wide = np.uint64 if value >= 2**63 else np.int64
-            return _python_scalar(keys, np.asarray(int(value), wide))
+            return _host_leaf(keys, schema.SCALAR, np.asarray(int(value), wide))
         case float():
-            return _python_scalar(keys, np.asarray(float(value)))
+            return _host_leaf(keys, schema.SCALAR, np.asarray(float(value)))
         case complex():
             array = np.asarray(value, np.complex128)
-            return SaveLeaf(
-                keys,
-                schema.NUMPY_ARRAY,
-                array=array,
-                dtype=array.dtype,
-                private={"python_type": "complex"},
-            )
+            return _host_leaf(keys, schema.NUMPY_ARRAY, array, "complex")
     raise _Unsupported(
         f"Unsupported leaf type for saving: {type(value)}. Supported leaf types are: jax.Array, "
         "numpy.ndarray, NumPy scalars, int, float, complex, bool, bytes, str and None. Convert "
         "it, or take it out of the tree (equinox: `eqx.filter(model, eqx.is_array)`)."
     )
-
-
-def _python_scalar(keys: KeyPath, array: np.ndarray[Any, Any]) -> SaveLeaf:
-    return SaveLeaf(keys, schema.SCALAR, array=array, dtype=array.dtype)
 
 
 @functools.cache
@@ -257,7 +272,7 @@ def _disk_dtype(dtype: np.dtype[Any]) -> tuple[np.dtype[Any], str | None]:
 
 def describe_all(
     entries: Iterable[tuple[KeyPath, Any]], *, as_files: bool, are_several: bool = False
-) -> list[SaveLeaf]:
+) -> list[Described]:
     """Describes every leaf of a flattened tree, and refuses it as a whole if any can't be held.
 
     Args:
@@ -270,19 +285,19 @@ def describe_all(
       DuplicateLeafError: two leaves would be stored under the same name.
       StagingError: a jax array was deleted or donated.
     """
-    described: list[SaveLeaf] = []
+    described: list[Described] = []
     refused: list[errors.LeafError] = []
     for keys, value in entries:
         try:
-            leaf = describe(keys, value)
-            if are_several and isinstance(leaf.array, jax.Array):
-                _check_shared(leaf.label, leaf.array)
-            described.append(leaf)
+            form, stored = describe(keys, value)
+            if are_several and isinstance(stored, jax.Array):
+                _check_shared(form.label, stored)
+            described.append((form, stored))
         except errors.LeafError as error:
             refused.append(error)
     if refused:
         raise summary(refused)
-    _check_names(described, as_files=as_files)
+    _check_names([form for form, _ in described], as_files=as_files)
     return described
 
 
@@ -308,10 +323,10 @@ def _check_shared(label: str, array: jax.Array) -> None:
         )
 
 
-def _check_names(described: list[SaveLeaf], *, as_files: bool) -> None:
-    by_name: dict[str, SaveLeaf] = {}
-    for leaf in described:
-        if leaf.array is None and leaf.text is None:
+def _check_names(forms: list[LeafForm], *, as_files: bool) -> None:
+    by_name: dict[str, LeafForm] = {}
+    for leaf in forms:
+        if not leaf.has_value:
             continue
         other = by_name.setdefault(leaf.name, leaf)
         if other is not leaf:
@@ -322,7 +337,7 @@ def _check_names(described: list[SaveLeaf], *, as_files: bool) -> None:
             )
     if not as_files:
         return
-    for leaf in described:
+    for leaf in forms:
         parts = leaf.name.split("/")
         if leaf.name and any(part in ("", ".", "..") for part in parts):
             raise errors.UnsupportedLeafError(
@@ -332,7 +347,7 @@ def _check_names(described: list[SaveLeaf], *, as_files: bool) -> None:
             )
         for count in range(1, len(parts)):
             above = by_name.get("/".join(parts[:count]))
-            if above is not None and above.array is not None:
+            if above is not None and above.shape is not None:
                 raise errors.DuplicateLeafError(
                     leaf.label,
                     f"its directory would lie inside that of leaf {above.label}, which "

@@ -8,17 +8,18 @@ matches them with the abstract tree, plans what this process reads, and rebuilds
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Hashable
 from typing import Any
 
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._engine import loop
-from orbax_async.handlers import leaves, operation, targets
+from orbax_async.handlers import forms, leaves, operation, targets
+from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.reading import AbstractTree, Loading, read_metadata
-from orbax_async.handlers.saving import PreparedTree, Saving
+from orbax_async.handlers.saving import Saving
 from orbax_async.path import Path, PathAwaitingCreation
-from orbax_async.tree import schema, structure
+from orbax_async.tree import structure
 
 __all__ = ["PyTreeHandler"]
 
@@ -49,28 +50,14 @@ class PyTreeHandler:
           DuplicateLeafError: two leaves would be stored under one name.
           StagingError: a jax array was deleted or donated.
         """
-        flat = structure.flatten(state)
         if state is None:
             raise errors.UnsupportedLeafError("", "checkpointable must not be None for saving.")
-        if all(not keys for keys, _ in flat.entries) and (
-            not flat.entries or structure.empty_kind(flat.entries[0][1]) is not None
-        ):
-            raise errors.UnsupportedLeafError(
-                "", f"Found empty item. There is nothing to save in {state!r}."
-            )
-        options = self._options().array.saving
         processes = multihost.participants(self._options().multiprocessing.active_processes)
-        described = leaves.describe_all(
-            flat.entries, as_files=not options.use_ocdbt, are_several=len(processes) > 1
+        return forms.prepare(
+            state,
+            as_files=not self._options().array.saving.use_ocdbt,
+            are_several=len(processes) > 1,
         )
-        texts = {leaf.name: leaf.text for leaf in described if leaf.text is not None}
-        try:
-            strings = schema.dump_strings(texts) if texts else None
-        except ValueError as error:
-            raise errors.DuplicateLeafError(
-                "", f"the string leaves can't be stored together: {error}; rename a key"
-            ) from None
-        return PreparedTree(described, strings)
 
     def validate_leaves_handleable(self, tree: Any) -> None:
         """Raises what `save` would raise for a tree; returns None for a good one."""
@@ -89,7 +76,7 @@ class PyTreeHandler:
             else self.flatten(checkpointable)
         )
         doing = operation.current(is_joint=True)
-        saving = Saving(prepared.leaves, prepared.strings, self._options(), doing)
+        saving = Saving(prepared, self._options(), doing)
         running = loop.Background(lambda: saving.run(directory))
         try:
             await saving.pipeline.staged.wait()
@@ -116,9 +103,10 @@ class PyTreeHandler:
             return None
         flat = structure.flatten(abstract)
         wanted, refused = [], []
+        alike: dict[Hashable, targets.Wanted] = {}
         for keys, leaf in flat.entries:
             try:
-                wanted.append(targets.want(keys, leaf))
+                wanted.append(targets.want(keys, leaf, alike))
             except errors.LeafError as error:
                 refused.append(error)
         if refused:

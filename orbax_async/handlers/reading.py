@@ -9,7 +9,8 @@ from typing import Any
 from orbax_async import arrays, errors
 from orbax_async import context as ambient
 from orbax_async._engine import loop, plan
-from orbax_async._engine.pipeline import LoadPipeline
+from orbax_async._engine.budget import ByteBudget
+from orbax_async._engine.load_pipeline import LoadPipeline, ReadableLeaf
 from orbax_async._storage import files, names, zarr
 from orbax_async._storage.kvstore import ArrayStore, holds_ocdbt
 from orbax_async.handlers import leaves, operation, targets
@@ -17,6 +18,8 @@ from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.structure import FlatTree
 
 __all__ = ["AbstractTree", "Loading", "read_metadata"]
+
+_BATCH_NBYTES = 64 << 20
 
 # What reading a document raises that has another form than it should.
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
@@ -76,6 +79,7 @@ class _Stored:
                     label, f"its array {entry.name!r} is missing from {self.directory}"
                 )
             try:
+                data = bytes(data)
                 if data not in parsed:
                     parsed[data] = zarr.parse_document(data)
             except ValueError as error:
@@ -85,7 +89,7 @@ class _Stored:
             found[entry.name] = parsed[data]
         return found
 
-    def _read_many(self, store: ArrayStore, keys: list[str]) -> list[bytes | None]:
+    def _read_many(self, store: ArrayStore, keys: list[str]) -> list[bytes | memoryview | None]:
         try:
             return store.read_many(keys)
         except Exception as error:
@@ -175,7 +179,7 @@ class Loading:
         strings = stored.strings([entry for _, entry in texts]) if texts else {}
         for index, entry in texts:
             self._values[index] = strings[entry.name]
-        self._leaves: dict[int, targets.LoadLeaf] = {}
+        self._targets: dict[int, targets.Target] = {}
         self._pipeline: LoadPipeline | None = None
         if not to_load:
             return
@@ -183,29 +187,45 @@ class Loading:
         documents = stored.documents(store, [entry for _, entry, _ in to_load])
         shardings = stored.shardings()
         impls = stored.prng_impls()
+        alike: dict[Any, targets.Target] = {}
         refused: list[errors.LeafError] = []
         for index, entry, wanted in to_load:
-            try:
-                self._leaves[index] = targets.resolve(
-                    index,
-                    entry,
-                    documents[entry.name],
-                    wanted,
-                    saved_sharding=shardings.get(entry.name),
-                    prng_impl=impls.get(entry.name),
-                    process=doing.processes.index,
-                    enable_x64=doing.enable_x64,
-                )
-            except errors.LeafError as error:
-                refused.append(error)
+            document, saved = documents[entry.name], shardings.get(entry.name)
+            impl = impls.get(entry.name)
+            private = tuple(sorted(entry.private.items())) if entry.private else ()
+            key = (id(document), id(wanted), id(saved), entry.kind, impl, private)
+            target = alike.get(key)
+            if target is None:
+                try:
+                    target = alike[key] = targets.resolve(
+                        entry,
+                        document,
+                        wanted,
+                        saved_sharding=saved,
+                        prng_impl=impl,
+                        process=doing.processes.index,
+                        enable_x64=doing.enable_x64,
+                    )
+                except errors.LeafError as error:
+                    refused.append(error)
+                    continue
+            self._targets[index] = target
         if refused:
             raise leaves.summary(refused)
-        specs = [leaf.spec for leaf in self._leaves.values()]
+        limit = options.memory.read_concurrent_bytes
         self._pipeline = LoadPipeline(
-            {index: leaf.readable for index, leaf in self._leaves.items()},
-            plan.plan_reads(specs, process=doing.processes.index),
+            {
+                index: ReadableLeaf(entry.keys, entry.name, self._targets[index].form)
+                for index, entry, _ in to_load
+            },
+            [
+                plan.ReadRequest(index, region, region.nbytes)
+                for index, target in self._targets.items()
+                for region in target.regions
+            ],
             store,
-            read_limit=options.memory.read_concurrent_bytes,
+            batch_nbytes=_BATCH_NBYTES if limit is None else min(limit, _BATCH_NBYTES),
+            read_budget=ByteBudget(limit),
             recorder=doing.recorder,
         )
 
@@ -216,9 +236,11 @@ class Loading:
         return await loop.to_worker(self._finish)
 
     def _finish(self) -> Any:
-        for index, leaf in self._leaves.items():
+        for index, target in self._targets.items():
             assert self._pipeline is not None
-            self._values[index] = leaf.finish(self._pipeline.pieces[index])
+            entry = self._entries[index]
+            assert entry is not None
+            self._values[index] = target.finish(entry, self._pipeline.pieces[index])
         if self._abstract is not None:
             return self._abstract.flat.rebuild(self._values)
         return structure.nest(

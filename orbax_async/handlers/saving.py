@@ -2,84 +2,162 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
 import jax
 
-from orbax_async import arrays, errors
+from orbax_async import arrays, errors, multihost
 from orbax_async import context as ambient
-from orbax_async._engine import loop, plan
-from orbax_async._engine.pipeline import SavePipeline, WritableLeaf
+from orbax_async._engine import loop, plan, transfer
+from orbax_async._engine.budget import ByteBudget
+from orbax_async._engine.save_pipeline import SavePipeline, WritableLeaf, WritePlan, encoding_of
 from orbax_async._storage import files, names, ocdbt, zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import operation
-from orbax_async.handlers.leaves import SaveLeaf
+from orbax_async.handlers.forms import PreparedTree, TreeForm
+from orbax_async.handlers.leaves import LeafForm
 from orbax_async.path import PathAwaitingCreation
 from orbax_async.tree import schema
 
-__all__ = ["PreparedTree", "Saving"]
+__all__ = ["Saving"]
+
+_BATCH_NBYTES = 64 << 20
 
 
-class PreparedTree:
-    """A state whose leaves are described: what tier 1 starts from."""
+class _Plan:
+    """What a save of one form writes under given options: arrays, and documents about them."""
 
-    def __init__(self, described: list[SaveLeaf], strings: bytes | None) -> None:
-        self.leaves = described
-        self.strings = strings
+    def __init__(
+        self, form: TreeForm, options: ambient.Context, processes: multihost.Processes
+    ) -> None:
+        saving, memory = options.array.saving, options.memory
+        is_prioritized = memory.is_prioritized_key_fn
+        specs = [
+            leaf.spec(
+                index,
+                host_process=processes.primary or 0,
+                is_prioritized=is_prioritized is not None and bool(is_prioritized(_path(leaf))),
+            )
+            for index, leaf in enumerate(form.arrays)
+        ]
+        policy = _replica_parallel(options)
+        self._form = form
+        self._options = options
+        self.write_shapes = [plan.write_shape(spec, policy) for spec in specs]
+        self.arrays = WritePlan(
+            [
+                WritableLeaf(
+                    label=leaf.label,
+                    name=leaf.name,
+                    shape=spec.shape,
+                    chunk_shape=write_shape,
+                    dtype=leaf.dtype,
+                    mode=transfer.capture_mode(
+                        leaf.sharding,
+                        is_mutable=leaf.is_mutable and memory.deepcopy_host_arrays,
+                        use_pinned_host=saving.enable_pinned_host_transfer,
+                    ),
+                    has_one_shard=len(spec.shards) == 1,
+                    encoding=encoding_of(
+                        write_shape,
+                        leaf.dtype,
+                        may_compress=saving.use_compression,
+                        min_saving=saving.compression_min_saving,
+                        may_sample=not processes.are_several,
+                    ),
+                    min_saving=saving.compression_min_saving,
+                )
+                for leaf, spec, write_shape in zip(
+                    form.arrays, specs, self.write_shapes, strict=True
+                )
+            ],
+            plan.plan_writes(specs, process=processes.index, policy=policy),
+            batch_nbytes=_batch_nbytes(
+                memory.write_concurrent_bytes, memory.transfer_concurrent_bytes
+            ),
+            writes_documents=processes.is_primary,
+            zarr3=saving.use_zarr3,
+        )
+
+    @functools.cached_property
+    def documents(self) -> dict[str, bytes]:
+        """The documents that describe the tree, by file name."""
+        saving = self._options.array.saving
+        jax_leaves = [
+            (leaf, shape)
+            for leaf, shape in zip(self._form.arrays, self.write_shapes, strict=True)
+            if leaf.sharding is not None
+        ]
+        write_shapes = {leaf.name: shape for leaf, shape in jax_leaves}
+        records_arrays = saving.array_metadata_store is not None
+        tree = schema.TreeDocument(
+            entries=tuple(
+                schema.Entry(
+                    leaf.keys,
+                    leaf.kind,
+                    write_shapes.get(leaf.name) if records_arrays else None,
+                    leaf.private,
+                )
+                for leaf in self._form.leaves
+            ),
+            uses_zarr3=saving.use_zarr3,
+            uses_ocdbt=saving.use_ocdbt,
+        )
+        documents = {names.TREE_METADATA: tree.dump()}
+        if jax_leaves and saving.enable_write_sharding_file:
+            describe = functools.cache(arrays.sharding_document)
+            documents[names.SHARDINGS] = schema.dump_shardings(
+                {leaf.name: describe(leaf.sharding) for leaf, _ in jax_leaves}
+            )
+        if jax_leaves and records_arrays:
+            name = os.path.join(names.ARRAY_METADATAS, names.PROCESS_METADATA.format(0))
+            documents[name] = schema.dump_array_metadatas(
+                (leaf.name, shape, shape, leaf.prng_impl) for leaf, shape in jax_leaves
+            )
+        return documents
+
+
+def _planned(form: TreeForm, options: ambient.Context, processes: multihost.Processes) -> _Plan:
+    """Returns the plan of a save; the same for the same options, unless they hold a callback."""
+    saving, memory = options.array.saving, options.memory
+    if memory.is_prioritized_key_fn is not None:
+        return _Plan(form, options, processes)
+    key = (
+        (processes.index, processes.primary, processes.are_several, processes.is_primary),
+        repr(saving),
+        (memory.write_concurrent_bytes, memory.transfer_concurrent_bytes),
+        memory.deepcopy_host_arrays,
+    )
+    found: _Plan | None = form.plans.get(key)
+    if found is None:
+        form.plans.clear()  # whoever changes options seldom changes them back
+        found = form.plans[key] = _Plan(form, options, processes)
+    return found
+
+
+def _batch_nbytes(*limits: int | None) -> int:
+    return min([_BATCH_NBYTES, *(limit for limit in limits if limit is not None)])
 
 
 class Saving:
     """One save of one tree."""
 
     def __init__(
-        self,
-        described: list[SaveLeaf],
-        strings: bytes | None,
-        options: ambient.Context,
-        doing: operation.Operation,
+        self, prepared: PreparedTree, options: ambient.Context, doing: operation.Operation
     ) -> None:
-        self._described = described
-        self._strings = strings
+        self._form = prepared.form
+        self._strings = prepared.strings
         self._options = options
         self._processes = doing.processes
-        saving, memory = options.array.saving, options.memory
-        self._stored = [leaf for leaf in described if leaf.array is not None]
-        primary = doing.processes.primary or 0
-        is_prioritized = memory.is_prioritized_key_fn
-        specs = [
-            leaf.spec(
-                index,
-                host_process=primary,
-                is_prioritized=is_prioritized is not None and bool(is_prioritized(_path(leaf))),
-            )
-            for index, leaf in enumerate(self._stored)
-        ]
-        policy = _replica_parallel(options)
-        self._write_shapes = [plan.write_shape(spec, policy) for spec in specs]
+        self._plan = _planned(prepared.form, options, doing.processes)
+        memory = options.memory
         self.pipeline = SavePipeline(
-            [
-                WritableLeaf(
-                    label=leaf.label,
-                    name=leaf.name,
-                    source=leaf.source(
-                        use_pinned_host=saving.enable_pinned_host_transfer,
-                        copies_host_arrays=memory.deepcopy_host_arrays,
-                    ),
-                    shape=leaf.shape,
-                    chunk_shape=write_shape,
-                    dtype=leaf.dtype,
-                    may_compress=saving.use_compression,
-                    min_saving=saving.compression_min_saving,
-                )
-                for leaf, write_shape in zip(self._stored, self._write_shapes, strict=True)
-            ],
-            plan.plan_writes(specs, process=doing.processes.index, policy=policy),
-            writes_documents=doing.processes.is_primary,
-            may_sample=not doing.processes.are_several,
-            zarr3=saving.use_zarr3,
-            write_limit=memory.write_concurrent_bytes,
-            transfer_limit=memory.transfer_concurrent_bytes,
+            self._plan.arrays,
+            prepared.arrays,
+            write_budget=ByteBudget(memory.write_concurrent_bytes),
+            transfer_budget=ByteBudget(memory.transfer_concurrent_bytes),
             recorder=doing.recorder,
         )
 
@@ -113,43 +191,9 @@ class Saving:
         )
 
     def _write_documents(self, path: str) -> None:
-        saving = self._options.array.saving
-        jax_leaves = [
-            (leaf, shape)
-            for leaf, shape in zip(self._stored, self._write_shapes, strict=True)
-            if isinstance(leaf.array, jax.Array)
-        ]
-        write_shapes = {leaf.name: shape for leaf, shape in jax_leaves}
-        records_arrays = saving.array_metadata_store is not None
-        tree = schema.TreeDocument(
-            entries=tuple(
-                schema.Entry(
-                    leaf.keys,
-                    leaf.kind,
-                    write_shapes.get(leaf.name) if records_arrays else None,
-                    leaf.private,
-                )
-                for leaf in self._described
-            ),
-            uses_zarr3=saving.use_zarr3,
-            uses_ocdbt=saving.use_ocdbt,
-        )
-        documents = {names.TREE_METADATA: tree.dump()}
+        documents = dict(self._plan.documents)
         if self._strings is not None:
             documents[names.STRINGS] = self._strings
-        if jax_leaves and saving.enable_write_sharding_file:
-            documents[names.SHARDINGS] = schema.dump_shardings(
-                {
-                    leaf.name: arrays.sharding_document(leaf.array.sharding)
-                    for leaf, _ in jax_leaves
-                    if isinstance(leaf.array, jax.Array)
-                }
-            )
-        if jax_leaves and records_arrays:
-            name = os.path.join(names.ARRAY_METADATAS, names.PROCESS_METADATA.format(0))
-            documents[name] = schema.dump_array_metadatas(
-                (leaf.name, shape, shape, leaf.prng_impl) for leaf, shape in jax_leaves
-            )
         try:
             for name, data in documents.items():
                 files.write_bytes(os.path.join(path, name), data)
@@ -161,24 +205,25 @@ class Saving:
     def _validate(self, path: str) -> None:
         """Checks that every array that was planned is in the merged store."""
         saving = self._options.array.saving
-        if not self._stored:
+        if not self._form.arrays:
             return
         store = ArrayStore(path, ocdbt=saving.use_ocdbt, zarr3=saving.use_zarr3)
         keys = store.list_keys()
-        for leaf, write_shape in zip(self._stored, self._write_shapes, strict=True):
+        for leaf in self._plan.arrays.leaves:
             expected = [zarr.document_key(leaf.name, zarr3=saving.use_zarr3)]
             if 0 not in leaf.shape:
-                grid = [side // piece for side, piece in zip(leaf.shape, write_shape, strict=True)]
-                ends = ([0] * len(grid), [count - 1 for count in grid])
+                pairs = zip(leaf.shape, leaf.chunk_shape, strict=True)
+                last = [side // piece - 1 for side, piece in pairs]
                 expected += [
-                    zarr.chunk_key(leaf.name, index, zarr3=saving.use_zarr3) for index in ends
+                    zarr.chunk_key(leaf.name, index, zarr3=saving.use_zarr3)
+                    for index in ([0] * len(last), last)
                 ]
             for key in expected:
                 if key not in keys:
                     raise errors.WriteError(leaf.label, f"{key} is missing after the write")
 
 
-def _path(leaf: SaveLeaf) -> tuple[Any, ...]:
+def _path(leaf: LeafForm) -> tuple[Any, ...]:
     """Returns a key path in jax's own classes, as callbacks of the options expect it."""
     return tuple(
         jax.tree_util.SequenceKey(int(key.name))

@@ -1,13 +1,13 @@
 """What each stored leaf is loaded as.
 
 `want` reads an abstract leaf, on the caller's thread, where a mesh may be set. `resolve` meets it
-with what is stored, once the checkpoint's documents are read. `LoadLeaf.finish` makes the value.
+with what is stored, once the checkpoint's documents are read. `Target.finish` makes the value.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,14 +16,14 @@ import numpy as np
 
 from orbax_async import arrays, errors
 from orbax_async._engine import plan, transfer
-from orbax_async._engine.pipeline import ReadableLeaf
+from orbax_async._engine.load_pipeline import ReadForm
 from orbax_async._storage import zarr
 from orbax_async._trace import logger
 from orbax_async.handlers.leaves import is_prng_key, shards_of
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["LoadLeaf", "Wanted", "resolve", "want"]
+__all__ = ["Target", "Wanted", "resolve", "want"]
 
 Form = Literal["stored", "jax", "numpy", "scalar", "string", "skip"]
 
@@ -55,12 +55,22 @@ STORED = Wanted("stored")
 _WIDE = ("int64", "uint64", "float64", "complex128")
 
 
-def want(keys: KeyPath, leaf: Any) -> Wanted:
-    """Reads one abstract leaf.
+def want(keys: KeyPath, leaf: Any, alike: dict[Hashable, Wanted]) -> Wanted:
+    """Reads one abstract leaf; `alike` keeps what was made of others, for those that are the same.
 
     Raises:
       AbstractLeafError: nothing can be loaded as this.
     """
+    if type(leaf) is not jax.ShapeDtypeStruct and not isinstance(leaf, jax.Array):
+        return _want(keys, leaf)
+    key = (leaf.shape, leaf.dtype, leaf.sharding, getattr(leaf, "weak_type", False))
+    wanted = alike.get(key)
+    if wanted is None:
+        wanted = alike[key] = _want(keys, leaf)
+    return wanted
+
+
+def _want(keys: KeyPath, leaf: Any) -> Wanted:
     if leaf is ... or structure.empty_kind(leaf) is not None:
         return Wanted("skip", original=leaf)
     if isinstance(leaf, type):
@@ -127,17 +137,22 @@ def _concrete(
     return jax.sharding.NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
-@dataclasses.dataclass
-class LoadLeaf:
-    """A stored leaf that is to be loaded as an array, and then made into its value."""
+@dataclasses.dataclass(slots=True)
+class Target:
+    """What leaves become that are stored alike and asked for alike.
 
-    readable: ReadableLeaf
-    spec: plan.LeafSpec
-    finish: Callable[[Sequence[Any]], Any]
+    Attributes:
+      form: how they are read.
+      regions: what is read of each.
+      finish: makes a leaf's value of its entry and its pieces.
+    """
+
+    form: ReadForm
+    regions: tuple[plan.Region, ...]
+    finish: Callable[[schema.Entry, Sequence[Any]], Any]
 
 
 def resolve(
-    index: int,
     entry: schema.Entry,
     document: Mapping[str, Any],
     wanted: Wanted,
@@ -146,7 +161,7 @@ def resolve(
     prng_impl: str | None,
     process: int,
     enable_x64: bool,
-) -> LoadLeaf:
+) -> Target:
     """Decides how one stored array is read and what is made of it.
 
     Raises:
@@ -178,45 +193,42 @@ def resolve(
     if wanted.dtype is not None and not wants_key and impl is None:
         dtype = wanted.dtype
     sharding: jax.sharding.Sharding | None = None
+    local: dict[int, jax.sharding.Sharding] = {}
     if form == "jax":
         _check_width(label, dtype, enable_x64)
         sharding = wanted.sharding or _saved(label, entry, saved_sharding)
         shards = shards_of(sharding, shape)
+        if len(shards) > 1:
+            kind = sharding.memory_kind
+            local = {
+                device.id: jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+                for device in arrays.devices_of(sharding, local=True)
+            }
     else:
         shards = (plan.ShardSpec(-1, process, plan.whole(shape)),)
-    local: dict[int, jax.sharding.Sharding] = (
-        {}
-        if sharding is None
-        else {
-            device.id: jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
-            for device in arrays.devices_of(sharding, local=True)
-        }
+    read_form = ReadForm(document, dtype, view_dtype, sharding, local)
+    regions = plan.read_regions(
+        shards,
+        dtype.itemsize,
+        process=process,
+        shape=shape,
+        chunk_shape=zarr.chunk_shape(document),
+        is_raw=read_form.raw is not None,
     )
-    readable = ReadableLeaf(
-        label=label,
-        name=entry.name,
-        document=dict(document),
-        dtype=dtype,
-        view_dtype=view_dtype,
-        device_shardings=local,
-    )
-    spec = plan.LeafSpec(index, shape, dtype.itemsize, shards)
     is_weak = wanted.is_weak or (wanted.form == "stored" and "weak_type" in entry.private)
 
-    def finish(pieces: Sequence[Any]) -> Any:
+    def finish(entry: schema.Entry, pieces: Sequence[Any]) -> Any:
         if sharding is not None:
             array = transfer.assemble(shape, sharding, pieces)
             if impl is not None:
-                return _wrap_key(label, array, impl, wanted)
+                return _wrap_key(keypath.label(entry.keys), array, impl, wanted)
             return _weak(array, sharding) if is_weak and not shape else array
         (piece,) = pieces
         if form == "scalar" or (wanted.form == "stored" and _is_scalar(entry)):
-            return _scalar(label, piece, entry, wanted)
-        if wanted.form == "numpy" or wanted.form == "stored":
-            return piece
-        raise AssertionError(form)
+            return _scalar(keypath.label(entry.keys), piece, entry, wanted)
+        return piece
 
-    return LoadLeaf(readable, spec, finish)
+    return Target(read_form, regions, finish)
 
 
 def _saved(

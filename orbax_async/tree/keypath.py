@@ -42,7 +42,7 @@ def keys_of(path: JaxKeyPath) -> KeyPath:
 
 def stored_name(keys: KeyPath) -> str:
     """Returns the name under which a leaf is stored; the format joins keys without escaping."""
-    return ".".join(key.name for key in keys)
+    return ".".join([key.name for key in keys])
 
 
 def label(keys: KeyPath) -> str:

@@ -43,7 +43,7 @@ _DICT_KEY = 2
 _PRIVATE = "orbax_async"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Entry:
     """One leaf, or one empty node, of a stored tree.
 
@@ -53,17 +53,17 @@ class Entry:
       write_shape: the shape of the pieces that were written, of a jax array.
       private: what we know beyond Orbax: `python_type`, `logical_dtype`, `memory_kind`,
         `weak_type`.
+      name: the name under which the leaf is stored.
     """
 
     keys: KeyPath
     kind: str
     write_shape: tuple[int, ...] | None = None
     private: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    name: str = ""
 
-    @property
-    def name(self) -> str:
-        """The name under which the leaf is stored."""
-        return stored_name(self.keys)
+    def __post_init__(self) -> None:
+        self.name = stored_name(self.keys)
 
     @property
     def is_empty(self) -> bool:
@@ -151,11 +151,14 @@ def dump_shardings(shardings: Mapping[str, Mapping[str, Any]]) -> bytes:
 
 def load_shardings(data: bytes) -> dict[str, dict[str, Any]]:
     """Reads the `_sharding` document; an entry that says nothing is left out."""
+    parsed: dict[str, dict[str, Any]] = {}  # few differ
     shardings = {}
     for key, text in json.loads(data).items():
         if isinstance(text, str) and text:
             padded = key + "=" * (-len(key) % 4)
-            shardings[base64.urlsafe_b64decode(padded).decode()] = json.loads(text)
+            if text not in parsed:
+                parsed[text] = json.loads(text)
+            shardings[base64.urlsafe_b64decode(padded).decode()] = parsed[text]
     return shardings
 
 

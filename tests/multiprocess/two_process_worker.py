@@ -251,7 +251,7 @@ def failures(index: int, folder: Path) -> Report:
     """Fails in many ways, on one process at a time; each failure must end the save on both."""
     import orbax_async as ocp
     from orbax_async._commit import atomicity
-    from orbax_async._engine.pipeline import SavePipeline
+    from orbax_async._engine.save_pipeline import SavePipeline
 
     report: Report = {}
     fill = SavePipeline._fill
@@ -320,7 +320,7 @@ def failures(index: int, folder: Path) -> Report:
 def killed(index: int, folder: Path, *, victim: int) -> Report:
     """Process `victim` dies in the middle of writing."""
     import orbax_async as ocp
-    from orbax_async._engine.pipeline import SavePipeline
+    from orbax_async._engine.save_pipeline import SavePipeline
 
     ocp.save(folder / "good", small(0))
     if index == victim:

@@ -1,0 +1,265 @@
+"""Reading a tree's arrays: read, placed on their devices.
+
+A pipeline owns the only mutable state of a load: its batches and its budget. A batch holds its
+share of the read budget from before it is read until its values are placed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import anyio
+import jax
+import numpy as np
+import tensorstore as ts
+
+from orbax_async import errors
+from orbax_async._engine import loop, plan
+from orbax_async._engine.budget import ByteBudget
+from orbax_async._engine.plan import ReadRequest
+from orbax_async._engine.transfer import Piece, aligned_empty, place
+from orbax_async._storage import zarr
+from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._trace import Recorder
+from orbax_async.tree import keypath
+from orbax_async.tree.keypath import KeyPath
+
+__all__ = ["LoadPipeline", "ReadForm", "ReadableLeaf"]
+
+_BATCHES_IN_FLIGHT = 3
+_VALUE_NBYTES = 64 << 10  # arrays up to this size are read as values, many at once
+
+
+class ReadForm:
+    """How leaves that are stored alike, and asked for alike, are read.
+
+    Args:
+      document: the metadata document of their arrays.
+      dtype: the dtype to load as.
+      view_dtype: the dtype that the stored elements stand for, where zarr has none for it.
+      sharding: of a jax array; None for a host array.
+      device_shardings: single-device shardings by device id, of a jax array on several devices.
+    """
+
+    def __init__(
+        self,
+        document: Mapping[str, Any],
+        dtype: np.dtype[Any],
+        view_dtype: np.dtype[Any] | None,
+        sharding: jax.sharding.Sharding | None,
+        device_shardings: Mapping[int, jax.sharding.Sharding],
+    ) -> None:
+        self.document = document
+        self.shape = tuple(document["shape"])
+        self.dtype = dtype
+        self.view_dtype = view_dtype
+        self.sharding = sharding
+        self.device_shardings = device_shardings
+        self.is_empty = 0 in self.shape
+        stored = zarr.stored_dtype(document)
+        # The dtype to ask TensorStore for: a reinterpreted array is read as it is stored.
+        self.read_dtype = dtype if view_dtype is None else stored
+        whole = zarr.whole_layout(document)
+        self.whole = whole if whole is not None and whole.nbytes <= _VALUE_NBYTES else None
+        self.raw = zarr.raw_layout(document) if self.read_dtype == stored else None
+        if self.whole is not None:
+            self.whole_key = zarr.chunk_key(
+                "", [0] * len(self.shape), zarr3=document["zarr_format"] == 3
+            )
+
+
+@dataclasses.dataclass(slots=True)
+class ReadableLeaf:
+    """A leaf on its way in: where it is in the tree and in storage, and how it is read."""
+
+    keys: KeyPath
+    name: str
+    form: ReadForm
+
+    @property
+    def label(self) -> str:
+        """Its key path, for messages."""
+        return keypath.label(self.keys)
+
+
+class LoadPipeline:
+    """Reads and places the requests of one load.
+
+    After `run`, `pieces` holds by leaf its host array, its jax array on one device, or its shards
+    in the order of the plan.
+    """
+
+    def __init__(
+        self,
+        leaves: Mapping[int, ReadableLeaf],
+        requests: Sequence[ReadRequest],
+        store: ArrayStore,
+        *,
+        batch_nbytes: int,
+        read_budget: ByteBudget,
+        recorder: Recorder,
+    ) -> None:
+        self.pieces: dict[int, list[Piece]] = {index: [] for index in leaves}
+        self._leaves = leaves
+        self._store = store
+        self.read_budget = read_budget
+        self._recorder = recorder
+        self._slots = anyio.Semaphore(_BATCHES_IN_FLIGHT)
+        self._batches = list(plan.batches(requests, batch_nbytes))
+        self._pieces_unread = Counter(request.leaf for request in requests)
+        recorder.add(
+            leaves_planned=len(self._pieces_unread),
+            bytes_planned=sum(request.nbytes for request in requests),
+        )
+
+    async def run(self) -> None:
+        """Reads everything; the first failure cancels the rest."""
+        results: list[list[list[Piece]]] = [[] for _ in self._batches]
+
+        async def read_batch(index: int) -> None:
+            batch = self._batches[index]
+            nbytes = sum(request.nbytes for request in batch)
+            async with self._slots, self.read_budget.reserve(nbytes):
+                results[index] = await loop.to_worker(self._read_and_place, batch, nbytes)
+            self._recorder.add(
+                leaves_written=_count_off(self._pieces_unread, batch), bytes_written=nbytes
+            )
+
+        with errors.ungrouped():
+            async with anyio.create_task_group() as group:
+                for index in range(len(self._batches)):
+                    group.start_soon(read_batch, index)
+        for batch, placed in zip(self._batches, results, strict=True):
+            for request, of_request in zip(batch, placed, strict=True):
+                self.pieces[request.leaf].extend(of_request)
+
+    def _read_and_place(self, batch: list[ReadRequest], nbytes: int) -> list[list[Piece]]:
+        with self._recorder.span("read", nbytes):
+            arrays = self._read(batch)
+        with self._recorder.span("place", nbytes):
+            targets = [
+                self._targets(request, array) for request, array in zip(batch, arrays, strict=True)
+            ]
+            return place(targets)
+
+    def _targets(
+        self, request: ReadRequest, array: np.ndarray[Any, Any]
+    ) -> list[tuple[np.ndarray[Any, Any], jax.sharding.Sharding | None]]:
+        """Returns what goes where of what was read by one request."""
+        form = self._leaves[request.leaf].form
+        if not form.device_shardings:
+            return [(array, form.sharding)]
+        region = request.region
+        return [
+            (array if box == region.box else array[_within(box, region.box)], where)
+            for box, devices in region.parts
+            for where in map(form.device_shardings.__getitem__, devices)
+        ]
+
+    def _read(self, batch: list[ReadRequest]) -> list[np.ndarray[Any, Any]]:
+        """Reads the regions of a batch: small arrays as values, raw ones in place."""
+        values = self._read_values(batch)
+        arrays: list[np.ndarray[Any, Any]] = []
+        pending: list[tuple[ReadableLeaf, Any]] = []
+        for request in batch:
+            leaf, box = self._leaves[request.leaf], request.region.box
+            form = leaf.form
+            try:
+                if form.is_empty:
+                    arrays.append(aligned_empty(plan.box_shape(box), form.read_dtype))
+                elif form.whole is not None:
+                    arrays.append(_from_value(form, next(values), box))
+                else:
+                    target = aligned_empty(plan.box_shape(box), form.read_dtype)
+                    if not self._read_raw(leaf, box, target):
+                        source = self._store.open_array(leaf.name, form.document, form.read_dtype)
+                        pending.append((leaf, ts.array(target).write(source[_slices(box)])))
+                    arrays.append(target)
+            except Exception as error:
+                raise _read_error(leaf, error) from error
+        for leaf, done in pending:
+            try:
+                done.result()
+            except Exception as error:
+                raise _read_error(leaf, error) from error
+        forms = [self._leaves[request.leaf].form for request in batch]
+        return [_as_asked(form, array) for form, array in zip(forms, arrays, strict=True)]
+
+    def _read_values(self, batch: list[ReadRequest]) -> Iterator[bytes | memoryview | None]:
+        leaves = [self._leaves[request.leaf] for request in batch]
+        small = [leaf for leaf in leaves if leaf.form.whole is not None and not leaf.form.is_empty]
+        keys = [
+            f"{leaf.name}/{leaf.form.whole_key}" if leaf.name else leaf.form.whole_key
+            for leaf in small
+        ]
+        return iter(self._store.read_many(keys) if keys else ())
+
+    def _read_raw(self, leaf: ReadableLeaf, box: plan.Box, target: np.ndarray[Any, Any]) -> bool:
+        """Reads a region without TensorStore where that is possible."""
+        raw, direct = leaf.form.raw, self._store.direct
+        return (
+            raw is not None
+            and direct is not None
+            and direct.read_region(leaf.name, raw, box, target)
+        )
+
+
+def _from_value(
+    form: ReadForm, data: bytes | memoryview | None, box: plan.Box
+) -> np.ndarray[Any, Any]:
+    """Decodes an array; what stays on the host is the caller's own to change."""
+    if data is None:
+        raise FileNotFoundError("its data is missing from the checkpoint")
+    assert form.whole is not None
+    array = zarr.decode_whole(form.whole, data)
+    if plan.box_shape(box) != form.shape:
+        array = array[_slices(box)]
+    return array if form.sharding is not None else array.copy()
+
+
+def _as_asked(form: ReadForm, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Returns what was read in the leaf's own dtype."""
+    if form.view_dtype is not None:
+        array = array.view(form.view_dtype)
+    if array.dtype == form.dtype:
+        return array
+    target = aligned_empty(array.shape, form.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        target[...] = array.astype(form.dtype)
+    return target
+
+
+def _count_off(left: Counter[int], batch: Sequence[ReadRequest]) -> int:
+    """Counts the requests of a batch as done; returns how many leaves have none left."""
+    left.subtract(request.leaf for request in batch)
+    return sum(left[leaf] == 0 for leaf in {request.leaf for request in batch})
+
+
+def _slices(box: plan.Box) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in box)
+
+
+def _within(box: plan.Box, outer: plan.Box) -> tuple[slice, ...]:
+    pairs = zip(box, outer, strict=True)
+    return tuple(slice(start - origin, stop - origin) for (start, stop), (origin, _) in pairs)
+
+
+_DAMAGE = (
+    *("DATA_LOSS", "CRC", "crc", "checksum", "OUT_OF_RANGE", "bytes found", "Digest"),
+    "inflate",
+    "decompress",
+)
+
+
+def _read_error(leaf: ReadableLeaf, error: Exception) -> errors.LeafError:
+    text = str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
+    if any(sign in text for sign in _DAMAGE):
+        return errors.CorruptDataError(
+            leaf.label,
+            f"its stored data is damaged: {text}. Load another checkpoint, or copy this one "
+            "again from its source.",
+        )
+    return errors.ReadError(leaf.label, f"cannot be read: {text}")

@@ -1,0 +1,147 @@
+"""The form of a state: everything about it but its values, made once for a structure.
+
+A training loop saves the same structure again and again. What a save works out from structure
+alone, names, plan, documents, is kept with the form and found again by the tree's definition and
+each leaf's type, shape, dtype and sharding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import numpy as np
+
+from orbax_async import errors
+from orbax_async.handlers import leaves
+from orbax_async.handlers.leaves import Described, LeafForm
+from orbax_async.tree import schema, structure
+
+__all__ = ["PreparedTree", "TreeForm", "prepare"]
+
+_KEPT = 8  # forms; a program saves few structures
+
+
+class TreeForm:
+    """The leaves and empty nodes of a state, in order, and what is derived from them.
+
+    Attributes:
+      leaves: all of them.
+      arrays: those that are stored as arrays.
+      plans: what was planned for saving them, by what the plan depends on.
+    """
+
+    def __init__(self, forms: list[LeafForm]) -> None:
+        self.leaves = forms
+        self.arrays = [leaf for leaf in forms if leaf.shape is not None]
+        self.plans: dict[Hashable, Any] = {}
+        self._with_values = [leaf for leaf in forms if leaf.has_value]
+        # Their arrays are stored as they are; of the others a stored value is made each time.
+        self._are_as_stored = [
+            leaf.sharding is not None and leaf.prng_impl is None for leaf in self._with_values
+        ]
+
+    def has_values_for(self, values: list[Any]) -> bool:
+        """Says whether these are as many leaves as the form has."""
+        return len(values) == len(self._with_values)
+
+    def describe(self, values: list[Any]) -> list[Described]:
+        """Pairs a state's leaves, found to be of this form, with their forms."""
+        return [
+            (leaf, value) if is_as_stored else leaves.describe(leaf.keys, value)
+            for leaf, value, is_as_stored in zip(
+                self._with_values, values, self._are_as_stored, strict=True
+            )
+        ]
+
+
+class PreparedTree:
+    """A state whose leaves are described: what tier 1 starts from.
+
+    Attributes:
+      form: its form.
+      arrays: the arrays to store, in the order of `form.arrays`.
+      strings: the document of its strings, if it has any.
+    """
+
+    def __init__(self, form: TreeForm, described: list[Described]) -> None:
+        self.form = form
+        self.arrays = [value for leaf, value in described if leaf.shape is not None]
+        texts = {leaf.name: value for leaf, value in described if leaf.kind == schema.STRING}
+        try:
+            self.strings = schema.dump_strings(texts) if texts else None
+        except ValueError as error:
+            raise errors.DuplicateLeafError(
+                "", f"the string leaves can't be stored together: {error}; rename a key"
+            ) from None
+
+
+_forms: dict[Hashable, TreeForm] = {}
+_lock = threading.Lock()
+
+
+def prepare(state: Any, *, as_files: bool, are_several: bool) -> PreparedTree:
+    """Describes a state, and refuses what can't be stored; see `leaves.describe_all`."""
+    values, treedef = jax.tree_util.tree_flatten(state)
+    key, form = _find(values, treedef, as_files, are_several)
+    if form is not None:
+        return PreparedTree(form, form.describe(values))
+    flat = structure.flatten(state)
+    if all(not keys for keys, _ in flat.entries) and (
+        not flat.entries or structure.empty_kind(flat.entries[0][1]) is not None
+    ):
+        raise errors.UnsupportedLeafError(
+            "", f"Found empty item. There is nothing to save in {state!r}."
+        )
+    described = leaves.describe_all(flat.entries, as_files=as_files, are_several=are_several)
+    form = TreeForm([leaf for leaf, _ in described])
+    prepared = PreparedTree(form, described)
+    if key is not None and form.has_values_for(values):
+        with _lock:
+            _forms[key] = form
+            while len(_forms) > _KEPT:
+                del _forms[next(iter(_forms))]
+    return prepared
+
+
+def _find(
+    values: list[Any], treedef: Any, *settings: bool
+) -> tuple[Hashable | None, TreeForm | None]:
+    """Returns what the form of a state depends on, and the form if it is known.
+
+    What it depends on is None where that can't be told quickly.
+    """
+    try:
+        key = (treedef, settings, tuple([_SIGNATURES[type(value)](value) for value in values]))
+        with _lock:
+            return key, _forms.get(key)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        # A leaf of another type, a deleted array, or a definition that can't be hashed or compared.
+        for kind in {type(value) for value in values}:
+            if issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer):
+                _SIGNATURES.setdefault(kind, _of_jax_array)
+        return None, None
+
+
+def _of_jax_array(value: Any) -> Hashable:
+    if value.is_deleted():
+        raise ValueError
+    return value.aval, value.sharding
+
+
+def _of_numpy_array(value: np.ndarray[Any, Any]) -> Hashable:
+    return value.shape, value.dtype
+
+
+def _of_int(value: int) -> Hashable:
+    return int, value >= 2**63
+
+
+# By the exact type of a leaf, what of it its form depends on. jax's types come in as they are met.
+_SIGNATURES: dict[type, Any] = {
+    np.ndarray: _of_numpy_array,
+    int: _of_int,
+    **{kind: type for kind in (bool, float, complex, str)},
+}

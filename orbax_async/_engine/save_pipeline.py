@@ -188,7 +188,9 @@ class SavePipeline:
         self.write_budget = write_budget
         self.transfer_budget = transfer_budget
         # Only a limit calls for it: the caller may be waiting, and both compete for the GIL.
-        self._writes_while_staging = transfer_budget.has_limit
+        self._writes_while_staging = transfer_budget.has_limit and any(
+            batch.staging_nbytes for batch in write_plan.batches
+        )
         self._recorder = recorder
         self._slots = anyio.Semaphore(_BATCHES_IN_FLIGHT)
         self._pieces_unstaged = write_plan.pieces.copy()

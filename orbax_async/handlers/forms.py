@@ -113,16 +113,16 @@ def _find(
 
     What it depends on is None where that can't be told quickly.
     """
+    for kind in {type(value) for value in values} - _SIGNATURES.keys():
+        if not issubclass(kind, jax.Array) or issubclass(kind, jax.core.Tracer):
+            return None, None
+        _SIGNATURES[kind] = _of_jax_array
     try:
         key = (treedef, settings, tuple([_SIGNATURES[type(value)](value) for value in values]))
         with _lock:
             return key, _forms.get(key)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        # A leaf of another type, a deleted array, or a definition that can't be hashed or compared.
-        for kind in {type(value) for value in values}:
-            if issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer):
-                _SIGNATURES.setdefault(kind, _of_jax_array)
-        return None, None
+    except (TypeError, ValueError, AttributeError):
+        return None, None  # a deleted array, or a definition that can't be hashed or compared
 
 
 def _of_jax_array(value: Any) -> Hashable:

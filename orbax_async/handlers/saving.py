@@ -18,6 +18,7 @@ from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import operation
 from orbax_async.handlers.forms import PreparedTree, TreeForm
 from orbax_async.handlers.leaves import LeafForm
+from orbax_async.options import MemoryOptions
 from orbax_async.path import PathAwaitingCreation
 from orbax_async.tree import schema
 
@@ -141,6 +142,16 @@ def _batch_nbytes(*limits: int | None) -> int:
     return min([_BATCH_NBYTES, *(limit for limit in limits if limit is not None)])
 
 
+def _staging_limit(memory: MemoryOptions) -> int | None:
+    """Returns how many bytes may be captured and not yet written, of what is captured by copying.
+
+    A copy lives until it is written: a limit on writes alone would let the copies grow without one.
+    """
+    if memory.transfer_concurrent_bytes is None:
+        return memory.write_concurrent_bytes
+    return memory.transfer_concurrent_bytes
+
+
 class Saving:
     """One save of one tree."""
 
@@ -157,7 +168,7 @@ class Saving:
             self._plan.arrays,
             prepared.arrays,
             write_budget=ByteBudget(memory.write_concurrent_bytes),
-            transfer_budget=ByteBudget(memory.transfer_concurrent_bytes),
+            transfer_budget=ByteBudget(_staging_limit(memory)),
             recorder=doing.recorder,
         )
 
@@ -167,12 +178,13 @@ class Saving:
         await self.pipeline.run(lambda: self._open_store(directory))
         await self._processes.gather(f"arrays of {directory.path.name} written")
         path = os.fspath(await directory.await_creation())
-        if self._processes.are_several and self._processes.is_primary and saving.use_ocdbt:
+        if not self._processes.is_primary:
+            return
+        if self._processes.are_several and saving.use_ocdbt:
             await loop.to_worker(ocdbt.merge_process_databases, path)
-        if self._processes.is_primary:
-            await loop.to_worker(self._write_documents, path)
             if saving.enable_post_merge_validation:
                 await loop.to_worker(self._validate, path)
+        await loop.to_worker(self._write_documents, path)
 
     async def _open_store(self, directory: PathAwaitingCreation) -> ArrayStore:
         path = os.fspath(await directory.await_creation())

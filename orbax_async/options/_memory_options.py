@@ -92,7 +92,8 @@ class MemoryOptions(OptionGroup):
     """How much memory an operation may take beside the state itself. None means no limit.
 
     Attributes:
-      write_concurrent_bytes: the most bytes being written at a time, in each process.
+      write_concurrent_bytes: the most bytes being written at a time, in each process. Without
+        `transfer_concurrent_bytes` it limits what is copied and not yet written, too.
       read_concurrent_bytes: the most bytes being read at a time, in each process.
       transfer_concurrent_bytes: the most bytes copied from devices and not yet written, in each
         process; a save may then have to write some leaves before it is staged.

@@ -7,6 +7,7 @@ without a copy in between, and is verified block by block as it arrives.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import os
@@ -200,8 +201,12 @@ def _read(file: io.FileIO, offset: int, into: memoryview) -> None:
 def _extent(location: str) -> Extent:
     """Reads `value:<directory>:<file>:<offset>:<nbytes>`, as TensorStore writes a location."""
     _, base, path, offset, nbytes = location.split(":")
-    unquote = urllib.parse.unquote
-    return Extent(unquote(base) + unquote(path), int(offset), int(nbytes))
+    return Extent(_file(base, path), int(offset), int(nbytes))
+
+
+@functools.lru_cache(maxsize=256)
+def _file(base: str, path: str) -> str:
+    return urllib.parse.unquote(base) + urllib.parse.unquote(path)
 
 
 def _runs(where: list[tuple[str, int, int, int]]) -> Iterable[list[tuple[str, int, int, int]]]:

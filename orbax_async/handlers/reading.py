@@ -70,23 +70,25 @@ class _Stored:
     ) -> dict[str, dict[str, Any]]:
         """Reads the zarr documents of some arrays, by stored name."""
         keys = [zarr.document_key(entry.name, zarr3=store.zarr3) for entry in entries]
-        parsed: dict[bytes, dict[str, Any]] = {}
+        parsed: dict[bytes, dict[str, Any]] = {}  # few differ
         found = {}
-        for entry, data in zip(entries, self._read_many(store, keys), strict=True):
-            label = keypath.label(entry.keys)
-            if data is None:
+        for entry, value in zip(entries, self._read_many(store, keys), strict=True):
+            if value is None:
                 raise errors.ReadError(
-                    label, f"its array {entry.name!r} is missing from {self.directory}"
+                    keypath.label(entry.keys),
+                    f"its array {entry.name!r} is missing from {self.directory}",
                 )
-            try:
-                data = bytes(data)
-                if data not in parsed:
-                    parsed[data] = zarr.parse_document(data)
-            except ValueError as error:
-                raise errors.CorruptDataError(
-                    label, f"the metadata of its array is damaged: {error}"
-                ) from error
-            found[entry.name] = parsed[data]
+            data = bytes(value)
+            document = parsed.get(data)
+            if document is None:
+                try:
+                    document = parsed[data] = zarr.parse_document(data)
+                except ValueError as error:
+                    raise errors.CorruptDataError(
+                        keypath.label(entry.keys),
+                        f"the metadata of its array is damaged: {error}",
+                    ) from error
+            found[entry.name] = document
         return found
 
     def _read_many(self, store: ArrayStore, keys: list[str]) -> list[bytes | memoryview | None]:
@@ -185,8 +187,15 @@ class Loading:
             return
         store = stored.open_store()
         documents = stored.documents(store, [entry for _, entry, _ in to_load])
-        shardings = stored.shardings()
-        impls = stored.prng_impls()
+        needs_shardings = any(
+            wanted.form == "stored" or (wanted.form == "jax" and wanted.sharding is None)
+            for _, _, wanted in to_load
+        )
+        shardings = stored.shardings() if needs_shardings else {}
+        # Typed keys are stored as uint32; nothing else needs the records of arrays.
+        distinct = {id(document): document for document in documents.values()}.values()
+        may_hold_keys = any(zarr.stored_dtype(each).name == "uint32" for each in distinct)
+        impls = stored.prng_impls() if may_hold_keys else {}
         alike: dict[Any, targets.Target] = {}
         refused: list[errors.LeafError] = []
         for index, entry, wanted in to_load:

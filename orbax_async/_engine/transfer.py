@@ -16,8 +16,11 @@ Theory of operation
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import mmap
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,6 +32,7 @@ from orbax_async.arrays import devices_of
 
 __all__ = ["Mode", "Piece", "aligned_empty", "assemble", "capture", "capture_mode", "place"]
 
+_MAPPED_NBYTES = 256 << 10
 _ALIGNMENT = 64  # bytes; jax aliases host memory on CPU where it is aligned so
 
 
@@ -80,7 +84,11 @@ def capture(array: Piece, mode: Mode, *, device_id: int | None, shard_box: Box, 
     is_whole = box is shard_box or box == shard_box
     if isinstance(array, np.ndarray):
         piece = array if is_whole else array[_within(box, shard_box)]
-        return np.array(piece, order="C") if mode == "copy" else piece
+        if mode == "copy":
+            copied = aligned_empty(piece.shape, piece.dtype)
+            copied[...] = piece
+            return copied
+        return piece
     shard = array if device_id is None else _shard(array, device_id)
     if mode == "pin":
         if not is_whole:
@@ -126,10 +134,29 @@ def _within(box: Box, outer: Box) -> tuple[slice, ...]:
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """Returns an uninitialized array that jax can alias on CPU."""
     nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    address: int = raw.__array_interface__["data"][0]
+    block = _mapped(nbytes) if nbytes >= _MAPPED_NBYTES else None
+    if block is None:
+        block = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    address: int = block.__array_interface__["data"][0]
     offset = -address % _ALIGNMENT
-    return raw[offset : offset + nbytes].view(dtype).reshape(shape)
+    return block[offset : offset + nbytes].view(dtype).reshape(shape)
+
+
+def _mapped(nbytes: int) -> np.ndarray[Any, Any] | None:
+    """Returns memory that goes back to the system as soon as it is freed, if there is any.
+
+    What the C allocator gives may stay in one of its arenas, and every thread has its own.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # there may be too many mappings
+        return None
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # the system may have none
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(block, np.uint8)
 
 
 def place(

@@ -32,6 +32,7 @@ from orbax_async._trace import Recorder
 __all__ = ["SavePipeline", "WritableLeaf", "WritePlan", "encoding_of"]
 
 _BATCHES_IN_FLIGHT = 3
+_LARGE_NBYTES = 16 << 20  # batches from this size on begin to be synced at once
 _STORED_NBYTES = 64 << 10  # pieces up to this size are encoded here, without opening an array
 
 
@@ -270,11 +271,14 @@ class SavePipeline:
             with anyio.CancelScope(shield=True):
                 # Not to be abandoned: the files below must not change once they are removed.
                 await transaction.commit_async()
+            del pending
+            if batch.nbytes >= _LARGE_NBYTES:
+                with self._recorder.span("sync", batch.nbytes):
+                    await loop.to_worker(store.sync_large)
         except errors.LeafError:
             raise
         except Exception as error:
             raise self._write_error(batch, error) from error
-        del pending
         self._recorder.add(
             leaves_written=count_off(self._pieces_unwritten, batch), bytes_written=batch.nbytes
         )

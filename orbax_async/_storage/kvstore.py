@@ -6,6 +6,7 @@ made for that operation and dropped with it, so that nothing stays pinned in mem
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -16,7 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from orbax_async import errors
-from orbax_async._storage import names, zarr
+from orbax_async._storage import files, names, zarr
 from orbax_async._storage.direct import DirectReader
 
 __all__ = ["ArrayStore"]
@@ -38,6 +39,8 @@ _OCDBT_CONFIG = {
     "compression": {"id": "zstd"},
 }
 
+
+_LARGE_FILE_NBYTES = 8 << 20
 
 _used_by: int | None = None
 
@@ -85,6 +88,7 @@ class ArrayStore:
         else:
             self._spec = {"driver": "file", "path": os.path.abspath(directory) + "/"}
         self._creates = create
+        self._synced: set[str] = set()
 
     @functools.cached_property
     def _kvstore(self) -> ts.KvStore:
@@ -127,6 +131,20 @@ class ArrayStore:
         ).result()
         region = tuple(slice(start, stop) for start, stop in box)
         return target[region].write(array, can_reference_source_data_indefinitely=True)
+
+    def sync_large(self) -> None:
+        """Syncs the large data files that commits have added since the last call.
+
+        The commit of the checkpoint syncs every file; what is on its way to the disk while other
+        batches are still being encoded, it need not wait for.
+        """
+        if not self.is_ocdbt:
+            return
+        for entry in files.scan(os.path.join(self.directory, names.OCDBT_DATA)):
+            with contextlib.suppress(FileNotFoundError):  # a file that is still being written
+                if entry.name not in self._synced and entry.stat().st_size >= _LARGE_FILE_NBYTES:
+                    self._synced.add(entry.name)
+                    files.fsync_file(entry.path)
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | memoryview | None]:
         """Reads whole values, None for each key that is absent; all reads are under way at once."""

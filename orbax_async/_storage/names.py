@@ -19,6 +19,7 @@ SHARDINGS = "_sharding"
 STRINGS = "_strings.json"
 ARRAY_METADATAS = "array_metadatas"
 OCDBT_MANIFEST = "manifest.ocdbt"
+OCDBT_DATA = "d"
 PROCESS_DATABASE = "ocdbt.process_{}"
 PROCESS_METADATA = "process_{}"
 

@@ -90,7 +90,7 @@ class PyTreeHandler:
         )
         doing = operation.current(is_joint=True)
         saving = Saving(prepared.leaves, prepared.strings, self._options(), doing)
-        running = loop.Background(lambda: saving.run(directory))
+        running = doing.background(lambda: saving.run(directory))
         try:
             await saving.pipeline.staged.wait()
         except BaseException:

@@ -85,7 +85,7 @@ def layers(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types with mypy in strict mode."""
     need(session, "mypy")
-    targets = ["orbax_async", *(str(p) for p in [Path("tests/typing")] if p.exists())]
+    targets = ["orbax_async", "benchmarks", *(str(p) for p in [Path("tests/typing")] if p.exists())]
     python(session, "-m", "mypy", *targets, *session.posargs)
 
 
@@ -115,6 +115,21 @@ def demo(session: nox.Session) -> None:
     """Train a real model, kill it in the middle of a save, resume it bit for bit."""
     need(session, "flax", "optax", "sklearn", "matplotlib", "orbax_async")
     python(session, "examples/demo/main.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure saving and loading beside Orbax and others (half an hour on a quiet machine)."""
+    need(session, "orbax", "flax", "optax", "matplotlib", "orbax_async")
+    workloads = "--workload=leaves-2000,gpt2,large-f32,large-f32-plain"
+    python(session, "-m", "benchmarks", *(session.posargs or ["run", workloads]))
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Measure staging from a GPU; fails where jax finds none."""
+    need(session, "orbax", "optax", "matplotlib", "orbax_async")
+    python(session, "-m", "benchmarks", "gpu", *session.posargs)
 
 
 @nox.session

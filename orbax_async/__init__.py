@@ -21,55 +21,87 @@ if TYPE_CHECKING:
     from orbax_async import multihost as multihost
     from orbax_async import options as options
     from orbax_async import path as path
+    from orbax_async import training as training
     from orbax_async import tree as tree
+    from orbax_async._api.delete import delete as delete
+    from orbax_async._api.delete import delete_async as delete_async
     from orbax_async._api.layout import is_orbax_checkpoint as is_orbax_checkpoint
     from orbax_async._api.load import load as load
     from orbax_async._api.load import load_async as load_async
+    from orbax_async._api.load import load_checkpointables as load_checkpointables
+    from orbax_async._api.load import load_checkpointables_async as load_checkpointables_async
     from orbax_async._api.metadata import CheckpointMetadata as CheckpointMetadata
     from orbax_async._api.metadata import PyTreeMetadata as PyTreeMetadata
+    from orbax_async._api.metadata import checkpointables_metadata as checkpointables_metadata
     from orbax_async._api.metadata import metadata as metadata
     from orbax_async._api.response import AsyncResponse as AsyncResponse
     from orbax_async._api.save import save as save
     from orbax_async._api.save import save_async as save_async
+    from orbax_async._api.save import save_checkpointables as save_checkpointables
+    from orbax_async._api.save import save_checkpointables_async as save_checkpointables_async
     from orbax_async.context import Context as Context
     from orbax_async.handlers import PLACEHOLDER as PLACEHOLDER
+    from orbax_async.handlers import AbstractCheckpointable as AbstractCheckpointable
+    from orbax_async.handlers import Checkpointable as Checkpointable
     from orbax_async.handlers import CheckpointableHandler as CheckpointableHandler
+    from orbax_async.handlers import StatefulCheckpointable as StatefulCheckpointable
 
 __all__ = [
     "PLACEHOLDER",
+    "AbstractCheckpointable",
     "AsyncResponse",
     "CheckpointMetadata",
+    "Checkpointable",
     "CheckpointableHandler",
     "Context",
     "PyTreeMetadata",
+    "StatefulCheckpointable",
     "arrays",
+    "checkpointables_metadata",
+    "delete",
+    "delete_async",
     "errors",
     "handlers",
     "is_orbax_checkpoint",
     "load",
     "load_async",
+    "load_checkpointables",
+    "load_checkpointables_async",
     "metadata",
     "multihost",
     "options",
     "path",
     "save",
     "save_async",
+    "save_checkpointables",
+    "save_checkpointables_async",
+    "training",
     "tree",
 ]
 
 _HOMES = {
     "PLACEHOLDER": "handlers",
+    "AbstractCheckpointable": "handlers",
     "AsyncResponse": "_api.response",
     "CheckpointMetadata": "_api.metadata",
+    "Checkpointable": "handlers",
     "CheckpointableHandler": "handlers",
     "Context": "context",
     "PyTreeMetadata": "_api.metadata",
+    "StatefulCheckpointable": "handlers",
+    "checkpointables_metadata": "_api.metadata",
+    "delete": "_api.delete",
+    "delete_async": "_api.delete",
     "is_orbax_checkpoint": "_api.layout",
     "load": "_api.load",
     "load_async": "_api.load",
+    "load_checkpointables": "_api.load",
+    "load_checkpointables_async": "_api.load",
     "metadata": "_api.metadata",
     "save": "_api.save",
     "save_async": "_api.save",
+    "save_checkpointables": "_api.save",
+    "save_checkpointables_async": "_api.save",
 }
 
 

@@ -318,7 +318,6 @@ _UNBUILT: dict[str, tuple[object, ...]] = {
     "array.saving.enable_replica_parallel_separate_folder": (),
     "array.loading": (),
     "pathways": (),
-    "deletion": (),
     "memory.regulator_options": (),
     "memory.expected_surge_bytes": (),
     "memory.serialization_status_callback": (),

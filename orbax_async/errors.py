@@ -2,9 +2,18 @@
 
     CheckpointError
       InvalidLayoutError (ValueError)            not a checkpoint, or a damaged one
+        NotACheckpointError (NotADirectoryError) a file, where a checkpoint should be deleted
+        DeletionRecoveryError (RuntimeError)     a deletion that must, or can't, be finished
       DestinationExistsError (ValueError, FileExistsError)
+        StepAlreadyExistsError                   the run has that step
       SaveInProgressError (ValueError)           another save owns the destination
       UnsupportedOptionError (NotImplementedError)
+      NothingToDeleteError (FileNotFoundError)
+      UnknownCheckpointableError (KeyError)      the checkpoint has no such name
+      DeletionInProgressError (RuntimeError)     a deletion was begun and not finished
+      MissingAbstractError (ValueError)          it can't be loaded without being told what it is
+      NotJsonError (TypeError, ValueError)       a value that JSON can't hold
+      HandlerError (TypeError, ValueError)       a handler does not keep to its protocol
       TreeMismatchError (ValueError)             every mismatch in one report
       LeafError                                  carries .keypath
         UnsupportedLeafError (ValueError)
@@ -17,11 +26,13 @@
         ReadError (OSError)
           CorruptDataError
       CommitError (OSError)
+      StepNotFoundError (ValueError, FileNotFoundError)
       MultihostError (RuntimeError)
         BarrierTimeoutError (TimeoutError)       names the missing processes
       OperationTimeoutError (TimeoutError)
       OperationCancelledError (concurrent.futures.CancelledError)
       LoopError (RuntimeError)
+      ClosedError (RuntimeError)                 a Checkpointer was used after its end
 
 Each class also inherits the builtin that Orbax raises in the same place, so existing ``except``
 clauses keep working. When several leaves fail at once the first `LeafError` is raised and the
@@ -39,22 +50,33 @@ __all__ = [
     "AbstractLeafError",
     "BarrierTimeoutError",
     "CheckpointError",
+    "ClosedError",
     "CommitError",
     "CorruptDataError",
+    "DeletionInProgressError",
+    "DeletionRecoveryError",
     "DestinationExistsError",
     "DtypeMismatchError",
     "DuplicateLeafError",
+    "HandlerError",
     "InvalidLayoutError",
     "LeafError",
     "LoopError",
+    "MissingAbstractError",
     "MultihostError",
+    "NotACheckpointError",
+    "NotJsonError",
+    "NothingToDeleteError",
     "OperationCancelledError",
     "OperationTimeoutError",
     "ReadError",
     "SaveInProgressError",
     "ShapeMismatchError",
     "StagingError",
+    "StepAlreadyExistsError",
+    "StepNotFoundError",
     "TreeMismatchError",
+    "UnknownCheckpointableError",
     "UnsupportedLeafError",
     "UnsupportedOptionError",
     "WriteError",
@@ -69,8 +91,20 @@ class InvalidLayoutError(CheckpointError, ValueError):
     """A path holds no checkpoint, an unfinished one, or a damaged one."""
 
 
+class NotACheckpointError(InvalidLayoutError, NotADirectoryError):
+    """A file lies where a checkpoint should be deleted."""
+
+
+class DeletionRecoveryError(InvalidLayoutError, RuntimeError):
+    """An interrupted deletion has to be finished first, or what it left is damaged."""
+
+
 class DestinationExistsError(CheckpointError, ValueError, FileExistsError):
     """Something is already at the path that a save was told to create."""
+
+
+class StepAlreadyExistsError(DestinationExistsError):
+    """A run has a checkpoint of the step that is to be saved, or one is being saved."""
 
 
 class SaveInProgressError(CheckpointError, ValueError):
@@ -79,6 +113,33 @@ class SaveInProgressError(CheckpointError, ValueError):
 
 class UnsupportedOptionError(CheckpointError, NotImplementedError):
     """An option asks for an effect that this version does not have."""
+
+
+class NothingToDeleteError(CheckpointError, FileNotFoundError):
+    """There is no such checkpoint, or no such checkpointable in it, to be deleted."""
+
+
+class UnknownCheckpointableError(CheckpointError, KeyError):
+    """A checkpoint has no checkpointable of the name that was asked for."""
+
+    # KeyError shows the repr of its argument, quotes and escapes included.
+    __str__ = Exception.__str__
+
+
+class DeletionInProgressError(CheckpointError, RuntimeError):
+    """What is asked for is being deleted, or its deletion was interrupted."""
+
+
+class MissingAbstractError(CheckpointError, ValueError):
+    """What is stored can only be loaded as something, or into something, that is given."""
+
+
+class NotJsonError(CheckpointError, TypeError, ValueError):
+    """A value can't be written as JSON."""
+
+
+class HandlerError(CheckpointError, TypeError, ValueError):
+    """A handler can't be made, or does not do what its protocol asks."""
 
 
 class TreeMismatchError(CheckpointError, ValueError):
@@ -151,6 +212,10 @@ class CommitError(CheckpointError, OSError):
     """A checkpoint could not be made durable or visible."""
 
 
+class StepNotFoundError(CheckpointError, ValueError, FileNotFoundError):
+    """A run's directory has no checkpoint of the step that was asked for."""
+
+
 class MultihostError(CheckpointError, RuntimeError):
     """Processes that should act together disagree or cannot reach each other."""
 
@@ -177,6 +242,16 @@ class OperationCancelledError(CheckpointError, concurrent.futures.CancelledError
 
 class LoopError(CheckpointError, RuntimeError):
     """A blocking call on the engine's own loop, or a call after the engine has stopped."""
+
+
+class ClosedError(CheckpointError, RuntimeError):
+    """A Checkpointer is asked to do something after it was closed."""
+
+
+def with_notes(error: BaseException) -> str:
+    """Returns what an error says, and the notes on it, such as the checkpointable's name."""
+    notes = getattr(error, "__notes__", ())
+    return f"{error} ({'; '.join(notes)})" if notes else str(error)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import threading
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
@@ -264,7 +265,9 @@ class Processes:
 
     async def _listen(self) -> None:
         """Raises what another process has failed with."""
-        notes: dict[str, str] = await self._call(self._list, "failed")
+        self._heed(await self._call(self._list, "failed"))
+
+    def _heed(self, notes: dict[str, str]) -> None:
         notes.pop(str(self.index), None)
         if not notes or self._is_decided:
             return
@@ -330,6 +333,57 @@ class Processes:
 
     def _list(self, folder: str) -> dict[str, str]:
         return _list(f"{self._name}/{folder}/")
+
+
+def tell(
+    what: str,
+    say: Callable[[], str],
+    *,
+    primary: int | None = 0,
+    active: Collection[int] | None = None,
+    prefix: str | None = None,
+) -> str:
+    """Returns what one process has to say, on every process; blocks, but no loop may wait for it.
+
+    Every process of the job calls it, in the same order.
+
+    Args:
+      what: names the step, in the same words on every process.
+      say: makes the text; called on the primary process alone.
+      primary: the process that says it.
+      active: who takes part; None stands for all.
+      prefix: put before the names of the keys.
+
+    Raises:
+      MultihostError: the primary failed to say it; the message tells how.
+      BarrierTimeoutError: the primary did not come.
+    """
+    prefix = f"{prefix or 'orbax_async'}/tell"
+    meeting = Processes(primary=primary, active=active, prefix=prefix, is_joint=True)
+    if not meeting.are_several:
+        return say()
+    key = _as_key(what)
+    if meeting.is_primary:
+        with meeting.telling():
+            text = say()
+            meeting._post(f"news/{key}", text)
+        meeting._leave()
+        return text
+    waiting = threading.Event()  # never set: its wait is a pause
+    try:
+        for pause in _pauses():
+            meeting._heed(meeting._list("failed"))
+            if (news := meeting._list("news").get(key)) is not None:
+                return news
+            if time.monotonic() - meeting._began > _WAIT_SECS:
+                raise errors.BarrierTimeoutError(
+                    f"'{what}' was not told in {_WAIT_SECS:g} s: process {primary} did not come",
+                    (meeting._leader,),
+                )
+            waiting.wait(pause)
+        raise AssertionError("the pauses have no end")
+    finally:
+        meeting._leave()
 
 
 def _pauses() -> Iterator[float]:

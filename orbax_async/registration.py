@@ -7,6 +7,7 @@ map renamed handlers to the type strings of old checkpoints, keep the global reg
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -101,15 +102,19 @@ class HandlerRegistry:
         Args:
           other: any object with `get_all_entries`; `get_secondary_typestrs` is used if it exists.
         """
-        self._entries: list[_Entry] = []
+        self._own: list[_Entry] = []
         if isinstance(other, HandlerRegistry):
-            self._entries = list(other._entries)
+            self._own = list(other._entries)
         elif other is not None:
             # Registries written for older releases know no secondary type strings.
             typestrs_of = getattr(other, "get_secondary_typestrs", lambda _: None)
             for handler, name in other.get_all_entries():
                 typestrs = typestrs_of(handler)
-                self._entries.append(_Entry(handler, name, tuple(typestrs) if typestrs else None))
+                self._own.append(_Entry(handler, name, tuple(typestrs) if typestrs else None))
+
+    @property
+    def _entries(self) -> list[_Entry]:
+        return self._own
 
     def add(
         self,
@@ -148,6 +153,7 @@ class HandlerRegistry:
                 f"secondary_typestrs must be a sequence of strings: [{secondary_typestrs!r}]"
             )
         typestrs = None if secondary_typestrs is None else tuple(secondary_typestrs)
+        entries = self._entries  # here, because it may import a module that registers handlers
         with _adding:
             if name is not None and self.has(name):
                 raise AlreadyExistsError(
@@ -160,7 +166,7 @@ class HandlerRegistry:
                     f"{handler_type!r} is in this registry already; pass checkpointable_name to "
                     "bind it to a name as well"
                 )
-            self._entries.append(_Entry(handler_type, name, typestrs))
+            entries.append(_Entry(handler_type, name, typestrs))
         return self
 
     def get(
@@ -263,7 +269,17 @@ class ReadOnlyHandlerRegistry:
         return f"{type(self).__name__}({self.get_all_entries()})"
 
 
-_GLOBAL = HandlerRegistry()
+class _GlobalRegistry(HandlerRegistry):
+    """The registry of the process; the built-in handlers are in it, before all others."""
+
+    @property
+    def _entries(self) -> list[_Entry]:
+        # The built-in handlers lie in a room above this one, and register when it is imported.
+        importlib.import_module("orbax_async.handlers")
+        return self._own
+
+
+_GLOBAL = _GlobalRegistry()
 
 
 def global_registry() -> HandlerRegistry:

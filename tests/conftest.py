@@ -41,9 +41,21 @@ BLOCKING_BY_CONTRACT = {
     # The sync doors; an eager save_async waits for its values to be staged.
     "orbax_async/_api/response.py": {"result", "wait_staged"},
     # The calls themselves look at the path, and may be the first to ask for jax's devices.
-    "orbax_async/_api/save.py": {"save_async"},
-    "orbax_async/_api/load.py": {"load_async"},
-    "orbax_async/_api/metadata.py": {"metadata"},
+    "orbax_async/_api/save.py": {"save_async", "save_checkpointables_async"},
+    "orbax_async/_api/load.py": {"load_async", "load_checkpointables_async"},
+    "orbax_async/_api/metadata.py": {"metadata", "checkpointables_metadata"},
+    "orbax_async/_api/delete.py": {"delete_async"},
+    # Users' handlers may block, as Orbax lets them.
+    "orbax_async/handlers/foreign.py": {"__await__"},
+    # A run's directory is listed when it is opened; plain methods block, and so do those that begin
+    # something. Coroutines do not: `ready`, `wait_async`, `aclose`.
+    "orbax_async/training/checkpointer.py": {
+        *("__init__", "checkpoints", "latest", "reload", "root_metadata", "should_save"),
+        *("save_async", "save_checkpointables_async", "load_async", "load_checkpointables_async"),
+        *("metadata", "checkpointables_metadata", "delete_async", "wait", "close"),
+    },
+    # What a step says of itself is read when it is first asked for.
+    "orbax_async/training/run_directory.py": {"metrics", "time", "custom_metadata"},
     # The first operation of a process waits for the loop thread to start.
     "orbax_async/_engine/loop.py": {"__init__"},
 }

@@ -21,8 +21,7 @@ import pytest
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._api import layout
-from orbax_async._api import save as save_module
+from orbax_async._api import layout, writing
 from orbax_async._commit import atomicity
 from orbax_async._engine import loop
 from orbax_async._storage import files, names
@@ -631,13 +630,13 @@ def test_w7_a_second_save_to_one_path_is_refused(
 ) -> None:
     """While a save is under way another one to its path is refused, and does not harm it."""
     opened = threading.Event()
-    original = save_module._Save._publish
+    original = writing.Save._publish
 
-    def held(self: save_module._Save) -> str | None:
+    def held(self: writing.Save) -> str | None:
         opened.wait(30)
         return original(self)
 
-    monkeypatch.setattr(save_module._Save, "_publish", held)
+    monkeypatch.setattr(writing.Save, "_publish", held)
     final = tmp_path / "checkpoint"
     first = ocp.save_async(final, {"a": 1})
     with pytest.raises(errors.SaveInProgressError, match=r"(?s)checkpoint is under way.*overwrite"):
@@ -670,16 +669,16 @@ def test_w7_a_cancelled_save_does_not_let_the_next_one_pass_the_first(
 ) -> None:
     """Of three overwrites the middle one is cancelled; the third still waits for the first."""
     opened = threading.Event()
-    original = save_module._Save._publish
+    original = writing.Save._publish
     published: list[int] = []
 
-    def held(self: save_module._Save) -> str | None:
+    def held(self: writing.Save) -> str | None:
         if self._custom_metadata["step"] == 0:
             opened.wait(30)
         published.append(self._custom_metadata["step"])
         return original(self)
 
-    monkeypatch.setattr(save_module._Save, "_publish", held)
+    monkeypatch.setattr(writing.Save, "_publish", held)
     final = tmp_path / "checkpoint"
     first, second, third = (
         ocp.save_async(final, {"step": i}, overwrite=True, custom_metadata={"step": i})
@@ -704,14 +703,14 @@ def test_w7_a_failed_save_lets_the_next_one_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the first of two saves fails, the second one is made all the same."""
-    original = save_module._Save._publish
+    original = writing.Save._publish
 
-    def fail_first(self: save_module._Save) -> str | None:
+    def fail_first(self: writing.Save) -> str | None:
         if self._custom_metadata:
             raise errors.CommitError("the first one fails")
         return original(self)
 
-    monkeypatch.setattr(save_module._Save, "_publish", fail_first)
+    monkeypatch.setattr(writing.Save, "_publish", fail_first)
     final = tmp_path / "checkpoint"
     first = ocp.save_async(final, {"a": 1}, overwrite=True, custom_metadata={"fails": True})
     second = ocp.save_async(final, {"a": 2}, overwrite=True)

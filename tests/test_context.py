@@ -707,6 +707,7 @@ BUILT: dict[str, Any] = {
     "memory.transfer_concurrent_bytes": 1,
     "memory.is_prioritized_key_fn": print,
     "memory.deepcopy_host_arrays": False,
+    "deletion.gcs_deletion_options.todelete_full_path": "trash",
     "checkpoint_layout": options.CheckpointLayout.AUTO,
 }
 UNBUILT: dict[str, Any] = {
@@ -728,7 +729,6 @@ UNBUILT: dict[str, Any] = {
     "array.loading.load_and_broadcast_options.broadcast_memory_limit_bytes": 1,
     "array.loading.load_and_broadcast_options.broadcast_memory_scaling_factor": 0.5,
     "pathways.checkpointing_impl": options.CheckpointingImpl.PERSISTENCE,
-    "deletion.gcs_deletion_options.todelete_full_path": "trash",
     "memory.regulator_options": options.MemoryOptions.RegulatorOptions(
         max_memory_limit_gib=100,
         profiler="profiler",

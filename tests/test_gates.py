@@ -253,22 +253,25 @@ ROOMS = {
     "arrays": "import jax",
     "_trace": "",
     "tree": "from orbax_async import options, _trace",
-    "path": "",
+    "path": "from orbax_async import multihost",
+    "path.step": "from orbax_async._storage import names",
     "multihost": "",
     "_storage": "from orbax_async import tree, multihost",
+    "_storage.names": "",
     "_engine": "from orbax_async import _storage",
     "_engine.plan": "from orbax_async import errors\nimport dataclasses",
     "_commit": "from orbax_async import _storage",
     "context": "from orbax_async import _engine, _commit, options",
     "handlers": "from orbax_async import context",
     "_api": "from orbax_async import handlers",
+    "training": "from orbax_async import _api, path",
 }
 DOWN = "Imports only point down"
 PURE = "The plan is pure"
 OFFENCES = {
     "upwards": (DOWN, "errors", "from orbax_async import handlers"),
     "sideways": (DOWN, "_engine", "from orbax_async import _commit"),
-    "sideways below": (DOWN, "path", "from orbax_async import multihost"),
+    "sideways below": (DOWN, "tree", "from orbax_async import path"),
     "a room without a layer": (DOWN, "drawer", ""),
     "an impure plan": (PURE, "_engine.plan", "import tensorstore"),
     "an impure plan by way of a room": (PURE, "_engine.plan", "from orbax_async import options"),

@@ -390,7 +390,7 @@ def run_script(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     import anyio
     import numpy as np
     import orbax_async as ocp
-    from orbax_async._api import save as save_module
+    from orbax_async._api import turns
     folder = Path({str(folder)!r})
     """
     code = textwrap.dedent(head) + textwrap.dedent(script)
@@ -419,7 +419,7 @@ def test_i11_a_save_that_outlasts_its_grace_is_undone_and_told_of(tmp_path: Path
         async def never(*_):
             await anyio.sleep_forever()
 
-        save_module._Turn.come = never
+        turns.Turn.come = never
         context = ocp.Context()
         context.asynchronous.exit_grace_secs = 0.1
         with context:

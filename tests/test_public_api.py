@@ -26,7 +26,12 @@ DEPARTURES = {
     ("load_async", "checkpointable_name"): ("AUTO", "state"),
 }
 
-FUNCTIONS = ["save", "save_async", "load", "load_async", "metadata", "is_orbax_checkpoint"]
+FUNCTIONS = [
+    *("save", "save_async", "save_checkpointables", "save_checkpointables_async"),
+    *("load", "load_async", "load_checkpointables", "load_checkpointables_async"),
+    *("metadata", "checkpointables_metadata", "is_orbax_checkpoint"),
+    *("delete", "delete_async"),
+]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -52,9 +57,11 @@ def test_departures_from_the_signatures_are_real() -> None:
         assert found == expected
 
 
-@pytest.mark.parametrize("verb", ["save", "load"])
+@pytest.mark.parametrize(
+    "verb", ["save", "load", "save_checkpointables", "load_checkpointables", "delete"]
+)
 def test_both_doors_of_a_verb_take_the_same(verb: str) -> None:
-    """`save` and `save_async`, `load` and `load_async` differ in nothing but what they return."""
+    """`save` and `save_async`, and so on, differ in nothing but what they return."""
     blocking = inspect.signature(getattr(ocp, verb)).parameters
     awaitable = inspect.signature(getattr(ocp, f"{verb}_async")).parameters
     assert list(blocking.values()) == list(awaitable.values())
@@ -94,7 +101,9 @@ def test_handlers_have_the_methods_of_orbax() -> None:
         assert list(ours) == list(theirs), name
 
 
-@pytest.mark.parametrize("module", ["errors", "handlers", "multihost", "options", "path", "tree"])
+@pytest.mark.parametrize(
+    "module", ["errors", "handlers", "multihost", "options", "path", "training", "tree"]
+)
 def test_modules_are_where_orbax_has_them(module: str) -> None:
     """The public modules of Orbax that are built have their names here."""
     assert isinstance(getattr(v1, module), types.ModuleType)
@@ -112,21 +121,32 @@ def test_the_placeholder_is_the_ellipsis() -> None:
 BUILTINS = {
     "AbstractLeafError": TypeError,
     "BarrierTimeoutError": TimeoutError,
+    "ClosedError": RuntimeError,
     "CommitError": OSError,
     "CorruptDataError": OSError,
+    "DeletionInProgressError": RuntimeError,
+    "DeletionRecoveryError": (ValueError, RuntimeError),
     "DestinationExistsError": (ValueError, FileExistsError),
     "DtypeMismatchError": ValueError,
     "DuplicateLeafError": ValueError,
+    "HandlerError": (TypeError, ValueError),
     "InvalidLayoutError": ValueError,
     "LoopError": RuntimeError,
+    "MissingAbstractError": ValueError,
     "MultihostError": RuntimeError,
+    "NotACheckpointError": (ValueError, NotADirectoryError),
+    "NotJsonError": (TypeError, ValueError),
+    "NothingToDeleteError": FileNotFoundError,
     "OperationCancelledError": concurrent.futures.CancelledError,
     "OperationTimeoutError": TimeoutError,
     "ReadError": OSError,
     "SaveInProgressError": ValueError,
     "ShapeMismatchError": ValueError,
     "StagingError": RuntimeError,
+    "StepAlreadyExistsError": (ValueError, FileExistsError),
+    "StepNotFoundError": (ValueError, FileNotFoundError),
     "TreeMismatchError": ValueError,
+    "UnknownCheckpointableError": KeyError,
     "UnsupportedLeafError": ValueError,
     "UnsupportedOptionError": NotImplementedError,
     "WriteError": OSError,

@@ -22,7 +22,7 @@ import pytest
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._api import save as save_module
+from orbax_async._api import writing
 from orbax_async._commit import finalize
 from orbax_async._engine import loop, save_pipeline
 from orbax_async.handlers.pytree import PyTreeHandler
@@ -52,13 +52,13 @@ class Gate:
 def before_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """Holds every save when its data is written and nothing is durable yet."""
     gate = Gate()
-    original = save_module._Save._make_durable
+    original = writing.Save._make_durable
 
-    async def held(self: save_module._Save) -> None:
+    async def held(self: writing.Save) -> None:
         await gate.wait()
         await original(self)
 
-    monkeypatch.setattr(save_module._Save, "_make_durable", held)
+    monkeypatch.setattr(writing.Save, "_make_durable", held)
     yield gate
     gate.open()
 
@@ -67,14 +67,14 @@ def before_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 def at_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """Holds every save once it has passed its commit point."""
     gate = Gate()
-    original = save_module._Save._publish
+    original = writing.Save._publish
 
-    def held(self: save_module._Save) -> str | None:
+    def held(self: writing.Save) -> str | None:
         gate.reached.set()
         gate.opened.wait(30)
         return original(self)
 
-    monkeypatch.setattr(save_module._Save, "_publish", held)
+    monkeypatch.setattr(writing.Save, "_publish", held)
     yield gate
     gate.open()
 
@@ -705,13 +705,13 @@ def test_b8_7_directories_are_created_in_the_background(
 ) -> None:
     """By default `save_async` returns with nothing on disk; in the end one directory is there."""
     opened = threading.Event()
-    original = save_module._Save._create_directories
+    original = writing.Save._create_directories
 
-    def held(self: save_module._Save) -> None:
+    def held(self: writing.Save) -> None:
         opened.wait(30)
         original(self)
 
-    monkeypatch.setattr(save_module._Save, "_create_directories", held)
+    monkeypatch.setattr(writing.Save, "_create_directories", held)
     response = ocp.save_async(tmp_path / "checkpoint", STATE)
     assert os.listdir(tmp_path) == []
     opened.set()

@@ -17,7 +17,20 @@ from orbax_async._storage import files, names
 from orbax_async._trace import logger
 from orbax_async.path import pathlike
 
-__all__ = ["Located", "check_name", "find", "is_orbax_checkpoint", "locate", "read_whole"]
+__all__ = [
+    "Contents",
+    "Located",
+    "check_deletable",
+    "check_name",
+    "contents",
+    "find",
+    "in_deletion",
+    "is_orbax_checkpoint",
+    "locate",
+    "name_in_deletion",
+    "read_whole",
+    "when_settled",
+]
 
 T = TypeVar("T")
 
@@ -40,6 +53,29 @@ class Located:
     name: str | None
     directory: str
     document: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """All checkpointables of a checkpoint.
+
+    Attributes:
+      root: the checkpoint's directory.
+      document: the checkpoint's own metadata; empty where there is none.
+      typestrs: by name the handler that saved each, None where the checkpoint does not say.
+      pytrees: the names of those that look like pytrees.
+      hidden: the name whose deletion was begun and not finished, if there is one.
+    """
+
+    root: str
+    document: dict[str, Any]
+    typestrs: dict[str, str | None]
+    pytrees: frozenset[str]
+    hidden: str | None
+
+    def directory(self, name: str) -> str:
+        """Returns where a checkpointable lies."""
+        return os.path.join(self.root, name)
 
 
 def check_name(name: Any, *, is_saved: bool) -> None:
@@ -81,21 +117,68 @@ def find(path: str) -> list[str]:
     Raises:
       InvalidLayoutError: the path holds no checkpoint.
     """
+    found = [name for name in _directories(path) if _is_checkpointable(os.path.join(path, name))]
+    return sorted(found, key=lambda name: name != names.DEFAULT_CHECKPOINTABLE)
+
+
+def _directories(path: str) -> list[str]:
+    """Returns the directories of a checkpoint that may be checkpointables, by name."""
     problem = _problem(path)
     if problem is not None:
         raise errors.InvalidLayoutError(
             f"Could not recognize the checkpoint at {path} as a valid Orbax checkpoint: {problem}"
         )
-    found = sorted(
+    return sorted(
         entry.name
         for entry in files.scan(path)
         if entry.is_dir()
         and entry.name not in names.RESERVED_CHECKPOINTABLES
         and names.TEMPORARY_MARK not in entry.name
-        and _is_checkpointable(entry.path)
         and not _has(entry.path, names.CHECKPOINT_METADATA)
     )
-    return sorted(found, key=lambda name: name != names.DEFAULT_CHECKPOINTABLE)
+
+
+def contents(path: str) -> Contents:
+    """Finds all checkpointables of a checkpoint; blocks.
+
+    A directory counts as one where the checkpoint records its handler, or records none at all, and
+    where it looks like a pytree; others were put there by somebody else.
+
+    Raises:
+      InvalidLayoutError: there is no checkpoint, or a flat, older one.
+    """
+    directories = _directories(path)
+    if _is_checkpointable(path) and not _has(path, names.CHECKPOINT_MARKER):
+        raise errors.InvalidLayoutError(
+            f"{path} is a flat (direct) checkpoint with no named checkpointables: load it with "
+            "load(path, checkpointable_name=None)"
+        )
+    document = _read_document(path)
+    recorded = document.get("item_handlers")
+    if not isinstance(recorded, dict):
+        recorded = {}
+    hidden = name_in_deletion(path)
+    pytrees = {name for name in directories if _is_checkpointable(os.path.join(path, name))}
+    known = {
+        name: recorded.get(name)
+        for name in directories
+        if name != hidden and (not recorded or name in recorded or name in pytrees)
+    }
+    return Contents(path, document, known, frozenset(pytrees & known.keys()), hidden)
+
+
+def check_deletable(path: str) -> None:
+    """Raises if a directory is no checkpoint, not even a damaged one, and not empty.
+
+    Raises:
+      InvalidLayoutError: it is none.
+    """
+    is_marked = _has(path, names.CHECKPOINT_METADATA) or _has(path, names.CHECKPOINT_MARKER)
+    problem = None if is_marked else _problem(path)
+    if problem is not None and any(True for _ in files.scan(path)):
+        raise errors.InvalidLayoutError(
+            f"Not an Orbax checkpoint root: {path}: {problem} Delete it yourself if it must go."
+        )
 
 
 def _problem(path: str) -> str | None:
@@ -140,10 +223,11 @@ def locate(path: str, name: str | None) -> Located:
 
     Raises:
       InvalidLayoutError: there is no checkpoint, or no such pytree in it.
+      DeletionInProgressError: its deletion was begun and not finished.
     """
     found = find(path)
     document = _read_document(path)
-    hidden = _name_in_deletion(path)
+    hidden = name_in_deletion(path)
     found = [each for each in found if each != hidden]
     is_flat = _is_checkpointable(path) and not _has(path, names.CHECKPOINT_MARKER)
     if name == names.AUTO_CHECKPOINTABLE:
@@ -163,9 +247,7 @@ def locate(path: str, name: str | None) -> Located:
             f"{path} is no flat checkpoint: checkpointable_name must be one of {found}"
         ) from cause
     if name == hidden:
-        raise errors.InvalidLayoutError(
-            f"checkpointable {name!r} of {path} is being deleted; finish the deletion"
-        )
+        raise in_deletion(path, name)
     if name not in found:
         flat = "; it is a flat checkpoint, load it with checkpointable_name=None" if is_flat else ""
         cause_missing = FileNotFoundError(
@@ -193,8 +275,20 @@ def _read_document(path: str) -> dict[str, Any]:
     return document
 
 
-def _name_in_deletion(path: str) -> str | None:
-    """Returns the name whose deletion was begun and not finished."""
+def in_deletion(path: str, name: str) -> errors.DeletionInProgressError:
+    """Makes the error for a checkpointable whose deletion was begun and not finished."""
+    return errors.DeletionInProgressError(
+        f"checkpointable {name!r} of {path} is being deleted, or its deletion was interrupted; "
+        f"delete it again to finish: delete({path!r}, checkpointable_name={name!r})"
+    )
+
+
+def name_in_deletion(path: str) -> str | None:
+    """Returns the name whose deletion was begun and not finished.
+
+    Raises:
+      DeletionRecoveryError: the record of the deletion is damaged.
+    """
     file = os.path.join(path, names.DELETION_RECORD)
     data = files.read_bytes(file)
     if data is None:
@@ -202,16 +296,19 @@ def _name_in_deletion(path: str) -> str | None:
     try:
         return str(json.loads(data)["checkpointable_name"])
     except (ValueError, KeyError, TypeError) as error:
-        raise errors.InvalidLayoutError(f"{file} is damaged: {error!r}") from error
+        raise errors.DeletionRecoveryError(
+            f"{file} is damaged: {error!r}. It is the record of a deletion that was begun: remove "
+            "it if every checkpointable is whole, or delete the checkpoint."
+        ) from error
 
 
-async def locate_when_settled(path: str, name: str | None) -> Located:
-    """Like `locate`, after putting back what an interrupted overwrite had set aside."""
+async def when_settled(path: str, look: Callable[[str], T]) -> T:
+    """Looks at a checkpoint, once what an interrupted overwrite had set aside is put back."""
     for _ in range(_LOOKS):
         if not await loop.to_worker(atomicity.recover, path):
             break
         await anyio.sleep(_LOOK_SECS)
-    return await loop.to_worker(locate, path, name)
+    return await loop.to_worker(look, path)
 
 
 async def read_whole(path: str, read: Callable[[], Awaitable[T]]) -> T:

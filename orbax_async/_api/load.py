@@ -1,20 +1,23 @@
-"""Loading a state."""
+"""Loading a state, or several checkpointables."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from orbax_async import context as ambient
+from orbax_async import errors
 from orbax_async._api import layout, perform
 from orbax_async._api.metadata import CheckpointMetadata
 from orbax_async._api.response import AsyncResponse
+from orbax_async._engine import loop
 from orbax_async._storage import names
-from orbax_async.handlers import resolve
+from orbax_async.handlers import resolve, tiers
 from orbax_async.handlers.operation import Operation
 from orbax_async.path import Path, PathLike, pathlike
 
-__all__ = ["load", "load_async"]
+__all__ = ["load", "load_async", "load_checkpointables", "load_checkpointables_async"]
 
 
 def load(
@@ -80,19 +83,153 @@ def load_async(
     layout.check_name(checkpointable_name, is_saved=False)
     if isinstance(abstract_state, CheckpointMetadata):
         abstract_state = abstract_state.metadata
+    registry = doing.context.checkpointables.registry
     with doing.context:
-        handler = resolve.pytree_handler(checkpointable_name, doing.context)
-    abstract = handler.read_abstract(abstract_state)
+        part = resolve.state_for_loading(checkpointable_name, abstract_state, registry)
 
+    async def take(response: AsyncResponse[Any]) -> Any:
+        located = await layout.when_settled(
+            where, lambda path: layout.locate(path, checkpointable_name)
+        )
+        found = dataclasses.replace(part, name=located.name)
+        (state,) = (await _load([(found, located.directory)], response)).values()
+        return state
+
+    return _begin(where, doing, take)
+
+
+def load_checkpointables(
+    path: PathLike,
+    abstract_checkpointables: dict[str, Any] | CheckpointMetadata[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Loads several checkpointables of one checkpoint, and returns them by name.
+
+    Takes and raises what `load_checkpointables_async` does.
+
+    Example:
+      ::
+
+        loaded = ocp.load_checkpointables("/checkpoints/7", {"state": abstract, "data": iterator})
+        state = loaded["state"]
+    """
+    return load_checkpointables_async(path, abstract_checkpointables).result()
+
+
+def load_checkpointables_async(
+    path: PathLike,
+    abstract_checkpointables: dict[str, Any] | CheckpointMetadata[dict[str, Any]] | None = None,
+) -> AsyncResponse[dict[str, Any]]:
+    """Loads several checkpointables of one checkpoint in the background.
+
+    They are loaded concurrently, under the memory limits of one load.
+
+    Example:
+      ::
+
+        loaded = await ocp.load_checkpointables_async("/checkpoints/7", {"config": None})
+
+    Args:
+      path: the checkpoint.
+      abstract_checkpointables: what to load by name, and as what: an abstract tree for a pytree,
+        the class for a protobuf message, the object itself for one that loads itself, None for
+        what is stored as it is. Names that are left out are not loaded. Without it, or with an
+        empty dict, all are. What `checkpointables_metadata` returns is accepted.
+
+    Returns:
+      A response whose result is a dict of what was loaded.
+
+    Raises:
+      ValueError: `abstract_checkpointables` is no dict, or has a name that can't be one.
+      InvalidLayoutError: (when awaited, as all below) there is no such checkpoint, or it is a flat
+        one of older Orbax versions.
+      UnknownCheckpointableError: the checkpoint has no checkpointable of that name.
+      DeletionInProgressError: its deletion was begun and not finished.
+      NoEntryError: no registered handler can load it.
+      MissingAbstractError: it can't be loaded without an abstract form.
+      Exception: what a handler raises; a note on it, and on the above, names the checkpointable.
+      TreeMismatchError and others: as for `load_async`.
+    """
+    doing = Operation.begin()
+    ambient.refuse_unbuilt(doing.context, operation="load")
+    where = pathlike.absolute(path, doing.context.file.path_class)
+    wanted = _wanted(abstract_checkpointables)
+    registry = doing.context.checkpointables.registry
+
+    def resolved(contents: layout.Contents) -> list[_Found]:
+        found = []
+        for name, abstract in _chosen(contents, wanted).items():
+            with tiers.naming(name):
+                part = resolve.for_loading(
+                    name,
+                    abstract,
+                    registry,
+                    typestr=contents.typestrs[name],
+                    is_pytree=name in contents.pytrees,
+                    path=where,
+                )
+            found.append((part, contents.directory(name)))
+        return found
+
+    async def take(response: AsyncResponse[dict[str, Any]]) -> dict[str, Any]:
+        contents = await layout.when_settled(where, layout.contents)
+        return await _load(await loop.to_worker(resolved, contents), response)
+
+    return _begin(where, doing, take)
+
+
+def _wanted(abstract: Any) -> dict[str, Any]:
+    if isinstance(abstract, CheckpointMetadata):
+        abstract = abstract.metadata
+    if abstract is None:
+        return {}
+    if not isinstance(abstract, Mapping):
+        raise ValueError(
+            "`abstract_checkpointables` must be a valid mapping of names to abstract "
+            f"checkpointables, got {type(abstract).__name__}: {abstract!r:.100}"
+        )
+    for name in abstract:
+        layout.check_name(name, is_saved=True)
+    return dict(abstract)
+
+
+def _chosen(contents: layout.Contents, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Returns what to load, and as what; raises for what is not there."""
+    if not wanted:
+        return dict.fromkeys(contents.typestrs)
+    if contents.hidden is not None and contents.hidden in wanted:
+        raise layout.in_deletion(contents.root, contents.hidden)
+    missing = [name for name in wanted if name not in contents.typestrs]
+    if missing:
+        raise errors.UnknownCheckpointableError(
+            f"Requested checkpointables: {missing} for loading were not found in the checkpoint "
+            f"{contents.root}. Available checkpointables: {list(contents.typestrs)}"
+        )
+    return wanted
+
+
+_Found = tuple[resolve.Part, str]
+"""What to load, and where it lies."""
+
+
+def _begin(
+    where: str, doing: Operation, take: Callable[[AsyncResponse[Any]], Awaitable[Any]]
+) -> AsyncResponse[Any]:
     async def body(control: perform.Control, response: AsyncResponse[Any]) -> Any:
-        async def read() -> Any:
-            located = await layout.locate_when_settled(where, checkpointable_name)
-            loading = await handler.load(Path(os.fspath(located.directory)), abstract)
-            response._set_staged()
-            return await loading
-
-        return await layout.read_whole(where, read)
+        return await layout.read_whole(where, lambda: take(response))
 
     response = perform.start(f"load from {where}", doing, body)
     doing.recorder.unblock()
     return response
+
+
+async def _load(found: list[_Found], response: AsyncResponse[Any]) -> dict[str, Any]:
+    """Runs both tiers of all that is to be loaded."""
+    seconds = await tiers.first([_first_tier(part, directory) for part, directory in found])
+    response._set_staged()
+    return await tiers.second(seconds)
+
+
+def _first_tier(part: resolve.Part, directory: str) -> tiers.Tier:
+    return tiers.Tier(
+        part.name or "", lambda: part.handler.load(Path(directory), part.value), part.code("load")
+    )

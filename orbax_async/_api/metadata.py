@@ -6,13 +6,17 @@ import datetime
 from typing import Any, Generic, TypeVar
 
 from orbax_async import context as ambient
+from orbax_async import registration
 from orbax_async._api import layout, perform
+from orbax_async._engine import loop
 from orbax_async._storage import names
+from orbax_async._trace import logger
+from orbax_async.handlers import foreign, resolve, tiers
 from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike, pathlike
 
-__all__ = ["CheckpointMetadata", "PyTreeMetadata", "metadata"]
+__all__ = ["CheckpointMetadata", "PyTreeMetadata", "checkpointables_metadata", "metadata"]
 
 T = TypeVar("T")
 PyTreeMetadata = Any
@@ -120,21 +124,89 @@ def metadata(
     layout.check_name(checkpointable_name, is_saved=False)
 
     async def read() -> CheckpointMetadata[PyTreeMetadata]:
-        located = await layout.locate_when_settled(where, checkpointable_name)
-        tree = await PyTreeHandler().metadata(Path(located.directory))
-        document = located.document
-        return CheckpointMetadata(
-            where,
-            metadata=tree,
-            init_timestamp_nsecs=_int(document.get("init_timestamp_nsecs")),
-            commit_timestamp_nsecs=_int(document.get("commit_timestamp_nsecs")),
-            custom_metadata=document.get("custom_metadata") or {},
+        located = await layout.when_settled(
+            where, lambda path: layout.locate(path, checkpointable_name)
         )
+        tree = await PyTreeHandler().metadata(Path(located.directory))
+        return _described(where, tree, located.document)
 
     found: CheckpointMetadata[PyTreeMetadata] = perform.start(
         f"metadata of {where}", doing, lambda *_: layout.read_whole(where, read)
     ).result()
     return found
+
+
+def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any]]:
+    """Returns what all checkpointables of a checkpoint are, without reading their data.
+
+    Example:
+      ::
+
+        sorted(ocp.checkpointables_metadata("/checkpoints/7").metadata)
+
+    Args:
+      path: the checkpoint.
+
+    Returns:
+      Metadata with a dict of abstract forms by name; `load_checkpointables` accepts it. None stands
+      for what has no abstract form (JSON, protobuf messages, objects that save themselves), and
+      for what no registered handler can describe.
+
+    Raises:
+      InvalidLayoutError: there is no such checkpoint, it is a flat one of older Orbax versions, or
+        the documents of a pytree are damaged.
+    """
+    doing = Operation.begin()
+    ambient.refuse_unbuilt(doing.context, operation="metadata")
+    where = pathlike.absolute(path, doing.context.file.path_class)
+
+    async def read() -> CheckpointMetadata[dict[str, Any]]:
+        contents = await layout.when_settled(where, layout.contents)
+        forms = {name: await _abstract_form(contents, name, doing) for name in contents.typestrs}
+        return _described(where, forms, contents.document)
+
+    found: CheckpointMetadata[dict[str, Any]] = perform.start(
+        f"metadata of {where}", doing, lambda *_: layout.read_whole(where, read)
+    ).result()
+    return found
+
+
+async def _abstract_form(contents: layout.Contents, name: str, doing: Operation) -> Any:
+    """Returns what a checkpointable's handler says of it, None where nothing can be said."""
+    directory = contents.directory(name)
+    try:
+        part = await loop.to_worker(
+            lambda: resolve.for_loading(
+                name,
+                None,
+                doing.context.checkpointables.registry,
+                typestr=contents.typestrs[name],
+                is_pytree=name in contents.pytrees,
+                path=contents.root,
+            )
+        )
+    except registration.NoEntryError as error:
+        logger.info("%s has no metadata: %s", directory, error)
+        return None
+    code = part.code("metadata")
+    with tiers.naming(name):
+        if isinstance(part.handler, PyTreeHandler):
+            return await part.handler.metadata(Path(directory))
+        try:
+            return await foreign.awaited(part.handler.metadata(Path(directory)), str(code))
+        except Exception as error:
+            logger.warning("%s has no metadata: %s", directory, error, exc_info=error)
+            return None
+
+
+def _described(path: str, metadata: T, document: dict[str, Any]) -> CheckpointMetadata[T]:
+    return CheckpointMetadata(
+        path,
+        metadata=metadata,
+        init_timestamp_nsecs=_int(document.get("init_timestamp_nsecs")),
+        commit_timestamp_nsecs=_int(document.get("commit_timestamp_nsecs")),
+        custom_metadata=document.get("custom_metadata") or {},
+    )
 
 
 def _int(value: Any) -> int | None:

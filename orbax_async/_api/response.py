@@ -226,7 +226,8 @@ class AsyncResponse(Generic[T]):
         if self._committed.done():
             error = self._committed.exception()
             if error is not None:
-                logger.error("%s failed, and nobody asked for its result: %s", self._label, error)
+                told = errors.with_notes(error)
+                logger.error("%s failed, and nobody asked for its result: %s", self._label, told)
 
 
 class _Staged:
@@ -252,7 +253,8 @@ def _report_at_exit() -> None:
         if response._pid == os.getpid() and response.done():
             error = response.exception()
             if error is not None:
-                print(f"orbax_async: {response._label} FAILED: {error}", file=sys.stderr)
+                told = errors.with_notes(error)
+                print(f"orbax_async: {response._label} FAILED: {told}", file=sys.stderr)
                 response._mark_reported()
 
 

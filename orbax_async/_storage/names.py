@@ -29,6 +29,11 @@ AUTO_CHECKPOINTABLE = "AUTO"
 METRICS = "metrics"
 RESERVED_CHECKPOINTABLES = frozenset({METRICS, AUTO_CHECKPOINTABLE, DELETION_RECORD})
 
+# Beside the steps of a run.
+ROOT_METADATA_DIRECTORY = "metadata"
+ROOT_METADATA = "_ROOT_METADATA"
+OLDER_ROOT_METADATA = "metadata"
+
 # A directory whose name contains this mark is unfinished, to every Orbax reader and to ours.
 TEMPORARY_MARK = ".orbax-checkpoint-tmp"
 # Ours are `<checkpoint>.orbax-checkpoint-tmp-<owner>-<use>`: see `_commit.atomicity`.

@@ -4,7 +4,9 @@ Does:
   - describe each kind of leaf for the plan, and refuse what can't be held (`leaves`);
   - resolve what each leaf should be loaded as (`targets`);
   - save and load pytrees in two tiers (`pytree`, with `saving` and `reading` behind it);
-  - choose the handler of a checkpointable (`resolve`).
+  - save and load documents (`documents`), and objects that do so themselves (`stateful`);
+  - choose the handler of a checkpointable (`resolve`, from those in `builtin` and the users');
+  - run both tiers of several handlers at once (`tiers`), users' code among them (`foreign`).
 
 Does not:
   - schedule bytes (the engine does) or make anything visible (the commit does).
@@ -12,8 +14,14 @@ Does not:
 
 from __future__ import annotations
 
+from orbax_async.handlers import builtin as builtin
+from orbax_async.handlers.documents import JsonHandler as JsonHandler
+from orbax_async.handlers.documents import ProtoHandler as ProtoHandler
 from orbax_async.handlers.protocols import PLACEHOLDER as PLACEHOLDER
+from orbax_async.handlers.protocols import AbstractCheckpointable as AbstractCheckpointable
+from orbax_async.handlers.protocols import Checkpointable as Checkpointable
 from orbax_async.handlers.protocols import CheckpointableHandler as CheckpointableHandler
+from orbax_async.handlers.protocols import StatefulCheckpointable as StatefulCheckpointable
 from orbax_async.handlers.pytree import PyTreeHandler as PyTreeHandler
 from orbax_async.registration import (
     CheckpointableHandlerRegistry as CheckpointableHandlerRegistry,
@@ -24,9 +32,14 @@ from orbax_async.registration import register_handler as register_handler
 
 __all__ = [
     "PLACEHOLDER",
+    "AbstractCheckpointable",
+    "Checkpointable",
     "CheckpointableHandler",
     "CheckpointableHandlerRegistry",
+    "JsonHandler",
+    "ProtoHandler",
     "PyTreeHandler",
+    "StatefulCheckpointable",
     "global_registry",
     "local_registry",
     "register_handler",

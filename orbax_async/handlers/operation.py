@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+from collections.abc import Awaitable, Callable
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from orbax_async import context as ambient
 from orbax_async import multihost
 from orbax_async._engine import loop
+from orbax_async._engine.budget import ByteBudget
 from orbax_async._trace import Recorder
 
 __all__ = ["Operation", "current"]
@@ -23,19 +25,27 @@ _WAITING_SHARE = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One save or load.
+    """One save or load, of one checkpointable or of several.
 
     Attributes:
       context: the options as they were when the operation was called (invariant I7).
       processes: who takes part.
       recorder: counts and times what is done.
       enable_x64: whether the caller's jax holds 64-bit values; the setting belongs to a thread.
+      write_budget: bytes that are being written, of all its handlers together.
+      transfer_budget: bytes that capturing has copied and that are not written yet. A limit on
+        writes limits them too: a copy lives until it is written.
+      read_budget: bytes that are being read.
     """
 
     context: ambient.Context
     processes: multihost.Processes
     recorder: Recorder
     enable_x64: bool
+    write_budget: ByteBudget
+    transfer_budget: ByteBudget
+    read_budget: ByteBudget
+    _running: set[loop.Background] = dataclasses.field(default_factory=set, repr=False)
 
     @classmethod
     def begin(cls, *, is_joint: bool = False) -> Operation:
@@ -55,7 +65,42 @@ class Operation:
             timeout_secs=_WAITING_SHARE * (_LONGEST_SECS if timeout_secs is None else timeout_secs),
             call=loop.to_worker,
         )
-        return cls(snapshot, processes, Recorder(), _holds_64_bits())
+        memory = snapshot.memory
+        return cls(
+            snapshot,
+            processes,
+            Recorder(),
+            _holds_64_bits(),
+            write_budget=ByteBudget(memory.write_concurrent_bytes),
+            transfer_budget=ByteBudget(
+                memory.write_concurrent_bytes
+                if memory.transfer_concurrent_bytes is None
+                else memory.transfer_concurrent_bytes
+            ),
+            read_budget=ByteBudget(memory.read_concurrent_bytes),
+        )
+
+    def background(self, function: Callable[[], Awaitable[None]]) -> loop.Background:
+        """Runs a coroutine beside the handler that calls this, until it is joined.
+
+        One that is not joined, because the operation fails elsewhere, ends with the operation.
+        """
+
+        async def run() -> None:
+            try:
+                await function()
+            finally:
+                self._running.discard(running)
+
+        running = loop.Background(run)
+        self._running.add(running)
+        return running
+
+    async def end_background(self) -> None:
+        """Cancels what no handler has joined, and waits for its end."""
+        for running in list(self._running):
+            await running.cancel()
+        self._running.clear()
 
 
 def _holds_64_bits() -> bool:

@@ -77,7 +77,7 @@ class PyTreeHandler:
         )
         doing = operation.current(is_joint=True)
         saving = Saving(prepared, self._options(), doing)
-        running = loop.Background(lambda: saving.run(directory))
+        running = doing.background(lambda: saving.run(directory))
         try:
             await saving.pipeline.staged.wait()
         except BaseException:

@@ -9,7 +9,6 @@ from typing import Any
 from orbax_async import arrays, errors
 from orbax_async import context as ambient
 from orbax_async._engine import loop, plan
-from orbax_async._engine.budget import ByteBudget
 from orbax_async._engine.load_pipeline import LoadPipeline, ReadableLeaf
 from orbax_async._storage import files, names, zarr
 from orbax_async._storage.kvstore import ArrayStore, holds_ocdbt
@@ -234,7 +233,7 @@ class Loading:
             ],
             store,
             batch_nbytes=_BATCH_NBYTES if limit is None else min(limit, _BATCH_NBYTES),
-            read_budget=ByteBudget(limit),
+            read_budget=doing.read_budget,
             recorder=doing.recorder,
         )
 

@@ -1,30 +1,235 @@
-"""Choosing the handler of a checkpointable."""
+"""Choosing the handler of a checkpointable.
+
+Rules, of Orbax and in this order
+  To save: an object that saves itself goes to the newest handler that takes it. For any other the
+  handler bound to its name is used, unasked; else the newest that takes it.
+
+  To load: an object that loads itself, from what such an object has saved; the handler bound to the
+  name, if it can load what is asked for; the one that the checkpoint names, unless it says that it
+  can't; the newest that says that it can; the one bound to the name after all. What looks like a
+  pytree is loaded as one if everything else fails.
+
+  A handler that is bound to a name serves no other.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from orbax_async import context as ambient
-from orbax_async import errors
+from orbax_async import errors, registration
+from orbax_async._trace import logger
+from orbax_async.handlers import builtin, stateful
+from orbax_async.handlers.documents import JsonHandler, MetricsHandler, ProtoHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 
-__all__ = ["pytree_handler"]
+__all__ = ["Part", "for_loading", "for_saving", "state_for_loading"]
+
+Registry = registration.CheckpointableHandlerRegistry
+
+# What takes a value apart before any work starts, and refuses what can't be saved.
+_PREPARE_TO_SAVE: dict[type, Callable[[Any, Any], Any]] = {
+    PyTreeHandler: PyTreeHandler.flatten,
+    JsonHandler: JsonHandler.encode,
+    MetricsHandler: MetricsHandler.encode,
+    ProtoHandler: ProtoHandler.encode,
+}
+_REFUSALS = (errors.LeafError, errors.NotJsonError)
 
 
-def pytree_handler(name: str | None, options: ambient.Context) -> PyTreeHandler:
-    """Returns the handler of a state: the one that the registry binds to its name, or a new one.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One checkpointable of an operation.
+
+    Attributes:
+      name: what it is called; None for a flat, older checkpoint.
+      handler: what saves or loads it.
+      value: what the handler is given: the object, or its abstract form, or what it was made of.
+    """
+
+    name: str | None
+    handler: Any
+    value: Any
+
+    @property
+    def typestr(self) -> str:
+        """What the handler is called on disk."""
+        return _typestr(type(self.handler))
+
+    def code(self, verb: str) -> str | None:
+        """Names a user's code behind a verb of the handler; None if that is our own."""
+        if isinstance(self.handler, stateful.StatefulCheckpointableHandler):
+            return f"{type(self.value).__name__}.{verb}"
+        if type(self.handler) in builtin.TYPESTRS:
+            return None
+        return f"{type(self.handler).__name__}.{verb}"
+
+
+def for_saving(
+    name: str, checkpointable: Any, registry: Registry, *, is_state: bool = False
+) -> Part:
+    """Chooses what saves an object, and lets it refuse the object before any work starts.
+
+    Args:
+      name: the checkpointable's.
+      checkpointable: the object.
+      registry: the handlers to choose from.
+      is_state: whether it was given as a state, which is a pytree.
 
     Raises:
-      UnsupportedOptionError: the registry binds the name to a handler of something else.
+      NoEntryError: no handler takes the object.
+      HandlerError: the handler bound to the name can't be made.
+      LeafError: it is a state, or bound to a handler of such, and holds what can't be stored.
     """
-    registry = options.checkpointables.registry
-    if name is None or not registry.has(name):
-        return PyTreeHandler()
-    bound: Any = registry.get(name)
-    handler = bound() if isinstance(bound, type) else bound
-    if isinstance(handler, PyTreeHandler):
-        return handler
-    raise errors.UnsupportedOptionError(
-        f"checkpointables.registry binds {name!r} to {type(handler).__name__}, and states are "
-        "saved and loaded by a PyTreeHandler; use another name"
+    saves_itself = not is_state and stateful.is_stateful(checkpointable)
+    if not saves_itself and registry.has(name):
+        handler = _made(registry.get(name))
+        prepare = _PREPARE_TO_SAVE.get(type(handler))
+        return Part(name, handler, prepare(handler, checkpointable) if prepare else checkpointable)
+    refusals: list[str] = []
+    of_leaf: errors.LeafError | None = None
+    for handler in _newest_first(registry, refusals):
+        prepare = _PREPARE_TO_SAVE.get(type(handler))
+        if prepare is None:
+            if handler.is_handleable(checkpointable):
+                return Part(name, handler, checkpointable)
+            continue
+        try:
+            prepared = prepare(handler, checkpointable)
+        except _REFUSALS as refusal:
+            refusals.append(f"{type(handler).__name__}: {refusal}")
+            if type(handler) is PyTreeHandler and isinstance(refusal, errors.LeafError):
+                of_leaf = refusal
+                if is_state:
+                    raise
+        else:
+            if of_leaf is not None and type(handler) is JsonHandler:
+                raise of_leaf  # a tree like any other, and what is wrong with it is known
+            return Part(name, handler, prepared)
+    raise registration.NoEntryError(
+        f"Could not identify a valid handler for the checkpointable {name!r} of type "
+        f"{type(checkpointable).__name__}: register a CheckpointableHandler for it with "
+        "handlers.register_handler, or add one to a handlers.local_registry() and assign that to "
+        f"context.checkpointables.registry. {_because(refusals)}"
+    ) from of_leaf
+
+
+def for_loading(
+    name: str, abstract: Any, registry: Registry, *, typestr: str | None, is_pytree: bool, path: str
+) -> Part:
+    """Chooses what loads a checkpointable.
+
+    Args:
+      name: the checkpointable's.
+      abstract: what is asked for; None for what is stored.
+      registry: the handlers to choose from.
+      typestr: the handler that the checkpoint names.
+      is_pytree: whether what is stored looks like a pytree.
+      path: the checkpoint, for messages.
+
+    Raises:
+      NoEntryError: no handler can load what is asked for.
+      HandlerError: the handler bound to the name can't be made.
+      AbstractLeafError: it is a pytree, and what is asked for is none.
+    """
+    if typestr == builtin.STATEFUL_TYPESTR:
+        if stateful.is_stateful(abstract):
+            return Part(name, stateful.StatefulCheckpointableHandler(), abstract)
+        if is_pytree:  # Orbax's partial saves call the handler of their trees so
+            typestr = builtin.TYPESTRS[PyTreeHandler]
+    bound = _made(registry.get(name)) if registry.has(name) else None
+    if bound is not None:
+        verdict, value = _asked(bound, abstract)
+        if verdict:
+            return Part(name, bound, value)
+    refusals: list[str] = []
+    others = [(each, *_asked(each, abstract)) for each in _newest_first(registry, refusals)]
+    for other, verdict, value in others:
+        if verdict is not False and typestr in _typestrs(other, registry):
+            return Part(name, other, value)
+    for other, verdict, value in others:
+        can_read = is_pytree or type(other) is not PyTreeHandler
+        if verdict and abstract is not None and can_read:
+            return Part(name, other, value)
+    if bound is not None:
+        return Part(name, bound, abstract)
+    if is_pytree:
+        return Part(name, PyTreeHandler(), abstract)
+    wanted = "" if abstract is None else f", as {type(abstract).__name__}"
+    raise registration.NoEntryError(
+        f"Could not resolve a handler that loads {name!r} of {path}{wanted}. It was saved by "
+        f"{typestr or 'a handler that the checkpoint does not name'}: register that, or one with "
+        "it among its secondary_typestrs, or ask for an abstract form that a registered handler "
+        f"can load. {_because(refusals)}"
     )
+
+
+def state_for_loading(name: str | None, abstract: Any, registry: Registry) -> Part:
+    """Chooses what loads a pytree: a handler of such that is bound to its name, or a new one.
+
+    Raises:
+      AbstractLeafError: the abstract tree holds what nothing can be loaded as.
+    """
+    bound = _made(registry.get(name)) if name is not None and registry.has(name) else None
+    if not isinstance(bound, PyTreeHandler):
+        bound = PyTreeHandler()
+    if type(bound) is PyTreeHandler:
+        abstract = bound.read_abstract(abstract)
+    return Part(name, bound, abstract)
+
+
+def _newest_first(registry: Registry, refusals: list[str]) -> Iterator[Any]:
+    """Makes the handlers that are bound to no name; those that can't be made say why (W39)."""
+    for handler, name in reversed(registry.get_all_entries()):
+        if name is not None:
+            continue
+        try:
+            made = _made(handler)
+        except errors.HandlerError as error:
+            logger.warning("a registered handler is left out: %s", error)
+            refusals.append(str(error))
+        else:
+            yield made
+
+
+def _asked(handler: Any, abstract: Any) -> tuple[bool | None, Any]:
+    """Returns whether a handler can load what is asked for, and what to give to its `load`."""
+    if abstract is None:
+        return True, None
+    if type(handler) is PyTreeHandler:
+        try:
+            return True, handler.read_abstract(abstract)
+        except errors.LeafError:
+            return False, abstract
+    return handler.is_abstract_handleable(abstract), abstract
+
+
+def _made(handler: Any) -> Any:
+    """Returns a handler, made of its class unless it is registered ready for use."""
+    if not isinstance(handler, type):
+        return handler
+    try:
+        return handler()
+    except Exception as error:
+        raise errors.HandlerError(
+            f"{handler.__name__} could not be default-constructed: {error!r}; register an "
+            "instance, or give its arguments defaults"
+        ) from error
+
+
+def _typestr(handler_type: type) -> str:
+    own = f"{handler_type.__module__}.{handler_type.__qualname__}"
+    return builtin.TYPESTRS.get(handler_type, own)
+
+
+def _typestrs(handler: Any, registry: Registry) -> list[str]:
+    entries = (handler, type(handler))  # it may be registered as an instance
+    secondary = [each for entry in entries for each in registry.get_secondary_typestrs(entry)]
+    return [_typestr(type(handler)), *secondary]
+
+
+def _because(refusals: list[str]) -> str:
+    if not refusals:
+        return "No handler of the registry says that it can."
+    return f"Refused by {'; '.join(refusals)}"

@@ -11,14 +11,12 @@ import jax
 from orbax_async import arrays, errors, multihost
 from orbax_async import context as ambient
 from orbax_async._engine import loop, plan, transfer
-from orbax_async._engine.budget import ByteBudget
 from orbax_async._engine.save_pipeline import SavePipeline, WritableLeaf, WritePlan, encoding_of
 from orbax_async._storage import files, names, ocdbt, zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import operation
 from orbax_async.handlers.forms import PreparedTree, TreeForm
 from orbax_async.handlers.leaves import LeafForm
-from orbax_async.options import MemoryOptions
 from orbax_async.path import PathAwaitingCreation
 from orbax_async.tree import schema
 
@@ -142,16 +140,6 @@ def _batch_nbytes(*limits: int | None) -> int:
     return min([_BATCH_NBYTES, *(limit for limit in limits if limit is not None)])
 
 
-def _staging_limit(memory: MemoryOptions) -> int | None:
-    """Returns how many bytes may be captured and not yet written, of what is captured by copying.
-
-    A copy lives until it is written: a limit on writes alone would let the copies grow without one.
-    """
-    if memory.transfer_concurrent_bytes is None:
-        return memory.write_concurrent_bytes
-    return memory.transfer_concurrent_bytes
-
-
 class Saving:
     """One save of one tree."""
 
@@ -163,12 +151,11 @@ class Saving:
         self._options = options
         self._processes = doing.processes
         self._plan = _planned(prepared.form, options, doing.processes)
-        memory = options.memory
         self.pipeline = SavePipeline(
             self._plan.arrays,
             prepared.arrays,
-            write_budget=ByteBudget(memory.write_concurrent_bytes),
-            transfer_budget=ByteBudget(_staging_limit(memory)),
+            write_budget=doing.write_budget,
+            transfer_budget=doing.transfer_budget,
             recorder=doing.recorder,
         )
 

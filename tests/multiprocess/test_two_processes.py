@@ -296,6 +296,44 @@ def test_a_process_that_does_not_come_is_named(failed: Outcome) -> None:
         assert report["in step again"]["next"], "the processes are out of step"
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Both processes have saved several checkpointables together, failed to, and deleted some."""
+    return play("checkpointables", tmp_path_factory.mktemp("checkpointables"))
+
+
+def test_checkpointables_of_two_processes(together: Outcome) -> None:
+    """Each process gets its own part of an object that saves itself, and the rest is common."""
+    for index, report in enumerate(together.reports):
+        assert report["loaded"] == [[], 1 + index, {"lr": 0.5}]
+    files = sorted(path.name for path in (together.folder / "all" / "data").iterdir())
+    assert files == ["process_0", "process_1"]
+    assert (together.folder / "all" / "config" / "data.json").read_text() == '{"lr": 0.5}'
+
+
+@pytest.mark.parametrize("tier", [1, 2])
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_handler_that_fails_on_one_process(together: Outcome, tier: int, culprit: int) -> None:
+    """The save ends on both, with what went wrong, and nothing of it is left."""
+    for index, report in enumerate(together.reports):
+        seen = report[f"tier {tier} on {culprit}"]
+        assert seen["error"] == ("OSError" if index == culprit else "MultihostError")
+        assert "no tape" in seen["text"]
+        assert report["left"] == ["all"]
+
+
+def test_two_processes_delete(together: Outcome) -> None:
+    """Both are told the same: a part and a whole are deleted once, and what is missing is."""
+    for report in together.reports:
+        assert report["part"] is True
+        assert report["rest"] == ["config", "data", "state"]
+        assert report["missing"]["error"] == "NothingToDeleteError"
+        assert report["allowed"] is False
+        assert report["whole"] is True
+        assert report["is gone"]
+    assert os.listdir(together.folder) == ["all"]
+
+
 def test_a_killed_process_is_named_in_time(tmp_path: Path) -> None:
     """SIGKILL of one process: the other's save ends, names it, and leaves the old checkpoint."""
     outcome = play("killed 1", tmp_path)

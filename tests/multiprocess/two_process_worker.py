@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -247,6 +247,94 @@ def saves(index: int, folder: Path) -> Report:
     return report
 
 
+class Shard:
+    """Saves and loads itself; each process has a file of its own, as Grain's iterators do."""
+
+    def __init__(self, index: int, value: int = 0) -> None:
+        self.file = f"process_{index}"
+        self.value = value
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """Writes later than any tree does."""
+
+        async def write() -> None:
+            path = await directory.await_creation()
+            await asyncio.sleep(0.3 * self.value)
+            (path / self.file).write_text(str(self.value))
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        """Reads this process's file."""
+
+        async def read() -> None:
+            self.value = int((directory / self.file).read_text())
+
+        return read()
+
+
+class Faulty(Shard):
+    """Fails in a tier, on one process."""
+
+    def __init__(self, index: int, tier: int) -> None:
+        super().__init__(index)
+        self.tier = tier
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """Fails in the first tier, or returns what fails in the second."""
+
+        async def write() -> None:
+            if self.tier == 2:
+                raise OSError("no tape")
+
+        if self.tier == 1:
+            raise OSError("no tape")
+        return write()
+
+
+def checkpointables(index: int, folder: Path) -> Report:
+    """Saves trees, JSON and objects that save themselves together; fails; deletes."""
+    import orbax_async as ocp
+
+    report: Report = {}
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="config")
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    objects = {
+        "config": {"lr": 0.5},
+        "state": state(1),
+        "small": small(2),
+        "data": Shard(index, 1 + index),
+    }
+    with context:
+        ocp.save_checkpointables(folder / "all", objects)
+    data = Shard(index)
+    loaded = ocp.load_checkpointables(
+        folder / "all",
+        {"state": _abstract(SPECS, ("x",)), "data": data, "config": None, "small": None},
+    )
+    report["loaded"] = [differences(loaded["state"], 1), data.value, loaded["config"]]
+    for tier in (1, 2):
+        for culprit in (0, 1):
+            trap = Faulty(index, tier if index == culprit else 0)
+            given = {"state": small(3), "trap": trap}
+            report[f"tier {tier} on {culprit}"] = _seen(
+                lambda given=given: ocp.save_checkpointables(folder / "bad", given)
+            )
+            meet()
+    report["left"] = sorted(path.name for path in folder.iterdir())
+    report["part"] = ocp.delete(folder / "all", checkpointable_name="small")
+    report["rest"] = sorted(ocp.checkpointables_metadata(folder / "all").metadata)
+    meet()
+    report["missing"] = _seen(lambda: ocp.delete(folder / "nothing"))
+    report["allowed"] = ocp.delete(folder / "nothing", missing_ok=True)
+    ocp.save(folder / "gone", small(4))
+    report["whole"] = ocp.delete(folder / "gone")
+    report["is gone"] = not (folder / "gone").exists()
+    return report
+
+
 def failures(index: int, folder: Path) -> Report:
     """Fails in many ways, on one process at a time; each failure must end the save on both."""
     import orbax_async as ocp
@@ -334,6 +422,7 @@ def killed(index: int, folder: Path, *, victim: int) -> Report:
 
 SCENARIOS: dict[str, Callable[[int, Path], Report]] = {
     "saves": saves,
+    "checkpointables": checkpointables,
     "failures": failures,
     "killed 0": lambda index, folder: killed(index, folder, victim=0),
     "killed 1": lambda index, folder: killed(index, folder, victim=1),

@@ -6,6 +6,7 @@ type fails here.
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import pathlib
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,6 +36,27 @@ def saving(state: State, folder: pathlib.Path) -> None:
         "run/8", state, checkpointable_name="state", overwrite=False, custom_metadata=None
     )
     assert_type(response, ocp.AsyncResponse[None])
+
+
+def several(state: State, iterator: ocp.StatefulCheckpointable) -> None:
+    """Several objects in one checkpoint, and parts of it deleted."""
+    named: dict[str, Any] = {"state": state, "data": iterator, "config": {"lr": 0.1}}
+    ocp.save_checkpointables("run/7", named)
+    ocp.save_checkpointables("run/7", named, overwrite=True, custom_metadata={"loss": 0.5})
+    response = ocp.save_checkpointables_async("run/8", named)
+    assert_type(response, ocp.AsyncResponse[None])
+    assert_type(ocp.load_checkpointables("run/7"), dict[str, Any])
+    assert_type(ocp.load_checkpointables("run/7", {"data": iterator}), dict[str, Any])
+    described = ocp.checkpointables_metadata("run/7")
+    assert_type(described, ocp.CheckpointMetadata[dict[str, Any]])
+    loading = ocp.load_checkpointables_async("run/7", described)
+    assert_type(loading, ocp.AsyncResponse[dict[str, Any]])
+    assert_type(ocp.delete("run/7"), bool)
+    assert_type(ocp.delete("run/7", checkpointable_name="data", missing_ok=True), bool)
+    assert_type(ocp.delete_async("run/8", missing_ok=True), ocp.AsyncResponse[bool])
+    anything: ocp.Checkpointable = state
+    abstract: ocp.AbstractCheckpointable = 5
+    del anything, abstract
 
 
 def loading(abstract: State) -> None:
@@ -307,6 +329,29 @@ class PointHandler:
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Says whether it asks for a point."""
         return isinstance(abstract_checkpointable, Point)
+
+
+class Counter:
+    """An object that saves itself, by structure."""
+
+    async def save(self, directory: ocp.path.PathAwaitingCreation) -> Awaitable[None]:
+        """Captures nothing."""
+        return asyncio.sleep(0)
+
+    async def load(self, directory: ocp.path.Path) -> Awaitable[None]:
+        """Reads nothing."""
+        return asyncio.sleep(0)
+
+
+def documents(counter: Counter) -> None:
+    """Built-in handlers, and an object that needs none."""
+    stateful: ocp.StatefulCheckpointable = counter
+    values: ocp.CheckpointableHandler[Any, None] = ocp.handlers.JsonHandler()
+    values = ocp.handlers.JsonHandler(filename="config.json")
+    messages: ocp.CheckpointableHandler[Any, Any] = ocp.handlers.ProtoHandler("run.pbtxt")
+    assert_type(values.is_handleable({"a": 1}), bool)
+    assert_type(messages.is_abstract_handleable(dict), bool | None)
+    del stateful
 
 
 def handling() -> None:

@@ -1,0 +1,254 @@
+"""What is measured of one peer's turn, and how; docs/benchmarks.md explains each figure."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import inspect
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import pace
+from benchmarks.peers import Peer, Pending, Settings
+from benchmarks.trees import resident_nbytes
+from benchmarks.workloads import State
+
+Figures = dict[str, float]
+TICK_SECS = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a peer saves and loads, and where."""
+
+    peer: Peer
+    path: Path
+    state: State
+    abstract: State
+    settings: Settings = field(default_factory=dict)
+    is_cold: bool = False
+    pace_secs: float = 1.0
+
+    def save(self) -> Pending:
+        """Starts a save; returns once the caller may change the state."""
+        return self.peer.save(self.path, self.state, self.settings)
+
+    def load(self) -> State:
+        """Loads, and waits for the last array."""
+        return jax.block_until_ready(self.peer.load(self.path, self.abstract, self.settings))
+
+    def clear(self) -> None:
+        """Removes what was saved; leaves nothing to collect and nothing to write back."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        settle()
+
+
+def settle() -> None:
+    """Takes what earlier work has put off out of what is measured next."""
+    gc.collect()
+    os.sync()
+
+
+def checked(trial: Trial) -> None:
+    """Saves, loads and compares once, untimed.
+
+    Raises:
+      ValueError: what was loaded is not what was saved.
+    """
+    trial.clear()
+    trial.save().result()
+    if not trial.peer.matches(trial.load(), trial.state):
+        raise ValueError("loads other values than were saved")
+
+
+def timed(trial: Trial) -> Figures:
+    """Times a save and a load: wall clock, and the CPU time of all threads of the process."""
+    trial.clear()
+    cpu, began = time.process_time(), time.perf_counter()
+    pending = trial.save()
+    blocked = time.perf_counter() - began
+    pending.result()
+    committed, save_cpu = time.perf_counter() - began, time.process_time() - cpu
+    del pending
+    files = [path for path in trial.path.rglob("*") if path.is_file()]
+    nbytes = sum(path.stat().st_size for path in files)
+    settle()
+    if trial.is_cold:
+        for path in files:
+            _drop_from_cache(path)
+    cpu, began = time.process_time(), time.perf_counter()
+    loaded = trial.load()
+    seconds, load_cpu = time.perf_counter() - began, time.process_time() - cpu
+    del loaded
+    return {
+        "blocked": blocked,
+        "committed": committed,
+        "loaded": seconds,
+        "save_cpu": save_cpu,
+        "load_cpu": load_cpu,
+        "disk_nbytes": nbytes,
+        "disk_files": len(files),
+    }
+
+
+def _drop_from_cache(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def memory(trial: Trial) -> Figures:
+    """Takes the peak of resident memory of a save and a load, and counts the threads of a save.
+
+    Apart from the timed turns: free memory is given back to the system first, which costs time.
+    """
+    trial.clear()
+    with Threads() as threads, PeakMemory() as saving:
+        trial.save().result()
+    settle()
+    with PeakMemory() as loading:
+        loaded = trial.load()
+    extra = loading.extra - resident_nbytes(loaded)
+    del loaded
+    return {
+        "peak_save": saving.extra,
+        "peak_load": extra,
+        "threads": threads.count,
+    }
+
+
+class PeakMemory:
+    """The most resident memory beyond what there was before a block; the kernel keeps the mark."""
+
+    extra = 0
+
+    def __enter__(self) -> PeakMemory:
+        if sys.platform == "linux":
+            with contextlib.suppress(AttributeError, OSError):  # glibc only
+                ctypes.CDLL(None).malloc_trim(0)
+        # 5 resets the mark to what is resident now.
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = resident()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.extra = _status("VmHWM") - self._before
+
+
+def resident() -> int:
+    """Returns the bytes of memory that the process holds now."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+class Threads:
+    """Counts threads, of any language, that are there during a block and were not before it.
+
+    It looks every 2 ms; a thread that lives shorter may be missed.
+    """
+
+    count = 0
+
+    def __enter__(self) -> Threads:
+        self._before = set(os.listdir("/proc/self/task"))
+        self._seen: set[str] = set()
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        self._before.add(str(threading.get_native_id()))
+        while not self._stop.wait(0.002):
+            self._seen.update(os.listdir("/proc/self/task"))
+
+    def __exit__(self, *_: object) -> None:
+        self._seen.update(os.listdir("/proc/self/task"))
+        self._stop.set()
+        self._watcher.join()
+        self.count = len(self._seen - self._before)
+
+
+def gap(trial: Trial) -> Figures:
+    """Takes the longest time for which a save keeps other tasks of the caller's loop waiting.
+
+    A response that can be awaited is; for others a thread waits, and the call itself blocks.
+    """
+    trial.clear()
+    return {"loop_gap": asyncio.run(_longest_gap(trial))}
+
+
+async def _longest_gap(trial: Trial) -> float:
+    gaps = []
+
+    async def tick() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(TICK_SECS)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    ticking = asyncio.create_task(tick())
+    await asyncio.sleep(10 * TICK_SECS)
+    gaps.clear()
+    pending = trial.save()
+    if inspect.isawaitable(pending):
+        await pending
+    else:
+        await asyncio.to_thread(pending.result)
+    await asyncio.sleep(2 * TICK_SECS)  # the last gap ends here
+    ticking.cancel()
+    return max(gaps)
+
+
+def training_pace(trial: Trial) -> Figures:
+    """Takes the rate of a training step and of a Python counter beside a background save.
+
+    Relative to the rate without a save just before and just after; {} for a peer that blocks.
+    """
+    if not trial.peer.is_async:
+        return {}
+    return {
+        "step_pace": _relative_pace(trial, pace.training_step()),
+        "counter_pace": _relative_pace(trial, pace.count),
+    }
+
+
+def _relative_pace(trial: Trial, step: Callable[[], Any]) -> float:
+    with pace.Pacer(step) as pacer:
+        quiet = pacer.rate(trial.pace_secs / 2)
+        steps, secs = 0, 0.0
+        while secs < trial.pace_secs:  # a short save is repeated, for a rate that means something
+            shutil.rmtree(trial.path, ignore_errors=True)
+            pending = trial.save()
+            before = pacer.mark()
+            pending.result()
+            after = pacer.mark()
+            steps, secs = steps + after.steps - before.steps, secs + after.secs - before.secs
+        settle()
+        quiet = (quiet + pacer.rate(trial.pace_secs / 2)) / 2
+    return steps / secs / quiet
+
+
+KINDS: dict[str, Callable[[Trial], Figures]] = {
+    "timed": timed,
+    "memory": memory,
+    "gap": gap,
+    "pace": training_pace,
+}

@@ -1,0 +1,257 @@
+"""Carrying a save out: its directory, both tiers of its handlers, and its commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+
+from orbax_async import errors
+from orbax_async._api import layout, perform
+from orbax_async._api.response import AsyncResponse
+from orbax_async._api.turns import Turn
+from orbax_async._commit import atomicity, finalize
+from orbax_async._engine import loop
+from orbax_async._storage import files
+from orbax_async._trace import logger
+from orbax_async.handlers import tiers
+from orbax_async.handlers.operation import Operation
+from orbax_async.handlers.resolve import Part
+from orbax_async.path import Path
+
+__all__ = ["Save", "WhenCommitted", "check_destination"]
+
+_SYNCS_AT_ONCE = 4
+_SWEEP_GRACE_SECS = 1.0
+
+
+def check_destination(final: str, *, overwrite: bool) -> None:
+    """Raises what can be known to go wrong before any value is captured."""
+    atomicity.recover(final)
+    if os.path.lexists(final):
+        if layout.name_in_deletion(final) is not None:
+            raise errors.DeletionInProgressError(
+                f"{final} has a deletion that was begun and not finished: finish it before saving "
+                "there, or delete the checkpoint"
+            )
+        if not overwrite:
+            raise errors.DestinationExistsError(
+                f"Destination {final} already exists. Save elsewhere, or with overwrite=True."
+            )
+        is_empty = os.path.isdir(final) and not any(True for _ in files.scan(final))
+        if os.path.islink(final) or not (is_empty or layout.is_orbax_checkpoint(final)):
+            raise errors.DestinationExistsError(
+                f"Destination {final} already exists and is no checkpoint: overwrite=True replaces "
+                "checkpoints only. Remove it yourself, or save elsewhere."
+            )
+    parent = os.path.dirname(final)
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise errors.CommitError(
+            f"cannot create {final}: {parent} is a file, not a directory. Check the path."
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise errors.CommitError(
+            f"cannot create {final}: the directory {parent} is not writable. Change its "
+            "permissions, or save elsewhere."
+        )
+
+
+class _Awaited:
+    """A directory that handlers may write to once it is there."""
+
+    def __init__(self, path: Path, created: anyio.Event) -> None:
+        self._path = path
+        self._created = created
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def __truediv__(self, other: Any) -> _Awaited:
+        if not isinstance(other, (str, os.PathLike)):
+            raise TypeError(f"Expected PathLike, got {type(other)}.")
+        return _Awaited(self._path / other, self._created)
+
+    async def await_creation(self) -> Path:
+        await self._created.wait()
+        return self._path
+
+
+WhenCommitted = Callable[[], Awaitable[None]]
+
+
+class Save:
+    """One save: from the first value captured to the last name synced."""
+
+    def __init__(
+        self,
+        doing: Operation,
+        final: str,
+        parts: list[Part],
+        custom_metadata: dict[str, Any],
+        overwrite: bool,
+        turn: Turn,
+    ) -> None:
+        self._doing = doing
+        self._options = doing.context
+        self._final = final
+        self._parts = parts
+        self._typestrs = {str(part.name): part.typestr for part in parts}
+        self._custom_metadata = custom_metadata
+        self._overwrite = overwrite
+        self._turn = turn
+        self._init_nsecs = time.time_ns()
+        self._made_parents: list[str] = []
+        self._temporary = ""
+
+    async def run(
+        self,
+        control: perform.Control,
+        response: AsyncResponse[Any],
+        when_committed: WhenCommitted | None = None,
+    ) -> None:
+        """The whole operation; leaves nothing behind unless it commits."""
+        processes = self._doing.processes
+        try:
+            async with processes.together():
+                await self._agree_on_paths()
+                await self._write(response)
+                await self._commit(control)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._doing.end_background()
+                await loop.to_worker(self._undo)
+            raise
+        if when_committed is not None:
+            with anyio.CancelScope(shield=True):
+                await when_committed()
+        callback = self._options.asynchronous.post_finalization_callback
+        if callback is not None:
+            await loop.to_worker(callback)
+
+    async def _agree_on_paths(self) -> None:
+        processes = self._doing.processes
+        own = [self._final, await loop.to_worker(atomicity.temporary_path, self._final)]
+        final, self._temporary = json.loads(await processes.broadcast("paths", json.dumps(own)))
+        if final != self._final:
+            raise errors.MultihostError(
+                f"Directory path mismatch in multi-process save: {final} on process "
+                f"{processes.primary}, {self._final} on process {processes.index}"
+            )
+
+    async def _write(self, response: AsyncResponse[Any]) -> None:
+        created = anyio.Event()
+        directory = _Awaited(Path(self._temporary), created)
+        if not self._options.asynchronous.create_directories_asynchronously:
+            await self._create(created)
+        async with anyio.create_task_group() as group:
+            if not created.is_set():
+                group.start_soon(self._create, created)
+            seconds = await tiers.first([_first_tier(part, directory) for part in self._parts])
+            self._parts.clear()  # all is captured: nothing here keeps the caller's objects alive
+            response._set_staged()
+            await tiers.second(seconds)
+
+    async def _create(self, created: anyio.Event) -> None:
+        await self._turn.come()
+        processes = self._doing.processes
+        if processes.is_primary:
+            with self._doing.recorder.span("create"):
+                await loop.to_worker(self._create_directories)
+        await processes.broadcast("directory created")
+        created.set()
+
+    def _create_directories(self) -> None:
+        mode = self._options.file.path_permission_mode
+        self._made_parents = atomicity.create(self._temporary, list(self._typestrs), mode=mode)
+
+    async def _commit(self, control: perform.Control) -> None:
+        """Steps 2 to 5 of `_commit.finalize`; the primary takes them once nobody can back out."""
+        processes, recorder = self._doing.processes, self._doing.recorder
+        await processes.gather("written")  # by handlers that write on every process
+        if not processes.is_primary:
+            control.pass_commit_point()
+            await processes.gather("ready to commit")
+            await processes.broadcast("committed")
+            return
+        await self._make_durable()
+        await processes.gather("ready to commit")
+        control.pass_commit_point()
+        processes.decide()
+        with anyio.CancelScope(shield=True), recorder.span("publish"):
+            replaced = await loop.to_worker(self._publish)
+            await processes.broadcast("committed")
+            if replaced is not None:
+                await loop.to_worker(_remove_replaced, replaced)
+        loop.spawn(self._sweep, label="sweep", exit_grace_secs=_SWEEP_GRACE_SECS, is_told_of=False)
+
+    async def _make_durable(self) -> None:
+        with self._doing.recorder.span("documents"):
+            await loop.to_worker(self._write_documents)
+        with self._doing.recorder.span("sync"):
+            paths, directories = await loop.to_worker(files.walk, self._temporary)
+            share = max(1, -(-len(paths) // _SYNCS_AT_ONCE))
+            async with anyio.create_task_group() as group:
+                for start in range(0, len(paths), share):
+                    group.start_soon(
+                        loop.to_worker,
+                        finalize.sync_files,
+                        paths[start : start + share],
+                        self._final,
+                    )
+            await loop.to_worker(finalize.sync_directories, directories, self._final)
+
+    def _write_documents(self) -> None:
+        finalize.write_root_documents(
+            self._temporary,
+            self._final,
+            self._typestrs,
+            init_nsecs=self._init_nsecs,
+            custom_metadata=self._custom_metadata,
+        )
+
+    def _publish(self) -> str | None:
+        parents = [os.path.dirname(made) for made in reversed(self._made_parents)]
+        finalize.sync_directories(parents, self._final)
+        if self._overwrite:  # what is there now may have come after the first look, or without one
+            check_destination(self._final, overwrite=True)
+        return atomicity.publish(self._temporary, self._final, overwrite=self._overwrite)
+
+    def _undo(self) -> None:
+        """Removes what was written, and parents that were made for it."""
+        if not self._temporary or not self._doing.processes.is_primary:
+            return
+        try:
+            atomicity.discard(self._temporary)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", self._temporary, error)
+        atomicity.remove_empty(self._made_parents)
+
+    async def _sweep(self) -> None:
+        try:
+            swept = await loop.to_worker(atomicity.sweep, os.path.dirname(self._final))
+        except OSError as error:
+            logger.warning("leftovers beside %s could not be swept: %s", self._final, error)
+        else:
+            for path in swept:
+                logger.info("removed %s, left by a process that has died", path)
+
+
+def _first_tier(part: Part, directory: _Awaited) -> tiers.Tier:
+    name = str(part.name)
+    return tiers.Tier(
+        name, lambda: part.handler.save(directory / name, part.value), part.code("save")
+    )
+
+
+def _remove_replaced(path: str) -> None:
+    try:
+        atomicity.discard(path)
+    except OSError as error:
+        logger.warning("the replaced checkpoint %s could not be removed: %s", path, error)

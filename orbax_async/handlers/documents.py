@@ -1,0 +1,239 @@
+"""Checkpointables that are one document: JSON values and protobuf messages."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from orbax_async import errors
+from orbax_async._engine import loop
+from orbax_async._storage import files
+from orbax_async.handlers import operation
+from orbax_async.path import Path, PathAwaitingCreation
+
+__all__ = ["JsonHandler", "MetricsHandler", "ProtoHandler"]
+
+_JSON_FILE = "data.json"
+_OLDER_JSON_FILE = "metadata"  # what older Orbax versions called it
+_METRICS_FILE = "metrics"
+_PROTO_FILE = "proto.pbtxt"
+
+
+class Encoded:
+    """A document as it will be written: what tier 1 starts from."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+async def _write(directory: PathAwaitingCreation, filename: str, encoded: Encoded) -> None:
+    path = os.path.join(await directory.await_creation(), filename)
+    if not operation.current().processes.is_primary:
+        return
+    try:
+        await loop.to_worker(files.write_bytes, path, encoded.data)
+    except OSError as error:
+        raise errors.CommitError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+async def _read(path: str, parse: Callable[[str], Any]) -> Any:
+    def read() -> Any:
+        data = files.read_bytes(path)
+        if data is None:
+            raise errors.InvalidLayoutError(f"{path} is missing")
+        try:
+            return parse(data.decode())
+        except ValueError as error:
+            raise errors.InvalidLayoutError(f"{path} is damaged: {error}") from error
+
+    return await loop.to_worker(read)
+
+
+class JsonHandler:
+    """Saves and loads JSON values: dicts, lists, strings, numbers, booleans and None.
+
+    A value comes back as JSON has it: tuples as lists, keys as strings.
+
+    Example:
+      ::
+
+        registry = ocp.handlers.local_registry()
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name="config")
+        context.checkpointables.registry = registry
+
+    Args:
+      filename: the file to write; `data.json` unless given. Loading also finds the file of older
+        Orbax versions, unless it is given.
+    """
+
+    def __init__(self, filename: str | None = None) -> None:
+        self._filename = filename
+
+    def encode(self, checkpointable: Any) -> Encoded:
+        """Captures a value; `save` accepts the result.
+
+        Raises:
+          NotJsonError: JSON can't hold the value; the message says where.
+        """
+        try:
+            return Encoded(json.dumps(checkpointable).encode())
+        except (TypeError, ValueError, RecursionError) as error:
+            raise errors.NotJsonError(_explain(checkpointable, error)) from None
+
+    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
+        """Captures a value (tier 1) and returns what writes it (tier 2)."""
+        is_encoded = isinstance(checkpointable, Encoded)
+        encoded = checkpointable if is_encoded else self.encode(checkpointable)
+        return _write(directory, self._filename or _JSON_FILE, encoded)
+
+    async def load(self, directory: Path, abstract_checkpointable: None = None) -> Awaitable[Any]:
+        """Returns what reads the value.
+
+        Raises:
+          AbstractLeafError: something is asked for: a document is loaded as it is.
+          InvalidLayoutError: (in tier 2) the file is missing or damaged.
+        """
+        if abstract_checkpointable is not None:
+            raise errors.AbstractLeafError(
+                "", f"JSON is loaded as it is: ask for None, not for {abstract_checkpointable!r}"
+            )
+        names = [self._filename] if self._filename else [_JSON_FILE, _OLDER_JSON_FILE]
+        paths = [os.path.join(directory, name) for name in names]
+        return _read(await loop.to_worker(_first_there, paths), json.loads)
+
+    async def metadata(self, directory: Path) -> None:
+        """Returns None, which is the abstract form of any JSON value."""
+
+    def is_handleable(self, checkpointable: Any) -> bool:
+        """Says whether JSON can hold a value."""
+        try:
+            self.encode(checkpointable)
+        except errors.NotJsonError:
+            return False
+        return True
+
+    def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
+        """Returns None: what a value is loaded as does not tell that it is JSON."""
+
+
+class MetricsHandler(JsonHandler):
+    """Saves and loads the metrics of a step, JSON in a file of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(_METRICS_FILE)
+
+
+def _first_there(paths: list[str]) -> str:
+    return next((path for path in paths if os.path.exists(path)), paths[0])
+
+
+def _explain(value: Any, error: Exception, where: str = "") -> str:
+    """Returns what JSON can't hold in a value, and where it is."""
+    inner: Mapping[Any, Any] = {}
+    if isinstance(value, dict):
+        inner = value
+    elif isinstance(value, (list, tuple)):
+        inner = dict(enumerate(value))
+    if not isinstance(error, (RecursionError, ValueError)):  # a value that contains itself
+        for key, each in inner.items():
+            try:
+                json.dumps(each)
+            except (TypeError, ValueError, RecursionError) as found:
+                return _explain(each, found, f"{where}[{key!r}]")
+    return f"not a JSON value{f' at {where}' if where else ''}: {error}"
+
+
+class ProtoHandler:
+    """Saves and loads protobuf messages, as text.
+
+    protobuf itself is imported when a message is at hand.
+
+    Example:
+      ::
+
+        ocp.save_checkpointables("/checkpoints/7", {"config": Config(depth=4)})
+        ocp.load_checkpointables("/checkpoints/7", {"config": Config})["config"].depth
+
+    Args:
+      filename: the file to write and read.
+    """
+
+    def __init__(self, filename: str = _PROTO_FILE) -> None:
+        self._filename = filename
+
+    def encode(self, checkpointable: Any) -> Encoded:
+        """Captures a message; `save` accepts the result.
+
+        Raises:
+          UnsupportedLeafError: it is no protobuf message.
+        """
+        if not self.is_handleable(checkpointable):
+            raise errors.UnsupportedLeafError(
+                "", f"no protobuf message, but {type(checkpointable).__name__}"
+            )
+        return Encoded(_text_format().MessageToString(checkpointable).encode())
+
+    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
+        """Captures a message (tier 1) and returns what writes it (tier 2)."""
+        is_encoded = isinstance(checkpointable, Encoded)
+        encoded = checkpointable if is_encoded else self.encode(checkpointable)
+        return _write(directory, self._filename, encoded)
+
+    async def load(
+        self, directory: Path, abstract_checkpointable: type[Any] | None = None
+    ) -> Awaitable[Any]:
+        """Returns what reads a message of the class that is asked for.
+
+        Raises:
+          MissingAbstractError: no class is given.
+          AbstractLeafError: what is given is no class of messages.
+          InvalidLayoutError: (in tier 2) the file is missing, or holds no such message.
+        """
+        if abstract_checkpointable is None:
+            raise errors.MissingAbstractError(
+                "a protobuf message is loaded as its class: give that as the abstract form"
+            )
+        if not self.is_abstract_handleable(abstract_checkpointable):
+            raise errors.AbstractLeafError(
+                "", f"no class of protobuf messages, but {abstract_checkpointable!r}"
+            )
+        return _read(
+            os.path.join(directory, self._filename),
+            lambda text: _parse(text, abstract_checkpointable),
+        )
+
+    async def metadata(self, directory: Path) -> None:
+        """Returns None: a file does not say of which class its message is."""
+
+    def is_handleable(self, checkpointable: Any) -> bool:
+        """Says whether an object is a protobuf message."""
+        message = _message_class()
+        return message is not None and isinstance(checkpointable, message)
+
+    def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
+        """Says whether an abstract object is a class of protobuf messages."""
+        message = _message_class()
+        is_class = message is not None and isinstance(abstract_checkpointable, type)
+        return is_class and issubclass(abstract_checkpointable, message)
+
+
+def _message_class() -> Any:
+    """Returns the class of all messages, None where nobody has imported protobuf."""
+    module = sys.modules.get("google.protobuf.message")
+    return getattr(module, "Message", None)
+
+
+def _text_format() -> Any:
+    return importlib.import_module("google.protobuf.text_format")
+
+
+def _parse(text: str, message: type[Any]) -> Any:
+    text_format = _text_format()
+    try:
+        return text_format.Parse(text, message())
+    except text_format.ParseError as error:
+        raise ValueError(f"it is no {message.__name__}: {error}") from error

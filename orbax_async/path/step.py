@@ -1,0 +1,398 @@
+"""The names of a run's steps, and finding them in the run's directory.
+
+    names = step.standard_name_format(step_prefix="step", step_format_fixed_length=6)
+    names.build_name(42)                              # 'step_000042'
+    [found.step for found in names.find_all("/run")]  # one look at the directory
+
+A format lists a directory once and looks at nothing inside the steps. What it finds reads a step's
+documents when they are first asked for. Temporary directories, files, and names of any other form
+are not steps. Everything here blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import operator
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from orbax_async import errors, multihost
+from orbax_async._storage import names
+from orbax_async.path.pathlike import Path, PathLike, absolute
+
+__all__ = [
+    "NameFormat",
+    "StepMetadata",
+    "as_step",
+    "composite_name_format",
+    "standard_name_format",
+]
+
+MetadataT_co = TypeVar("MetadataT_co", covariant=True)
+
+_NAMED = 5  # how many steps an error lists
+
+
+def as_step(value: Any) -> int:
+    """Returns a step number as a Python int; NumPy integers are step numbers too.
+
+    Raises:
+      TypeError: it is no integer.
+      ValueError: it is negative: the step would be written and never found again.
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"a step must be an integer, not {value!r}")
+    try:
+        step = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"a step must be an integer, not {value!r} of type {type(value).__name__}"
+        ) from None
+    if step < 0:
+        raise ValueError(f"a step must not be negative, and is {step}")
+    return step
+
+
+class StepMetadata:
+    """A step that lies in a run's directory.
+
+    The name says `step`; everything else is read from the step's documents when it is first used,
+    which blocks, and then kept.
+
+    Args:
+      step: its number.
+      path: its directory.
+    """
+
+    def __init__(self, step: int, path: PathLike) -> None:
+        self._step = step
+        self._path = os.fspath(path)
+
+    def __repr__(self) -> str:
+        return f"StepMetadata({self._step}, {self._path!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, StepMetadata):
+            return NotImplemented
+        return (self._step, self._path) == (other._step, other._path)
+
+    def __hash__(self) -> int:
+        return hash((self._step, self._path))
+
+    @property
+    def step(self) -> int:
+        """The step's number."""
+        return self._step
+
+    @property
+    def path(self) -> Path:
+        """The step's directory."""
+        return Path(self._path)
+
+    @property
+    def metadata(self) -> None:
+        """Always None: what the step holds is told by `metadata(found.path)`."""
+        return None
+
+    @property
+    def init_timestamp_nsecs(self) -> int | None:
+        """When the save began, in nanoseconds since the epoch; None if the step does not say."""
+        return self._timestamp("init_timestamp_nsecs")
+
+    @property
+    def commit_timestamp_nsecs(self) -> int | None:
+        """When the step was committed, in nanoseconds since the epoch; None if it doesn't say."""
+        return self._timestamp("commit_timestamp_nsecs")
+
+    @property
+    def init_timestamp(self) -> datetime.datetime | None:
+        """When the save began, in UTC; None if the step does not say."""
+        return _as_datetime(self.init_timestamp_nsecs)
+
+    @property
+    def commit_timestamp(self) -> datetime.datetime | None:
+        """When the step was committed, in UTC; None if it does not say."""
+        return _as_datetime(self.commit_timestamp_nsecs)
+
+    @functools.cached_property
+    def time(self) -> datetime.datetime:
+        """When the step was committed, in UTC; if it does not say, when its directory changed.
+
+        Raises:
+          StepNotFoundError: the step is gone.
+        """
+        if (committed := self.commit_timestamp) is not None:
+            return committed
+        try:
+            changed = os.stat(self._path).st_mtime
+        except FileNotFoundError:
+            raise errors.StepNotFoundError(
+                f"step {self._step} is gone from {self._path}; it was there when the run's "
+                "directory was listed"
+            ) from None
+        return datetime.datetime.fromtimestamp(changed, tz=datetime.UTC)
+
+    @property
+    def custom_metadata(self) -> dict[str, Any] | None:
+        """What the user gave to the save of this step; None if the step does not say."""
+        value = self._document.get("custom_metadata")
+        return value if isinstance(value, dict) else None
+
+    @functools.cached_property
+    def metrics(self) -> Any:
+        """The metrics that the step was saved with; None if it has none.
+
+        Raises:
+          InvalidLayoutError: it has, and they can't be read.
+        """
+        path = os.path.join(self._path, names.METRICS, names.METRICS)
+        text = _read(path)
+        if text is None:
+            return self._document.get("metrics") or None
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise errors.InvalidLayoutError(
+                f"the metrics of step {self._step} are damaged: {path} should be JSON: {error}"
+            ) from error
+
+    @functools.cached_property
+    def _document(self) -> dict[str, Any]:
+        text = _read(os.path.join(self._path, names.CHECKPOINT_METADATA))
+        document = None
+        with contextlib.suppress(ValueError):  # Orbax's readers do without it, too.
+            document = json.loads(text or b"{}")
+        return document if isinstance(document, dict) else {}
+
+    def _timestamp(self, key: str) -> int | None:
+        value = self._document.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _as_datetime(nsecs: int | None) -> datetime.datetime | None:
+    return None if nsecs is None else datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+@runtime_checkable
+class NameFormat(Protocol[MetadataT_co]):
+    """How the directories of steps are named and found; any class with these methods will do."""
+
+    def build_name(self, step: int) -> str:
+        """Returns the name of the directory that a step is saved to."""
+        ...
+
+    def find_all(self, base_path: PathLike) -> Iterator[MetadataT_co]:
+        """Yields what is known of every step that lies in a run's directory."""
+        ...
+
+    def find_step(self, base_path: PathLike, step: int) -> MetadataT_co:
+        """Returns what is known of one step, or raises a ValueError if it is not there."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _StandardNameFormat:
+    step_prefix: str | None
+    step_format_fixed_length: int | None
+    single_host_load_and_broadcast: bool
+
+    def __post_init__(self) -> None:
+        prefix, length = self.step_prefix, self.step_format_fixed_length
+        if prefix is not None and not isinstance(prefix, str):
+            raise TypeError(f"step_prefix must be a str or None, not {prefix!r}")
+        if prefix is not None and ({*"/\0", os.sep, os.altsep} & {*prefix}):
+            raise ValueError(f"step_prefix must be a part of one directory name, not {prefix!r}")
+        if names.TEMPORARY_MARK in (prefix or ""):
+            raise ValueError(
+                f"step_prefix {prefix!r} holds {names.TEMPORARY_MARK!r}, the mark of unfinished "
+                "checkpoints; no step would ever be found"
+            )
+        if length is None:
+            return
+        if not isinstance(length, int) or isinstance(length, bool):
+            raise TypeError(f"step_format_fixed_length must be an int or None, not {length!r}")
+        if length < 0:
+            raise ValueError(f"step_format_fixed_length must not be negative, and is {length}")
+
+    def __str__(self) -> str:
+        return f"StandardNameFormat({self.build_name(1234)!r})"
+
+    def build_name(self, step: int) -> str:
+        """Returns the name of the directory that a step is saved to."""
+        prefix = "" if self.step_prefix is None else f"{self.step_prefix}_"
+        return f"{prefix}{as_step(step):0{self.step_format_fixed_length or 0}d}"
+
+    def find_all(self, base_path: PathLike) -> Iterator[StepMetadata]:
+        """Returns an iterator over the steps in a directory, in ascending order."""
+        base = absolute(base_path)
+        if not self.single_host_load_and_broadcast:
+            return iter(self.select(base, _listed(base)))
+
+        def say() -> str:
+            return json.dumps([found.step for found in self.select(base, _listed(base))])
+
+        heard = json.loads(multihost.tell("the steps of a run", say))
+        return iter([self._at(base, step) for step in heard])
+
+    def find_step(self, base_path: PathLike, step: int) -> StepMetadata:
+        """Returns one step, or raises StepNotFoundError."""
+        base = absolute(base_path)
+        found = self._at(base, as_step(step))
+        if os.path.isdir(found.path):
+            return found
+        raise errors.StepNotFoundError(self._absence(base, found))
+
+    def select(self, base: str, entries: Iterable[os.DirEntry[str]]) -> list[StepMetadata]:
+        """Returns those of a directory's entries that are steps, in ascending order."""
+        matching = self._pattern.fullmatch
+        found = []
+        for entry in entries:
+            # Only a link costs a look at the file it leads to.
+            if (match := matching(entry.name)) and entry.is_dir():
+                found.append((int(match[1]), entry.path))
+        return [StepMetadata(step, path) for step, path in sorted(found)]
+
+    def _at(self, base: str, step: int) -> StepMetadata:
+        return StepMetadata(step, os.path.join(base, self.build_name(step)))
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """Matches exactly what `build_name` makes: "007" is no step without a fixed length."""
+        prefix = "" if self.step_prefix is None else re.escape(f"{self.step_prefix}_")
+        length = self.step_format_fixed_length or 0
+        longer = f"[1-9][0-9]{{{max(length, 1)},}}"
+        padded = f"[0-9]{{{length}}}" if length else "[0-9]"
+        return re.compile(f"{prefix}({padded}|{longer})")
+
+    def _absence(self, base: str, missing: StepMetadata) -> str:
+        """Says why a step is not there: what was looked for, and what was found instead."""
+        name = missing.path.name
+        what = f"no checkpoint of step {missing.step} under {base}"
+        if not os.path.isdir(base):
+            return f"{what}: that is no directory; give the directory of the run"
+        if os.path.lexists(missing.path):
+            return f"{what}: {name} is there, but is no directory"
+        entries = list(_listed(base))
+        steps = [found.step for found in self.select(base, entries)]
+        shown = ", ".join(map(str, steps[-_NAMED:]))
+        has = f"the last steps there are {shown}" if steps else "there are no steps"
+        other = re.compile(rf".*?(?<![0-9])0*{missing.step}")
+        alike = sorted(entry.name for entry in entries if other.fullmatch(entry.name))
+        hint = f"; {alike[0]} is a name of another format" if alike else ""
+        return f"{what}: expected a directory {name} ({self}), and {has}{hint}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _CompositeNameFormat:
+    write_name_format: NameFormat[Any]
+    read_name_formats: Sequence[NameFormat[Any]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "read_name_formats", tuple(self.read_name_formats))
+        for each in (self.write_name_format, *self.read_name_formats):
+            if not isinstance(each, NameFormat):
+                raise TypeError(
+                    f"a name format has build_name, find_all and find_step; {each!r} has not"
+                )
+        if self.write_name_format not in self.read_name_formats:
+            raise ValueError(
+                f"write_name_format {self.write_name_format} must be present in "
+                f"read_name_formats [{', '.join(map(str, self.read_name_formats))}]: what is "
+                "written must be found again"
+            )
+
+    def __str__(self) -> str:
+        return f"Composite([{', '.join(map(str, self.read_name_formats))}])"
+
+    def build_name(self, step: int) -> str:
+        """Returns the name of the directory that a step is saved to."""
+        return self.write_name_format.build_name(step)
+
+    def find_all(self, base_path: PathLike) -> Iterator[Any]:
+        """Returns an iterator over the steps of any format, in ascending order, each once."""
+        base = absolute(base_path)
+        entries: list[os.DirEntry[str]] | None = None
+        found: dict[int, Any] = {}
+        for each in self.read_name_formats:
+            if isinstance(each, _StandardNameFormat) and not each.single_host_load_and_broadcast:
+                entries = list(_listed(base)) if entries is None else entries
+                steps: Iterable[Any] = each.select(base, entries)
+            else:
+                steps = each.find_all(base_path)
+            for one in steps:
+                found.setdefault(one.step, one)
+        return iter([found[step] for step in sorted(found)])
+
+    def find_step(self, base_path: PathLike, step: int) -> Any:
+        """Returns one step from the first format that has it, or raises StepNotFoundError."""
+        as_step(step)
+        absences = []
+        for each in self.read_name_formats:
+            try:
+                return each.find_step(base_path, step)
+            except ValueError as error:
+                absences.append(str(error))
+        raise errors.StepNotFoundError("\n".join(absences))
+
+
+def _listed(base: str) -> Iterator[os.DirEntry[str]]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(base) as entries:
+        yield from entries
+
+
+def standard_name_format(
+    *,
+    step_prefix: str | None = None,
+    step_format_fixed_length: int | None = None,
+    single_host_load_and_broadcast: bool = False,
+) -> NameFormat[StepMetadata]:
+    """Returns the format of names such as `23`, `0023`, `step_23` and `step_0023`.
+
+    Args:
+      step_prefix: what precedes the number, with an underscore between them; None for nothing.
+      step_format_fixed_length: how many digits the number is filled up to with zeros; None or 0
+        for no filling. Longer numbers stay as they are.
+      single_host_load_and_broadcast: whether process 0 alone lists the directory and tells the
+        others; then every process has to call `find_all`, in the same order. A single process
+        just lists it.
+
+    Raises:
+      TypeError: an argument is of the wrong type.
+      ValueError: the prefix can't be a part of a step's name, or the length is negative.
+    """
+    return _StandardNameFormat(
+        step_prefix, step_format_fixed_length, bool(single_host_load_and_broadcast)
+    )
+
+
+def composite_name_format(
+    write_name_format: NameFormat[MetadataT_co],
+    read_name_formats: Sequence[NameFormat[MetadataT_co]],
+) -> NameFormat[MetadataT_co]:
+    """Returns a format that writes names of one format and finds those of several.
+
+    It lets a run change its names and go on with the steps it has.
+
+    Args:
+      write_name_format: names new steps; one of the formats to read.
+      read_name_formats: find steps; where several find the same step, the first one counts.
+
+    Raises:
+      TypeError: something is no name format.
+      ValueError: the format to write is not one of those to read.
+    """
+    return _CompositeNameFormat(write_name_format, read_name_formats)

@@ -1,0 +1,454 @@
+"""Which checkpoints of a run are kept.
+
+    policy = AnyPreservationPolicy([LatestN(3), EveryNSteps(10_000)])
+
+A policy is anything with the method `should_preserve` of `PreservationPolicy`, or a plain function
+of the same arguments; those here are both. It is asked after each save, with the new checkpoint
+among those it is given, and answers True for each that is to be kept. It deletes nothing itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import inspect
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+
+from orbax_async.options._checks import each, flag, function, instance_of, number, optional, whole
+from orbax_async.training.checkpoint_info import CheckpointInfo, named
+
+__all__ = [
+    "AllPreservationPolicy",
+    "AnyPreservationPolicy",
+    "BestN",
+    "CustomSteps",
+    "EveryNSeconds",
+    "EveryNSteps",
+    "EveryNStepsClosest",
+    "LatestDuration",
+    "LatestN",
+    "PreservationContext",
+    "PreservationPolicy",
+    "PreserveAll",
+    "Verdict",
+    "judge",
+]
+
+Infos: TypeAlias = Sequence[CheckpointInfo]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreservationContext:
+    """What a policy may need to know beside the checkpoints.
+
+    Attributes:
+      now: the time that ages are counted from; None for the clock's.
+    """
+
+    now: datetime.datetime | None = None
+
+
+@runtime_checkable
+class PreservationPolicy(Protocol):
+    """Decides which checkpoints are kept.
+
+    Example:
+      ::
+
+        class KeepEvenSteps(PreservationPolicy):
+            def should_preserve(self, checkpoints, *, context):
+                return [checkpoint.step % 2 == 0 for checkpoint in checkpoints]
+    """
+
+    def should_preserve(
+        self, checkpoints: Sequence[CheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        """Says of each checkpoint whether to keep it.
+
+        Args:
+          checkpoints: the run's checkpoints by ascending step.
+          context: all else that there is to know.
+        """
+        ...
+
+
+AnyPolicy: TypeAlias = PreservationPolicy | Callable[..., Sequence[bool]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether a checkpoint is kept.
+
+    Attributes:
+      is_kept: whether it is.
+      why: the policies that said so.
+    """
+
+    is_kept: bool
+    why: str
+
+
+def judge(
+    policy: AnyPolicy, checkpoints: Infos, *, context: PreservationContext | None = None
+) -> list[Verdict]:
+    """Asks a policy, or a plain function, which checkpoints are kept, and notes why.
+
+    Raises:
+      TypeError: it is no policy, or one that must be awaited.
+      ValueError: it does not say one thing of each checkpoint.
+    """
+    context = PreservationContext() if context is None else context
+    if isinstance(policy, _Several):
+        asked = [judge(one, checkpoints, context=context) for one in policy.policies]
+        return [_joined(verdicts, policy._decisive) for verdicts in zip(*asked, strict=True)]
+    check_policy("policy", policy)
+    ask: Any = getattr(policy, "should_preserve", policy)
+    answers = ask(checkpoints, context=context)
+    if inspect.isawaitable(answers):
+        if inspect.iscoroutine(answers):
+            answers.close()
+        raise TypeError(f"{named(policy)} is asynchronous; a policy must decide without waiting")
+    kept = [bool(answer) for answer in answers]
+    if len(kept) != len(checkpoints):
+        raise ValueError(
+            f"{named(policy)} was asked about {len(checkpoints)} checkpoints and gave {len(kept)} "
+            "answers; it must give one for each. Nothing was deleted"
+        )
+    return [Verdict(is_kept, named(policy)) for is_kept in kept]
+
+
+def _joined(verdicts: Sequence[Verdict], decisive: bool) -> Verdict:
+    agreeing = [one for one in verdicts if one.is_kept is decisive]
+    why = ", ".join(one.why for one in agreeing or verdicts)
+    return Verdict(decisive if agreeing else not decisive, why)
+
+
+def check_policy(name: str, value: Any) -> None:
+    """Raises TypeError if `value` is neither a policy nor a function."""
+    if isinstance(value, type) or not (callable(value) or isinstance(value, PreservationPolicy)):
+        raise TypeError(
+            f"{name} must have a method should_preserve, or be a function, not {value!r}"
+        )
+
+
+class _Callable:
+    """Lets a policy be used as a plain function."""
+
+    def __call__(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
+        return [verdict.is_kept for verdict in judge(self, checkpoints, context=context)]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreserveAll(_Callable):
+    """Keeps every checkpoint."""
+
+    def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
+        """Says of each checkpoint whether to keep it."""
+        return [True] * len(checkpoints)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatestN(_Callable):
+    """Keeps the last checkpoints.
+
+    Attributes:
+      n: how many; None for all.
+    """
+
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        _keep(self, n=optional(whole(at_least=0))("n", self.n))
+
+    def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
+        """Says of each checkpoint whether to keep it."""
+        return _newest([True] * len(checkpoints), self.n)
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryNSeconds(_Callable):
+    """Keeps the first checkpoint, and each that comes some time after the last one kept.
+
+    Attributes:
+      interval_secs: that time.
+    """
+
+    interval_secs: float
+
+    def __post_init__(self) -> None:
+        _keep(self, interval_secs=number(at_least=0)("interval_secs", self.interval_secs))
+
+    def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
+        """Says of each checkpoint whether to keep it."""
+        interval = datetime.timedelta(seconds=self.interval_secs)
+        return _spaced([checkpoint.time for checkpoint in checkpoints], interval)
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryNSteps(_Callable):
+    """Keeps checkpoints at an interval of steps.
+
+    Attributes:
+      interval_steps: the interval; at least 1.
+      exact_interval: whether to keep the steps that are divisible by it; otherwise the first, and
+        each that comes at least so much after the last one kept.
+      max_to_keep: how many of these to keep, the newest; None for all.
+    """
+
+    interval_steps: int
+    exact_interval: bool = True
+    max_to_keep: int | None = None
+
+    def __post_init__(self) -> None:
+        _keep(
+            self,
+            interval_steps=_interval(self.interval_steps),
+            exact_interval=flag("exact_interval", self.exact_interval),
+            max_to_keep=optional(whole(at_least=1))("max_to_keep", self.max_to_keep),
+        )
+
+    def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
+        """Says of each checkpoint whether to keep it."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        if self.exact_interval:
+            return _newest([step % self.interval_steps == 0 for step in steps], self.max_to_keep)
+        return _newest(_spaced(steps, self.interval_steps), self.max_to_keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryNStepsClosest(_Callable):
+    """Keeps, for each multiple of an interval, the step closest to it; and the last one.
+
+    Of two steps equally close, the later is kept.
+
+    Attributes:
+      interval_steps: the interval; at least 1.
+      max_to_keep: how many of these to keep, the newest; None for all.
+    """
+
+    interval_steps: int
+    max_to_keep: int | None = None
+
+    def __post_init__(self) -> None:
+        _keep(
+            self,
+            interval_steps=_interval(self.interval_steps),
+            max_to_keep=optional(whole(at_least=1))("max_to_keep", self.max_to_keep),
+        )
+
+    def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
+        """Says of each checkpoint whether to keep it."""
+        closest: dict[int, tuple[int, int]] = {}
+        for index, checkpoint in enumerate(checkpoints):
+            multiple = round(checkpoint.step / self.interval_steps)
+            distance = abs(checkpoint.step - multiple * self.interval_steps)
+            if multiple not in closest or distance <= closest[multiple][0]:
+                closest[multiple] = (distance, index)
+        kept = {index for _, index in closest.values()} | {len(checkpoints) - 1}
+        return _newest([index in kept for index in range(len(checkpoints))], self.max_to_keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomSteps(_Callable):
+    """Keeps the steps of a collection.
+
+    Attributes:
+      steps: the collection, such as a list, a set or a range.
+    """
+
+    steps: Collection[int]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, range):
+            steps: set[Any] = each(whole(at_least=0), set)("steps", self.steps)
+            _keep(self, steps=frozenset(steps))
+
+    def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
+        """Says of each checkpoint whether to keep it."""
+        return [checkpoint.step in self.steps for checkpoint in checkpoints]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestN(_Callable):
+    """Keeps the checkpoints with the best metrics; of equals, the later.
+
+    As long as there are no more than `n` checkpoints, all are kept. A metric that is not a number
+    (NaN) is worse than any other.
+
+    Example:
+      ::
+
+        BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=3)
+
+    Attributes:
+      get_metric_fn: takes what a step was saved with as its metrics, and returns what to compare.
+      reverse: whether less is better.
+      n: how many to keep; None for all, 0 for none, not even the one just saved.
+      keep_checkpoints_without_metrics: whether to keep, beside those, every checkpoint that has
+        no metrics. If there are more than `n`, and `n` is not 0.
+    """
+
+    get_metric_fn: Callable[[Any], Any] = dataclasses.field(repr=False)
+    reverse: bool = False
+    n: int | None = None
+    keep_checkpoints_without_metrics: bool = True
+
+    def __post_init__(self) -> None:
+        without = self.keep_checkpoints_without_metrics
+        _keep(
+            self,
+            get_metric_fn=function("get_metric_fn", self.get_metric_fn),
+            reverse=flag("reverse", self.reverse),
+            n=optional(whole(at_least=0))("n", self.n),
+            keep_checkpoints_without_metrics=flag("keep_checkpoints_without_metrics", without),
+        )
+
+    def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
+        """Says of each checkpoint whether to keep it.
+
+        Raises:
+          Exception: what `get_metric_fn` raises, with a note that names the step.
+          TypeError: metrics can't be compared.
+        """
+        count = len(checkpoints)
+        if self.n is None or count <= self.n:
+            return [True] * count
+        if self.n == 0:
+            return [False] * count
+        metrics = {
+            index: self._metric(checkpoint)
+            for index, checkpoint in enumerate(checkpoints)
+            if checkpoint.metrics is not None
+        }
+        # The best last, the later of equals after the earlier; sorting keeps their order.
+        ranked = [index for index, metric in metrics.items() if _is_nan(metric)]
+        comparable = [index for index, metric in metrics.items() if not _is_nan(metric)]
+        ranked += sorted(comparable, key=metrics.__getitem__, reverse=self.reverse)
+        kept = set(ranked[-self.n :])
+        if self.keep_checkpoints_without_metrics:
+            kept.update(set(range(count)) - metrics.keys())
+        return [index in kept for index in range(count)]
+
+    def _metric(self, checkpoint: CheckpointInfo) -> Any:
+        try:
+            metric = self.get_metric_fn(checkpoint.metrics)
+        except Exception as error:
+            error.add_note(
+                f"{named(self.get_metric_fn)} failed on the metrics of step {checkpoint.step}: "
+                f"{checkpoint.metrics!r}"
+            )
+            raise
+        if metric is None:
+            raise TypeError(
+                f"{named(self.get_metric_fn)} must return a number, and returned None for the "
+                f"metrics of step {checkpoint.step}: {checkpoint.metrics!r}"
+            )
+        return metric
+
+
+@dataclasses.dataclass(frozen=True)
+class LatestDuration(_Callable):
+    """Keeps the first checkpoint that is not too old, and all that come after it.
+
+    Attributes:
+      duration: how old it may be.
+    """
+
+    duration: datetime.timedelta
+
+    def __post_init__(self) -> None:
+        instance_of(datetime.timedelta)("duration", self.duration)
+        if self.duration < datetime.timedelta(0):
+            raise ValueError(f"duration must not be negative, and is {self.duration}")
+
+    def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
+        """Says of each checkpoint whether to keep it."""
+        # Orbax's own context has no such field.
+        now = getattr(context, "now", None) or datetime.datetime.now(tz=datetime.UTC)
+        is_young, kept = False, []
+        for checkpoint in checkpoints:
+            is_young = is_young or now - checkpoint.time <= self.duration
+            kept.append(is_young)
+        return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _Several(_Callable):
+    policies: Sequence[AnyPolicy]
+    _decisive: ClassVar[bool]  # the answer of one policy that is the answer of all
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policies, Iterable):
+            raise TypeError(f"policies must be a sequence of policies, not {self.policies!r}")
+        _keep(self, policies=tuple(self.policies))
+        for one in self.policies:
+            check_policy("each of policies", one)
+        if not self.policies:
+            name = type(self).__name__
+            raise ValueError(f"policies is empty: {name} needs at least one to say what is kept")
+
+    def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
+        """Says of each checkpoint whether to keep it."""
+        return [verdict.is_kept for verdict in judge(self, checkpoints, context=context)]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyPreservationPolicy(_Several):
+    """Keeps what any of several policies keeps.
+
+    Attributes:
+      policies: policies and plain functions; at least one.
+    """
+
+    _decisive = True
+
+
+@dataclasses.dataclass(frozen=True)
+class AllPreservationPolicy(_Several):
+    """Keeps what all of several policies keep.
+
+    Attributes:
+      policies: policies and plain functions; at least one.
+    """
+
+    _decisive = False
+
+
+def _keep(policy: object, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(policy, name, value)
+
+
+def _interval(value: Any) -> int:
+    if value == 0:
+        raise ValueError("interval_steps must not be 0.")
+    interval: int = whole(at_least=1)("interval_steps", value)
+    return interval
+
+
+def _spaced(values: Sequence[Any], interval: Any) -> list[bool]:
+    """Marks the first value, and each that is at least `interval` above the last one marked."""
+    marks: list[bool] = []
+    last = None
+    for value in values:
+        marks.append(last is None or value >= last + interval)
+        last = value if marks[-1] else last
+    return marks
+
+
+def _newest(kept: Sequence[bool], count: int | None) -> list[bool]:
+    """Clears all marks but the last `count`."""
+    if count is None:
+        return list(kept)
+    surplus = sum(kept) - count
+    ranks = itertools.accumulate(kept, initial=0)
+    return [is_kept and rank >= surplus for is_kept, rank in zip(kept, ranks, strict=False)]
+
+
+def _is_nan(value: Any) -> bool:
+    try:
+        return bool(value != value)
+    except ValueError:  # an array: not to be compared anyway
+        return False

@@ -1,0 +1,649 @@
+"""Handlers: which one is chosen, what a user's may do, and the built-in ones."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Awaitable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf import struct_pb2, timestamp_pb2
+
+import orbax_async as ocp
+from orbax_async import errors, registration
+from orbax_async._engine import loop
+from orbax_async.handlers import foreign
+from orbax_async.handlers.builtin import TYPESTRS
+
+
+@dataclasses.dataclass
+class Point:
+    """An object that no built-in handler takes."""
+
+    x: float
+    y: float
+
+
+class AbstractPoint:
+    """Asks for a point."""
+
+
+class PointHandler:
+    """As users write them for Orbax: JSON written where the coroutine stands."""
+
+    file = "point.json"
+
+    async def save(
+        self, directory: ocp.path.PathAwaitingCreation, checkpointable: Point
+    ) -> Awaitable[None]:
+        return self._write(directory, json.dumps(dataclasses.asdict(checkpointable)))
+
+    async def _write(self, directory: ocp.path.PathAwaitingCreation, text: str) -> None:
+        path = await directory.await_creation()
+        (path / self.file).write_text(text)
+
+    async def load(
+        self, directory: ocp.path.Path, abstract_checkpointable: AbstractPoint | None = None
+    ) -> Awaitable[Point]:
+        return self._read(directory)
+
+    async def _read(self, directory: ocp.path.Path) -> Point:
+        return Point(**json.loads((directory / self.file).read_text()))
+
+    async def metadata(self, directory: ocp.path.Path) -> AbstractPoint:
+        return AbstractPoint()
+
+    def is_handleable(self, checkpointable: Any) -> bool:
+        return isinstance(checkpointable, Point)
+
+    def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
+        return isinstance(abstract_checkpointable, AbstractPoint)
+
+
+class NewerHandler(PointHandler):
+    """Handles the same objects."""
+
+    file = "newer.json"
+
+
+class Picky(PointHandler):
+    """Can't be made without an argument."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+
+class DictHandler(PointHandler):
+    """Handles dicts, as JSON of its own."""
+
+    file = "dict.json"
+
+    async def save(self, directory: Any, checkpointable: Any) -> Awaitable[None]:
+        return self._write(directory, json.dumps(checkpointable))
+
+    async def _read(self, directory: Any) -> Any:
+        return json.loads((directory / self.file).read_text())
+
+    def is_handleable(self, checkpointable: Any) -> bool:
+        return isinstance(checkpointable, dict)
+
+    def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
+        return None
+
+
+@pytest.fixture(autouse=True)
+def global_entries() -> Iterator[None]:
+    """Leaves the global registry as it was."""
+    entries = registration.global_registry()._entries
+    before = list(entries)
+    yield
+    entries[:] = before
+
+
+def using(*handlers: Any, alone: bool = False, **bound: Any) -> ocp.Context:
+    """Returns a context whose registry has further handlers."""
+    registry = ocp.handlers.local_registry(include_global_registry=not alone)
+    for handler in handlers:
+        registry.add(handler)
+    for name, handler in bound.items():
+        registry.add(handler, checkpointable_name=name)
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
+
+
+def typestrs(path: Path) -> dict[str, str]:
+    """Returns the handlers that a checkpoint names."""
+    document = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+    return {name: typestr.rsplit(".", 1)[1] for name, typestr in document["item_handlers"].items()}
+
+
+# Choosing.
+
+
+def test_a_custom_handler(tmp_path: Path) -> None:
+    """A handler written for Orbax saves, loads and describes what it handles."""
+    with using(PointHandler):
+        ocp.save_checkpointables(tmp_path / "c", {"p": Point(1, 2.5), "state": {"a": 1}})
+        assert ocp.load_checkpointables(tmp_path / "c") == {"p": Point(1, 2.5), "state": {"a": 1}}
+        found = ocp.load_checkpointables(tmp_path / "c", {"p": AbstractPoint()})
+        assert found == {"p": Point(1, 2.5)}
+        described = ocp.checkpointables_metadata(tmp_path / "c").metadata
+        assert isinstance(described["p"], AbstractPoint)
+    document = json.loads((tmp_path / "c" / "_CHECKPOINT_METADATA").read_text())
+    assert document["item_handlers"]["p"] == f"{__name__}.PointHandler"
+
+
+def test_b9_8_without_its_handler(tmp_path: Path) -> None:
+    """What nobody can load is said with the handler that saved it; the rest loads."""
+    with using(PointHandler):
+        ocp.save_checkpointables(tmp_path / "c", {"p": Point(1, 2), "state": {"a": 1}})
+    with pytest.raises(
+        registration.NoEntryError, match=r"'p' of .*PointHandler: register"
+    ) as found:
+        ocp.load_checkpointables(tmp_path / "c")
+    assert isinstance(found.value, KeyError)
+    assert ocp.load_checkpointables(tmp_path / "c", {"state": None}) == {"state": {"a": 1}}
+    assert ocp.checkpointables_metadata(tmp_path / "c").metadata == {"p": None, "state": {"a": 0}}
+
+
+def test_w40_what_is_registered_later_is_seen(tmp_path: Path) -> None:
+    """A context made before, its child, and no context at all see a handler registered since."""
+    contexts = [ocp.Context()]
+    contexts.append(ocp.Context(contexts[0]))
+    assert ocp.handlers.register_handler(PointHandler) is PointHandler
+    for index, context in enumerate(contexts):
+        with context:
+            ocp.save_checkpointables(tmp_path / str(index), {"p": Point(index, 0)})
+    ocp.save_checkpointables(tmp_path / "2", {"p": Point(2, 0)})
+    assert [ocp.load_checkpointables(tmp_path / n)["p"].x for n in "012"] == [0, 1, 2]
+
+
+def test_the_newest_handler_is_asked_first(tmp_path: Path) -> None:
+    """Of two handlers for one object the one registered last saves it."""
+    for first, last in ((PointHandler, NewerHandler), (NewerHandler, PointHandler)):
+        with using(first, last):
+            ocp.save_checkpointables(tmp_path / "c", {"p": Point(1, 2)}, overwrite=True)
+        assert typestrs(tmp_path / "c") == {"p": last.__name__}
+
+
+def test_b9_9_a_bound_handler_serves_its_name_only(tmp_path: Path) -> None:
+    """Of two equal dicts the one with the bound name goes to the handler, the other is a tree."""
+    with using(one=DictHandler):
+        ocp.save_checkpointables(tmp_path / "c", {"one": {"a": 1}, "two": {"a": 1}})
+        loaded = ocp.load_checkpointables(tmp_path / "c")
+    assert loaded == {"one": {"a": 1}, "two": {"a": 1}}
+    assert typestrs(tmp_path / "c") == {"one": "DictHandler", "two": "PyTreeHandler"}
+
+
+def test_a_bound_handler_is_not_asked(tmp_path: Path) -> None:
+    """Its `is_handleable` does not count: what it then raises comes out, with the name."""
+    with (
+        using(p=PointHandler),
+        pytest.raises(TypeError, match="dataclass instances") as caught,
+    ):
+        ocp.save_checkpointables(tmp_path / "c", {"p": {"no": "point"}})
+    assert caught.value.__notes__ == ["checkpointable: 'p'"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_object_that_saves_itself_ignores_the_bound_handler(tmp_path: Path) -> None:
+    """Its own verbs come first, even under the name of a state."""
+
+    class Own:
+        """Saves itself."""
+
+        async def save(self, directory: Any) -> Awaitable[None]:
+            return asyncio.sleep(0)
+
+        async def load(self, directory: Any) -> Awaitable[None]:
+            return asyncio.sleep(0)
+
+    own = Own()
+    ocp.save_checkpointables(tmp_path / "c", {"state": own})
+    assert typestrs(tmp_path / "c") == {"state": "StatefulCheckpointableHandler"}
+    assert ocp.load_checkpointables(tmp_path / "c", {"state": own}) == {"state": own}
+
+
+def test_b11_3_half_a_protocol_is_none(tmp_path: Path) -> None:
+    """An object with `save` alone, and a class that has both, are not taken."""
+
+    class Half:
+        """Can't load itself."""
+
+        async def save(self, directory: Any) -> None: ...
+
+    class Whole(Half):
+        """Can."""
+
+        async def load(self, directory: Any) -> None: ...
+
+    for value in (Half(), Whole):
+        with pytest.raises(registration.NoEntryError, match="'x'"):
+            ocp.save_checkpointables(tmp_path / "c", {"x": value})
+
+
+def test_b9_7_a_renamed_handler_reads_old_checkpoints(tmp_path: Path) -> None:
+    """A secondary type string stands for the handler that a checkpoint names."""
+    with using(PointHandler):
+        ocp.save_checkpointables(tmp_path / "c", {"p": Point(3, 4)})
+
+    class Renamed(PointHandler):
+        """Reads what PointHandler wrote."""
+
+    registry = ocp.handlers.local_registry()
+    registry.add(Renamed, secondary_typestrs=[f"{__name__}.PointHandler"])
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    with context:
+        assert ocp.load_checkpointables(tmp_path / "c") == {"p": Point(3, 4)}
+        assert ocp.load_checkpointables(tmp_path / "c", {"p": AbstractPoint()})["p"].y == 4
+
+
+def test_what_is_asked_for_can_choose_the_handler(tmp_path: Path) -> None:
+    """The recorded handler can't load it, and another says that it can: that one does."""
+
+    class AbstractText:
+        """Asks for the text of a point."""
+
+    class TextHandler(PointHandler):
+        """Loads a point as text."""
+
+        async def _read(self, directory: Any) -> Any:
+            return (directory / "point.json").read_text()
+
+        def is_handleable(self, checkpointable: Any) -> bool:
+            return False
+
+        def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
+            return isinstance(abstract_checkpointable, AbstractText)
+
+    with using(TextHandler, PointHandler):
+        ocp.save_checkpointables(tmp_path / "c", {"p": Point(1, 2)})
+        found = ocp.load_checkpointables(tmp_path / "c", {"p": AbstractText()})
+        assert found == {"p": '{"x": 1, "y": 2}'}
+        with pytest.raises(registration.NoEntryError, match="as str"):
+            ocp.load_checkpointables(tmp_path / "c", {"p": "text"})
+
+
+def test_w41_a_handler_that_cannot_tell_is_trusted(tmp_path: Path) -> None:
+    """`is_abstract_handleable` may return None: the handler that the checkpoint names is used."""
+    with using(DictHandler):
+        ocp.save_checkpointables(tmp_path / "c", {"d": {"a": 1}})
+        assert typestrs(tmp_path / "c") == {"d": "DictHandler"}
+        assert ocp.load_checkpointables(tmp_path / "c", {"d": {"a": 0}}) == {"d": {"a": 1}}
+
+
+def test_w39_a_handler_that_cannot_be_made_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It spoils no save of others; where it is the one bound to the name it is named."""
+    with using(PointHandler, Picky), caplog.at_level(logging.WARNING):
+        ocp.save_checkpointables(tmp_path / "c", {"p": Point(1, 2), "state": {"a": 1}})
+        assert ocp.load_checkpointables(tmp_path / "c")["p"] == Point(1, 2)
+        with pytest.raises(registration.NoEntryError, match="Picky could not be"):
+            ocp.save_checkpointables(tmp_path / "d", {"x": object()})
+    assert "Picky could not be default-constructed" in caplog.text
+    with using(p=Picky):
+        for verb, given in (
+            (ocp.save_checkpointables, {"p": Point(1, 2)}),
+            (ocp.load_checkpointables, {"p": None}),
+        ):
+            with pytest.raises(ValueError, match="Picky could not be") as caught:
+                verb(tmp_path / ("d" if verb is ocp.save_checkpointables else "c"), given)
+            assert caught.value.__notes__ == ["checkpointable: 'p'"]
+
+
+def test_a_ready_handler_is_used_as_it_is(tmp_path: Path) -> None:
+    """An instance may be registered, and is found again by its class."""
+    with using(Picky("chosen.json")):
+        ocp.save_checkpointables(tmp_path / "c", {"p": Point(1, 2)})
+        assert ocp.load_checkpointables(tmp_path / "c") == {"p": Point(1, 2)}
+    assert [path.name for path in (tmp_path / "c" / "p").iterdir()] == ["chosen.json"]
+
+
+def test_an_error_of_is_handleable_comes_out(tmp_path: Path) -> None:
+    """A handler that fails when it is asked is not passed over in silence."""
+
+    class Broken(PointHandler):
+        """Fails."""
+
+        def is_handleable(self, checkpointable: Any) -> bool:
+            raise ZeroDivisionError("broken")
+
+    with using(Broken), pytest.raises(ZeroDivisionError) as caught:
+        ocp.save_checkpointables(tmp_path / "c", {"x": {"a": 1}})
+    assert caught.value.__notes__ == ["checkpointable: 'x'"]
+
+
+def test_a_tree_that_cannot_be_stored_does_not_become_json(tmp_path: Path) -> None:
+    """JSON could hold it, but whoever loads it expects a tree."""
+    for tree, kind in (
+        ({"a.b": 1, "a": {"b": 2}}, errors.DuplicateLeafError),
+        ({"n": 2**70}, errors.UnsupportedLeafError),
+    ):
+        with pytest.raises(kind) as caught:
+            ocp.save_checkpointables(tmp_path / "c", {"x": tree})
+        assert caught.value.__notes__ == ["checkpointable: 'x'"]
+
+
+def test_a_handler_of_trees_of_the_users_own(tmp_path: Path) -> None:
+    """A subclass of PyTreeHandler gets the object itself, in `save` as in `load`."""
+
+    class Doubling(ocp.handlers.PyTreeHandler):
+        """Stores twice the values."""
+
+        async def save(self, directory: Any, checkpointable: Any) -> Awaitable[None]:
+            return await super().save(directory, {"w": checkpointable["w"] * 2})
+
+    with using(alone=True, state=Doubling):
+        ocp.save(tmp_path / "c", {"w": np.arange(3)})
+        assert ocp.load(tmp_path / "c")["w"].tolist() == [0, 2, 4]
+    assert typestrs(tmp_path / "c") == {"state": "Doubling"}
+    assert ocp.load(tmp_path / "c")["w"].tolist() == [0, 2, 4]
+    assert ocp.load_checkpointables(tmp_path / "c")["state"]["w"].tolist() == [0, 2, 4]
+
+
+def test_a_handler_made_of_others(tmp_path: Path) -> None:
+    """A handler may use the built-in ones in directories below its own."""
+
+    class Both(PointHandler):
+        """Saves a tree and a document."""
+
+        async def save(self, directory: Any, checkpointable: Any) -> Awaitable[None]:
+            tree = await ocp.handlers.PyTreeHandler().save(directory / "tree", checkpointable[0])
+            text = await ocp.handlers.JsonHandler().save(directory / "text", checkpointable[1])
+
+            async def write() -> None:
+                await asyncio.gather(tree, text)
+
+            return write()
+
+        async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Any:
+            tree = await ocp.handlers.PyTreeHandler().load(directory / "tree")
+            text = await ocp.handlers.JsonHandler().load(directory / "text")
+
+            async def read() -> Any:
+                return [await tree, await text]
+
+            return read()
+
+        def is_handleable(self, checkpointable: Any) -> bool:
+            return isinstance(checkpointable, list)
+
+    with using(Both):
+        ocp.save_checkpointables(tmp_path / "c", {"both": [{"w": np.arange(3)}, {"k": "v"}]})
+        (tree, text) = ocp.load_checkpointables(tmp_path / "c")["both"]
+    assert tree["w"].tolist() == [0, 1, 2]
+    assert text == {"k": "v"}
+
+
+@pytest.mark.parametrize("order", ["save", "load"])
+def test_the_global_registry_begins_with_the_built_in_handlers(order: str) -> None:
+    """However it is reached first, in a new process: they are there, in Orbax's order."""
+    first = {
+        "save": "ocp.handlers.global_registry()",
+        "load": "ocp.options.CheckpointablesOptions.create_with_handlers().registry",
+    }[order]
+    program = f"""
+        import orbax_async as ocp
+        registry = {first}
+        print([(each.__name__, name) for each, name in registry.get_all_entries()])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(
+        [
+            ("ProtoHandler", None),
+            ("JsonHandler", None),
+            ("StatefulCheckpointableHandler", None),
+            ("MetricsHandler", "metrics"),
+            ("PyTreeHandler", None),
+            ("PyTreeHandler", "state"),
+        ]
+    )
+
+
+def test_the_default_registry_is_read_only() -> None:
+    """B1.7: a handler is added to the global registry, or to a local one."""
+    with pytest.raises(NotImplementedError, match="local_registry"):
+        ocp.Context().checkpointables.registry.add(PointHandler)
+
+
+# Users' code on the engine's loop.
+
+
+def test_handlers_see_the_callers_context(tmp_path: Path) -> None:
+    """B6.13: options that are active at the call hold in both tiers."""
+    seen = []
+
+    class Looking(PointHandler):
+        """Notes an option."""
+
+        async def save(self, directory: Any, checkpointable: Any) -> Awaitable[None]:
+            from orbax_async import context
+
+            seen.append(context.current().array.saving.use_ocdbt)
+            return self._later()
+
+        async def _later(self) -> None:
+            from orbax_async import context
+
+            seen.append(context.current().array.saving.use_ocdbt)
+
+    context = using(Looking)
+    context.array.saving.use_ocdbt = False
+    with context:
+        ocp.save_checkpointables(tmp_path / "c", {"p": Point(1, 2)})
+    assert seen == [False, False]
+
+
+@pytest.mark.leaves_threads
+def test_handlers_may_use_asyncio(tmp_path: Path) -> None:
+    """`asyncio.to_thread`, `create_task`, `gather`, `sleep` and locks work in both tiers."""
+
+    class Busy(PointHandler):
+        """Uses what asyncio has."""
+
+        async def save(self, directory: Any, checkpointable: Any) -> Awaitable[None]:
+            text = await asyncio.to_thread(json.dumps, dataclasses.asdict(checkpointable))
+
+            async def write() -> None:
+                path = await directory.await_creation()
+                async with asyncio.Lock():
+                    await asyncio.gather(
+                        asyncio.to_thread((path / self.file).write_text, text), asyncio.sleep(0.01)
+                    )
+
+            return asyncio.create_task(write())
+
+        async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Any:
+            return asyncio.ensure_future(self._read(directory))
+
+    with using(Busy):
+        ocp.save_checkpointables(tmp_path / "c", {"p": Point(1, 2)})
+        assert ocp.load_checkpointables(tmp_path / "c") == {"p": Point(1, 2)}
+
+
+def test_a_handler_that_blocks_works_and_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blocking in a coroutine is allowed; the log names the handler once, not each time."""
+
+    class Blocking(PointHandler):
+        """Takes its time."""
+
+        async def _write(self, directory: Any, text: str) -> None:
+            time.sleep(1.5 * foreign._LONG_SECS)  # noqa: ASYNC251 - what it must not do
+            await super()._write(directory, text)
+
+    with using(Blocking), caplog.at_level(logging.WARNING):
+        for name in "ab":
+            ocp.save_checkpointables(tmp_path / name, {"p": Point(1, 2)})
+    told = [each for each in caplog.messages if "blocked the engine's loop" in each]
+    assert len(told) == 1
+    assert told[0].startswith("Blocking.save blocked")
+    assert "asyncio.to_thread" in told[0]
+
+
+def test_waiting_is_not_blocking(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A handler that awaits for long is not told of."""
+
+    class Waiting(PointHandler):
+        """Awaits."""
+
+        async def _write(self, directory: Any, text: str) -> None:
+            await asyncio.sleep(1.5 * foreign._LONG_SECS)
+            await super()._write(directory, text)
+
+    with using(Waiting), caplog.at_level(logging.WARNING):
+        ocp.save_checkpointables(tmp_path / "c", {"p": Point(1, 2)})
+    assert not [each for each in caplog.messages if "blocked" in each]
+
+
+def test_a_handler_must_not_wait_for_the_engine(tmp_path: Path) -> None:
+    """A blocking verb inside a handler would never end, and is refused with the reason."""
+
+    class Nested(PointHandler):
+        """Saves another checkpoint, blocking."""
+
+        async def save(self, directory: Any, checkpointable: Any) -> Awaitable[None]:
+            ocp.save(tmp_path / "other", {"a": 1})
+            return asyncio.sleep(0)
+
+    with using(Nested), pytest.raises(errors.LoopError, match="engine's own thread"):
+        ocp.save_checkpointables(tmp_path / "c", {"p": Point(1, 2)})
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_awaitables_of_every_kind_are_stepped_through() -> None:
+    """What a user's coroutine returns, receives and raises passes through unchanged."""
+
+    async def works() -> int:
+        await asyncio.sleep(0)
+        future = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(future.set_result, 7)
+        return 1 + await future
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise KeyError("inner")
+
+    async def catches() -> str:
+        try:
+            await fails()
+        except KeyError:
+            return "caught"
+        raise AssertionError
+
+    class Own:
+        """An awaitable that is no coroutine."""
+
+        def __await__(self) -> Any:
+            return works().__await__()
+
+    assert await foreign.awaited(works(), "it") == 8
+    assert await foreign.awaited(Own(), "it") == 8
+    assert await foreign.awaited(asyncio.ensure_future(works()), "it") == 8
+    assert await foreign.awaited(catches(), "it") == "caught"
+    with pytest.raises(KeyError, match="inner"):
+        await foreign.awaited(fails(), "it")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(foreign.awaited(asyncio.sleep(60), "it"), 0.01)
+
+
+# Built-in handlers.
+
+
+@pytest.mark.parametrize("value", [{"a": [1, None, {"b": True}]}, [1, 2.5], "text", 7, True, [[]]])
+def test_json_values(value: Any, tmp_path: Path) -> None:
+    """B10.7: every JSON value comes back; its abstract form and its metadata are None."""
+    with using(config=ocp.handlers.JsonHandler):
+        ocp.save_checkpointables(tmp_path / "c", {"config": value})
+        assert ocp.load_checkpointables(tmp_path / "c") == {"config": value}
+        with pytest.raises(errors.AbstractLeafError, match="ask for None"):
+            ocp.load_checkpointables(tmp_path / "c", {"config": {}})
+    # The checkpoint names the handler, so nothing needs to be bound for loading.
+    assert ocp.load_checkpointables(tmp_path / "c", {"config": None}) == {"config": value}
+    assert ocp.checkpointables_metadata(tmp_path / "c").metadata == {"config": None}
+    with pytest.raises(errors.InvalidLayoutError):
+        ocp.load(tmp_path / "c", checkpointable_name="config")
+
+
+def test_json_becomes_json(tmp_path: Path) -> None:
+    """Tuples come back as lists, keys as strings."""
+    with using(config=ocp.handlers.JsonHandler):
+        ocp.save_checkpointables(tmp_path / "c", {"config": {1: (2, 3)}})
+        assert ocp.load_checkpointables(tmp_path / "c") == {"config": {"1": [2, 3]}}
+
+
+def test_json_under_another_name(tmp_path: Path) -> None:
+    """A handler made with a file name uses that one, and finds the older one without."""
+    with using(config=ocp.handlers.JsonHandler("metadata")):
+        ocp.save_checkpointables(tmp_path / "c", {"config": {"a": 1}})
+    assert (tmp_path / "c" / "config" / "metadata").read_text() == '{"a": 1}'
+    assert ocp.load_checkpointables(tmp_path / "c") == {"config": {"a": 1}}
+
+
+def test_protobuf_messages(tmp_path: Path) -> None:
+    """A message comes back as its class, which must be given; its metadata is None."""
+    message = timestamp_pb2.Timestamp(seconds=5, nanos=7)
+    ocp.save_checkpointables(tmp_path / "c", {"when": message, "state": {"a": 1}})
+    assert typestrs(tmp_path / "c")["when"] == "ProtoHandler"
+    loaded = ocp.load_checkpointables(tmp_path / "c", {"when": timestamp_pb2.Timestamp})
+    assert loaded == {"when": message}
+    assert ocp.checkpointables_metadata(tmp_path / "c").metadata["when"] is None
+    with pytest.raises(ValueError, match="give that as the abstract form") as caught:
+        ocp.load_checkpointables(tmp_path / "c")
+    assert caught.value.__notes__ == ["checkpointable: 'when'"]
+    with pytest.raises(errors.InvalidLayoutError, match="it is no Struct"):
+        ocp.load_checkpointables(tmp_path / "c", {"when": struct_pb2.Struct})
+    with pytest.raises(registration.NoEntryError, match="ProtoHandler"):
+        ocp.load_checkpointables(tmp_path / "c", {"when": message})
+
+
+def test_protobuf_is_captured_when_the_call_returns(tmp_path: Path) -> None:
+    """W24: a message that is changed after the call is saved as it was."""
+    message = timestamp_pb2.Timestamp(seconds=5)
+    response = ocp.save_checkpointables_async(tmp_path / "c", {"when": message})
+    message.seconds = 6
+    response.result()
+    loaded = ocp.load_checkpointables(tmp_path / "c", {"when": timestamp_pb2.Timestamp})
+    assert loaded["when"].seconds == 5
+
+
+def test_protobuf_is_imported_when_it_is_used(tmp_path: Path) -> None:
+    """A program without messages never imports it, whatever it saves and loads."""
+    program = f"""
+        import sys
+        import orbax_async as ocp
+        ocp.save_checkpointables({str(tmp_path / "c")!r}, {{"state": {{"a": 1}}, "b": {{"c": 2}}}})
+        ocp.load_checkpointables({str(tmp_path / "c")!r})
+        assert ocp.handlers.ProtoHandler().is_handleable({{}}) is False
+        print(any(name.startswith("google.protobuf") for name in sys.modules))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("kind", TYPESTRS)
+def test_built_in_handlers_keep_to_the_protocol(kind: type) -> None:
+    """Each is a CheckpointableHandler, made without arguments."""
+    assert isinstance(kind(), ocp.CheckpointableHandler)
+
+
+def test_nothing_is_left_on_the_loop() -> None:
+    """What these tests have begun has ended."""
+    assert not loop._current().running

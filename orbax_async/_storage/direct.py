@@ -12,7 +12,6 @@ import io
 import itertools
 import os
 import urllib.parse
-import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -181,7 +180,7 @@ def _read_run(
             into[first - start : last - start] if is_inside else memoryview(bytearray(last - first))
         )
         _read(file, offset + first, data)
-        if zlib.crc32(data) != expected[index]:
+        if zarr.checksum(data) != expected[index]:
             raise ValueError(f"bytes {first} to {last} of a chunk do not match their checksum")
         if not is_inside:
             low, high = max(first, start), min(last, stop)

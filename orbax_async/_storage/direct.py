@@ -111,8 +111,10 @@ class DirectReader:
             location = self._entries.get(key)
             if location is None:
                 raise FileNotFoundError("its data is missing from the checkpoint")
-            sums = self._entries.get(zarr.checksums_key(name, index)) if layout.has_crc32c else None
-            if isinstance(location, bytes) or (layout.has_crc32c and not isinstance(sums, bytes)):
+            sums = None
+            if layout.has_crc32c:
+                (sums,) = self.values([zarr.checksums_key(name, index)])
+            if isinstance(location, bytes) or (layout.has_crc32c and sums is None):
                 return False
             chunks.append((_extent(location), sums, within_chunk, within_target))
         for extent, sums, within_chunk, within_target in chunks:

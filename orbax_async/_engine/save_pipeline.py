@@ -196,6 +196,7 @@ class SavePipeline:
         self._pieces_unstaged = write_plan.pieces.copy()
         self._pieces_unwritten = write_plan.pieces.copy()
         self._sampled: dict[int, zarr.Encoding] = {}
+        self._is_syncing = False
         recorder.add(leaves_planned=write_plan.leaf_count, bytes_planned=write_plan.nbytes)
 
     async def run(self, open_store: Callable[[], Any]) -> None:
@@ -221,6 +222,8 @@ class SavePipeline:
             finally:
                 pieces.clear()
                 self.transfer_budget.release(batch.staging_nbytes)
+            if batch.nbytes >= _LARGE_NBYTES and not self._is_syncing:
+                await self._sync(store[0])
 
         try:
             with errors.ungrouped():
@@ -274,9 +277,6 @@ class SavePipeline:
                 # Not to be abandoned: the files below must not change once they are removed.
                 await transaction.commit_async()
             del pending
-            if batch.nbytes >= _LARGE_NBYTES:
-                with self._recorder.span("sync", batch.nbytes):
-                    await loop.to_worker(store.sync_large)
         except errors.LeafError:
             raise
         except Exception as error:
@@ -284,6 +284,22 @@ class SavePipeline:
         self._recorder.add(
             leaves_written=count_off(self._pieces_unwritten, batch), bytes_written=batch.nbytes
         )
+
+    async def _sync(self, store: ArrayStore) -> None:
+        """Begins to sync what is written, while other batches are being encoded; one at a time.
+
+        What it misses is synced with everything else when the checkpoint is committed.
+        """
+        self._is_syncing = True
+        try:
+            with self._recorder.span("sync"):
+                await loop.to_worker(store.sync_large)
+        except OSError as error:
+            raise errors.CommitError(
+                f"cannot sync the data of {store.directory}: {error}"
+            ) from error
+        finally:
+            self._is_syncing = False
 
     def _fill(
         self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]

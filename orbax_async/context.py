@@ -313,8 +313,6 @@ _UNBUILT: dict[str, tuple[object, ...]] = {
     "file.temporary_path_class": (),
     "pytree.saving.pytree_metadata_options.support_rich_types": (),
     "pytree.loading.partial_load": (),
-    "array.saving.storage_options": (),
-    "array.saving.scoped_storage_options_creator": (),
     "array.saving.enable_replica_parallel_separate_folder": (),
     "array.loading": (),
     "pathways": (),

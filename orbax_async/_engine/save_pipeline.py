@@ -10,9 +10,10 @@ returns every reservation.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import anyio
@@ -44,8 +45,9 @@ class WritableLeaf:
       label: its key path, for messages.
       name: its stored name.
       shape: its global shape.
-      chunk_shape: the shape of its pieces.
+      chunk_shape: the shape of its chunks; a piece is a whole number of them, most often one.
       dtype: its dtype on disk.
+      cast: the dtype to which its values are cast; None where they stay as they are.
       mode: how its values are captured.
       has_one_shard: whether its array is a single one, to be captured without looking for a shard.
       encoding: how it is stored; None where its first piece decides.
@@ -57,10 +59,19 @@ class WritableLeaf:
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    cast: np.dtype[Any] | None
     mode: Mode
     has_one_shard: bool
     encoding: zarr.Encoding | None
     min_saving: float
+
+    def stored(self, piece: Piece) -> np.ndarray[Any, Any]:
+        """Returns a piece as elements of the dtype on disk."""
+        array = np.asarray(piece)
+        if self.cast is not None:
+            with np.errstate(all="ignore"):  # what does not fit becomes what the dtype makes of it
+                array = array.astype(self.cast, copy=False)
+        return array if array.dtype == self.dtype else array.view(self.dtype)
 
     def document(self, encoding: zarr.Encoding, *, zarr3: bool) -> bytes:
         """Returns the array's metadata document."""
@@ -98,7 +109,7 @@ class WriteBatch:
       requests: in the order of the plan.
       nbytes: the bytes of all of them.
       staging_nbytes: the bytes of those that take memory to capture, and are not prioritized.
-      keys: of each request, the key of its chunk.
+      keys: of each request, the key of its chunk; None where its piece is several chunks.
       first_of: the leaves that have their first piece here, whose documents go with it.
     """
 
@@ -118,15 +129,30 @@ class WriteBatch:
             for request in requests
             if request.priority and leaves[request.leaf].mode != "view"
         )
-        self.keys = []
-        for request in requests:
-            leaf = leaves[request.leaf]
-            index = _chunk_index(leaf, request.box)
-            self.keys.append(zarr.chunk_key(leaf.name, index, zarr3=zarr3))
+        self.keys = [_only_key(leaves[request.leaf], request.box, zarr3) for request in requests]
 
 
-def _chunk_index(leaf: WritableLeaf, box: plan.Box) -> list[int]:
-    return [start // side for (start, _), side in zip(box, leaf.chunk_shape, strict=True)]
+def _only_key(leaf: WritableLeaf, box: plan.Box, zarr3: bool) -> str | None:
+    if plan.box_shape(box) != leaf.chunk_shape:
+        return None
+    index = [start // side for (start, _), side in zip(box, leaf.chunk_shape, strict=True)]
+    return zarr.chunk_key(leaf.name, index, zarr3=zarr3)
+
+
+def _chunks(
+    leaf: WritableLeaf, box: plan.Box, piece: np.ndarray[Any, Any]
+) -> Iterator[tuple[list[int], np.ndarray[Any, Any]]]:
+    """Yields the chunks of a piece: where each lies in the grid of chunks, and its elements."""
+    sides = leaf.chunk_shape
+    grid = [
+        range(start // side, stop // side) for (start, stop), side in zip(box, sides, strict=True)
+    ]
+    for index in itertools.product(*grid):
+        within = tuple(
+            slice(at * side - start, (at + 1) * side - start)
+            for at, side, (start, _) in zip(index, sides, box, strict=True)
+        )
+        yield list(index), piece[within]
 
 
 class WritePlan:
@@ -294,20 +320,26 @@ class SavePipeline:
         for request, key, piece in zip(batch.requests, batch.keys, pieces, strict=True):
             leaf = self._leaves[request.leaf]
             try:
-                array = np.asarray(piece)
-                if array.dtype != leaf.dtype:
-                    array = array.view(leaf.dtype)
+                array = leaf.stored(piece)
                 encoding = leaf.encoding or self._encoding(request.leaf, array)
-                if encoding == "stored":
+                if encoding == "stored" and key is not None:
                     values[key] = zarr.encode_stored(array)
+                    continue
+                if encoding == "stored":
+                    for index, chunk in _chunks(leaf, request.box, array):
+                        chunk_key = zarr.chunk_key(leaf.name, index, zarr3=self._plan.zarr3)
+                        values[chunk_key] = zarr.encode_stored(chunk)
                     continue
                 document = leaf.document(encoding, zarr3=self._plan.zarr3)
                 pending.append(
                     store.put_chunk(transaction, leaf.name, document, request.box, array)
                 )
-                if encoding == "raw" and is_read_directly and array.flags.c_contiguous:
-                    index = _chunk_index(leaf, request.box)
-                    values[zarr.checksums_key(leaf.name, index)] = zarr.block_checksums(array)
+                if encoding == "raw" and is_read_directly:
+                    for index, chunk in _chunks(leaf, request.box, array):
+                        whole = np.ascontiguousarray(chunk) if key is None else chunk
+                        if whole.flags.c_contiguous:  # not worth a copy of all of it
+                            sums = zarr.block_checksums(whole)
+                            values[zarr.checksums_key(leaf.name, index)] = sums
             except Exception as error:
                 raise errors.WriteError(leaf.label, f"cannot be written: {error}") from error
         for first in batch.first_of:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ from orbax_async._engine import loop, plan, transfer
 from orbax_async._engine.save_pipeline import SavePipeline, WritableLeaf, WritePlan, encoding_of
 from orbax_async._storage import files, names, ocdbt, zarr
 from orbax_async._storage.kvstore import ArrayStore
-from orbax_async.handlers import operation
-from orbax_async.handlers.forms import PreparedTree, TreeForm
-from orbax_async.handlers.leaves import LeafForm
+from orbax_async.handlers import operation, storing
+from orbax_async.handlers.forms import PreparedTree
+from orbax_async.handlers.storing import Stored
 from orbax_async.path import PathAwaitingCreation
 from orbax_async.tree import schema
 
@@ -29,30 +30,43 @@ class _Plan:
     """What a save of one form writes under given options: arrays, and documents about them."""
 
     def __init__(
-        self, form: TreeForm, options: ambient.Context, processes: multihost.Processes
+        self,
+        prepared: PreparedTree,
+        stored: list[Stored],
+        options: ambient.Context,
+        processes: multihost.Processes,
     ) -> None:
+        form = prepared.form
         saving, memory = options.array.saving, options.memory
-        is_prioritized = memory.is_prioritized_key_fn
+        prioritized = _prioritized(prepared, memory.is_prioritized_key_fn)
         specs = [
             leaf.spec(
                 index,
                 host_process=processes.primary or 0,
-                is_prioritized=is_prioritized is not None and bool(is_prioritized(_path(leaf))),
+                is_prioritized=index in prioritized,
+                # A cast may need more bytes than the values that it starts from, or fewer.
+                itemsize=max(leaf.dtype.itemsize, how.dtype.itemsize),
             )
-            for index, leaf in enumerate(form.arrays)
+            for index, (leaf, how) in enumerate(zip(form.arrays, stored, strict=True))
         ]
         policy = _replica_parallel(options)
         self._form = form
+        self._stored = stored
         self._options = options
         self.write_shapes = [plan.write_shape(spec, policy) for spec in specs]
+        self.chunk_shapes = [
+            how.chunk_shape(spec.shape, shape)
+            for how, spec, shape in zip(stored, specs, self.write_shapes, strict=True)
+        ]
         self.arrays = WritePlan(
             [
                 WritableLeaf(
                     label=leaf.label,
                     name=leaf.name,
                     shape=spec.shape,
-                    chunk_shape=write_shape,
-                    dtype=leaf.dtype,
+                    chunk_shape=chunk_shape,
+                    dtype=how.dtype,
+                    cast=how.cast,
                     mode=transfer.capture_mode(
                         leaf.sharding,
                         is_mutable=leaf.is_mutable and memory.deepcopy_host_arrays,
@@ -60,16 +74,16 @@ class _Plan:
                     ),
                     has_one_shard=len(spec.shards) == 1,
                     encoding=encoding_of(
-                        write_shape,
-                        leaf.dtype,
+                        chunk_shape,
+                        how.dtype,
                         may_compress=saving.use_compression,
                         min_saving=saving.compression_min_saving,
                         may_sample=not processes.are_several,
                     ),
                     min_saving=saving.compression_min_saving,
                 )
-                for leaf, spec, write_shape in zip(
-                    form.arrays, specs, self.write_shapes, strict=True
+                for leaf, how, spec, chunk_shape in zip(
+                    form.arrays, stored, specs, self.chunk_shapes, strict=True
                 )
             ],
             plan.plan_writes(specs, process=processes.index, policy=policy),
@@ -84,12 +98,13 @@ class _Plan:
     def documents(self) -> dict[str, bytes]:
         """The documents that describe the tree, by file name."""
         saving = self._options.array.saving
-        jax_leaves = [
-            (leaf, shape)
-            for leaf, shape in zip(self._form.arrays, self.write_shapes, strict=True)
-            if leaf.sharding is not None
-        ]
-        write_shapes = {leaf.name: shape for leaf, shape in jax_leaves}
+        of_arrays = zip(self._form.arrays, self.write_shapes, self.chunk_shapes, strict=True)
+        jax_leaves = [each for each in of_arrays if each[0].sharding is not None]
+        write_shapes = {leaf.name: shape for leaf, shape, _ in jax_leaves}
+        private = {
+            leaf.name: how.private
+            for leaf, how in zip(self._form.arrays, self._stored, strict=True)
+        }
         records_arrays = saving.array_metadata_store is not None
         tree = schema.TreeDocument(
             entries=tuple(
@@ -97,7 +112,7 @@ class _Plan:
                     leaf.keys,
                     leaf.kind,
                     write_shapes.get(leaf.name) if records_arrays else None,
-                    leaf.private,
+                    private.get(leaf.name, {}) if leaf.shape is not None else {},
                 )
                 for leaf in self._form.leaves
             ),
@@ -108,21 +123,25 @@ class _Plan:
         if jax_leaves and saving.enable_write_sharding_file:
             describe = functools.cache(arrays.sharding_document)
             documents[names.SHARDINGS] = schema.dump_shardings(
-                {leaf.name: describe(leaf.sharding) for leaf, _ in jax_leaves}
+                {leaf.name: describe(leaf.sharding) for leaf, _, _ in jax_leaves}
             )
         if jax_leaves and records_arrays:
             name = os.path.join(names.ARRAY_METADATAS, names.PROCESS_METADATA.format(0))
             documents[name] = schema.dump_array_metadatas(
-                (leaf.name, shape, shape, leaf.prng_impl) for leaf, shape in jax_leaves
+                (leaf.name, write_shape, chunk_shape, leaf.prng_impl)
+                for leaf, write_shape, chunk_shape in jax_leaves
             )
         return documents
 
 
-def _planned(form: TreeForm, options: ambient.Context, processes: multihost.Processes) -> _Plan:
+def _planned(
+    prepared: PreparedTree, options: ambient.Context, processes: multihost.Processes
+) -> _Plan:
     """Returns the plan of a save; the same for the same options, unless they hold a callback."""
-    saving, memory = options.array.saving, options.memory
-    if memory.is_prioritized_key_fn is not None:
-        return _Plan(form, options, processes)
+    form, saving, memory = prepared.form, options.array.saving, options.memory
+    stored = prepared.stored or storing.choose(prepared, saving)
+    if memory.is_prioritized_key_fn or saving.scoped_storage_options_creator:
+        return _Plan(prepared, stored, options, processes)
     key = (
         (processes.index, processes.primary, processes.are_several, processes.is_primary),
         repr(saving),
@@ -132,7 +151,7 @@ def _planned(form: TreeForm, options: ambient.Context, processes: multihost.Proc
     found: _Plan | None = form.plans.get(key)
     if found is None:
         form.plans.clear()  # whoever changes options seldom changes them back
-        found = form.plans[key] = _Plan(form, options, processes)
+        found = form.plans[key] = _Plan(prepared, stored, options, processes)
     return found
 
 
@@ -150,7 +169,7 @@ class Saving:
         self._strings = prepared.strings
         self._options = options
         self._processes = doing.processes
-        self._plan = _planned(prepared.form, options, doing.processes)
+        self._plan = _planned(prepared, options, doing.processes)
         self.pipeline = SavePipeline(
             self._plan.arrays,
             prepared.arrays,
@@ -222,14 +241,14 @@ class Saving:
                     raise errors.WriteError(leaf.label, f"{key} is missing after the write")
 
 
-def _path(leaf: LeafForm) -> tuple[Any, ...]:
-    """Returns a key path in jax's own classes, as callbacks of the options expect it."""
-    return tuple(
-        jax.tree_util.SequenceKey(int(key.name))
-        if key.is_index
-        else jax.tree_util.DictKey(key.name)
-        for key in leaf.keys
-    )
+def _prioritized(
+    prepared: PreparedTree, is_prioritized: Callable[[tuple[Any, ...]], Any] | None
+) -> set[int]:
+    """Returns the indices of the arrays that are transferred first."""
+    if is_prioritized is None:
+        return set()
+    leaves = prepared.array_leaves()
+    return {index for index, (path, _) in enumerate(leaves) if is_prioritized(path)}
 
 
 def _replica_parallel(options: ambient.Context) -> plan.ReplicaParallel | None:

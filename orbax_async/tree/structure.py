@@ -13,7 +13,7 @@ from orbax_async import errors
 from orbax_async.tree import keypath
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["FlatTree", "empty_kind", "flatten", "match", "nest"]
+__all__ = ["FlatTree", "empty_kind", "flatten", "flatten_with_path", "match", "nest"]
 
 
 def is_named_tuple(value: Any) -> bool:
@@ -53,9 +53,16 @@ class FlatTree:
         return jax.tree_util.tree_unflatten(self.treedef, values)
 
 
+def flatten_with_path(
+    tree: Any,
+) -> tuple[list[tuple[keypath.JaxKeyPath, Any]], jax.tree_util.PyTreeDef]:
+    """Takes a tree apart as `flatten` does, and keeps the key paths of jax."""
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+
+
 def flatten(tree: Any) -> FlatTree:
     """Takes a tree apart, keeping None and empty containers as entries."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+    paths, treedef = flatten_with_path(tree)
     return FlatTree(tuple((keypath.keys_of(path), leaf) for path, leaf in paths), treedef)
 
 

@@ -311,7 +311,6 @@ _UNBUILT: dict[str, tuple[object, ...]] = {
     "atomicity.mode": (options.AtomicityMode.COMMIT_FILE,),
     "atomicity.allow_legacy_atomic_rename": (),
     "file.temporary_path_class": (),
-    "pytree.saving.pytree_metadata_options.support_rich_types": (),
     "pytree.loading.partial_load": (),
     "array.saving.enable_replica_parallel_separate_folder": (),
     "array.loading": (),

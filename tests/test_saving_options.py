@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -332,3 +333,107 @@ def test_the_plan_of_one_structure_is_made_once(
 
 
 _WritePlan = saving.WritePlan
+
+
+# -------------------------------------------------------------------------------- rich types
+
+
+class Nothing(NamedTuple):
+    """A named tuple without fields."""
+
+
+def with_rich_types() -> ocp.Context:
+    """Returns a context that records the types of containers, and loads them."""
+    context = ocp.Context()
+    context.pytree.saving.pytree_metadata_options.support_rich_types = True
+    return context
+
+
+RICH: dict[str, Any] = {
+    "nested": {"p": Pair(1, (2, [3.5, ()])), "l": [(4,), {"d": {}}], "none": None, "s": "x"},
+    "a tuple": (1, 2),
+    "a named tuple": Pair({"category": "custom"}, {"clazz": 1}),
+    "a leaf": 5,
+    "one child": [[(1,)]],
+    "integer keys": {10: (1,), 9: [2]},
+}
+
+
+@pytest.mark.parametrize("name", RICH)
+def test_rich_types_come_back(name: str, tmp_path: Path) -> None:
+    """Tuples and named tuples load as such where the option is on, and else as lists and dicts."""
+    state = RICH[name]
+    with with_rich_types():
+        ocp.save(tmp_path / "c", state)
+        loaded = ocp.load(tmp_path / "c")
+        described = ocp.metadata(tmp_path / "c").metadata
+    wanted = state if name != "integer keys" else {str(key): node for key, node in state.items()}
+    assert loaded == wanted
+    assert jax.tree.structure(loaded) == jax.tree.structure(wanted)
+    assert jax.tree.structure(described) == jax.tree.structure(wanted)
+    plain = ocp.load(tmp_path / "c")
+    with ocp.Context():
+        ocp.save(tmp_path / "plain", state)
+    assert plain == ocp.load(tmp_path / "plain")
+    with with_rich_types():
+        assert ocp.load(tmp_path / "plain") == plain
+
+
+def test_empty_named_tuples_stay_empty_tuples(tmp_path: Path) -> None:
+    """One without fields loads as one of a class of ours, for its own is not recorded."""
+    with with_rich_types():
+        ocp.save(tmp_path / "c", {"n": Nothing(), "w": np.ones(2)})
+        loaded = ocp.load(tmp_path / "c")["n"]
+    assert (loaded, loaded._fields) == ((), ())
+    assert ocp.load(tmp_path / "c")["n"] is None
+
+
+def test_named_tuples_of_unknown_classes_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a class is gone, or has other fields now, one with the recorded fields stands in."""
+    with with_rich_types():
+        ocp.save(tmp_path / "c", {"p": Pair(1, 2)})
+        monkeypatch.setitem(globals(), "Pair", NamedTuple("Pair", [("left", Any)]))
+        loaded = [ocp.load(tmp_path / "c")["p"] for _ in range(2)]
+    assert loaded[0]._asdict() == {"left": 1, "right": 2}
+    assert type(loaded[0]) is type(loaded[1])
+    assert type(loaded[0]).__name__.endswith("Pair_2")
+
+
+def test_a_remembered_form_does_not_remember_rich_types(tmp_path: Path) -> None:
+    """One structure saved with the option on, off and on again is recorded so each time."""
+    found = []
+    for index, context in enumerate([with_rich_types(), ocp.Context(), with_rich_types()]):
+        with context:
+            ocp.save(tmp_path / str(index), {"t": (jnp.ones(3), jnp.ones(2))})
+        found.append(
+            "value_metadata_tree" in (tmp_path / str(index) / "state/_METADATA").read_text()
+        )
+    assert found == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "[",
+        "[5]",
+        '{"a": {"category": "future", "clazz": "x"}}',
+        '{"category": "custom", "clazz": "tuple"}',
+        "{}",
+        '{"category": "namedtuple", "module": "m", "clazz": "N", "entries": [5]}',
+    ],
+)
+def test_damaged_rich_types_are_an_error_with_a_way_out(damaged: str, tmp_path: Path) -> None:
+    """What can't be rebuilt is refused by name; without the option the tree loads."""
+    with with_rich_types():
+        ocp.save(tmp_path / "c", {"t": (1, 2)})
+    file = tmp_path / "c" / "state" / "_METADATA"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps(document | {"value_metadata_tree": damaged}))
+    with (
+        with_rich_types(),
+        pytest.raises(errors.InvalidLayoutError, match="without support_rich_types"),
+    ):
+        ocp.load(tmp_path / "c")
+    assert ocp.load(tmp_path / "c") == {"t": [1, 2]}

@@ -65,6 +65,7 @@ class PreparedTree:
 
     Attributes:
       form: its form.
+      state: the state itself.
       arrays: the arrays to store, in the order of `form.arrays`.
       stored: how each of them is stored, once that is found.
       strings: the document of its strings, if it has any.
@@ -72,7 +73,7 @@ class PreparedTree:
 
     def __init__(self, form: TreeForm, described: list[Described], state: Any) -> None:
         self.form = form
-        self._state = state
+        self.state = state
         self.stored: list[Any] = []
         self.arrays = [value for leaf, value in described if leaf.shape is not None]
         texts = {leaf.name: value for leaf, value in described if leaf.kind == schema.STRING}
@@ -85,7 +86,7 @@ class PreparedTree:
 
     def array_leaves(self) -> list[tuple[JaxKeyPath, Any]]:
         """Returns jax's key path and the user's own leaf for each array, for callbacks."""
-        pairs, _ = structure.flatten_with_path(self._state)
+        pairs, _ = structure.flatten_with_path(self.state)
         return [
             pair
             for pair, leaf in zip(pairs, self.form.leaves, strict=True)

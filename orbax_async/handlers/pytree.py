@@ -139,7 +139,7 @@ class PyTreeHandler:
 
     async def metadata(self, directory: Path) -> Any:
         """Returns the stored tree with each leaf's metadata, without reading array data."""
-        return await loop.to_worker(read_metadata, os.fspath(directory))
+        return await loop.to_worker(read_metadata, os.fspath(directory), self._options())
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether every leaf of a tree can be stored."""

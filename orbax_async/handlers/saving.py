@@ -19,7 +19,7 @@ from orbax_async.handlers import operation, storing
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.storing import Stored
 from orbax_async.path import PathAwaitingCreation
-from orbax_async.tree import schema
+from orbax_async.tree import rich, schema
 
 __all__ = ["Saving"]
 
@@ -53,6 +53,10 @@ class _Plan:
         self._form = form
         self._stored = stored
         self._options = options
+        self._containers: Any = None
+        self._empty_named_tuples: frozenset[int] = frozenset()
+        if _supports_rich_types(options):
+            self._containers, self._empty_named_tuples = rich.describe(prepared.state)
         self.write_shapes = [plan.write_shape(spec, policy) for spec in specs]
         self.chunk_shapes = [
             how.chunk_shape(spec.shape, shape)
@@ -110,12 +114,13 @@ class _Plan:
             entries=tuple(
                 schema.Entry(
                     leaf.keys,
-                    leaf.kind,
+                    rich.EMPTY_NAMED_TUPLE if at in self._empty_named_tuples else leaf.kind,
                     write_shapes.get(leaf.name) if records_arrays else None,
                     private.get(leaf.name, {}) if leaf.shape is not None else {},
                 )
-                for leaf in self._form.leaves
+                for at, leaf in enumerate(self._form.leaves)
             ),
+            containers=self._containers,
             uses_zarr3=saving.use_zarr3,
             uses_ocdbt=saving.use_ocdbt,
         )
@@ -145,6 +150,7 @@ def _planned(
     key = (
         (processes.index, processes.primary, processes.are_several, processes.is_primary),
         repr(saving),
+        _supports_rich_types(options),
         (memory.write_concurrent_bytes, memory.transfer_concurrent_bytes),
         memory.deepcopy_host_arrays,
     )
@@ -239,6 +245,10 @@ class Saving:
             for key in expected:
                 if key not in keys:
                     raise errors.WriteError(leaf.label, f"{key} is missing after the write")
+
+
+def _supports_rich_types(options: ambient.Context) -> bool:
+    return options.pytree.saving.pytree_metadata_options.support_rich_types
 
 
 def _prioritized(

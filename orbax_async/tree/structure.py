@@ -37,7 +37,8 @@ def empty_kind(value: Any) -> str | None:
     return None
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Says whether a value is None or an empty container."""
     return empty_kind(value) is not None
 
 
@@ -57,7 +58,7 @@ def flatten_with_path(
     tree: Any,
 ) -> tuple[list[tuple[keypath.JaxKeyPath, Any]], jax.tree_util.PyTreeDef]:
     """Takes a tree apart as `flatten` does, and keeps the key paths of jax."""
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)
 
 
 def flatten(tree: Any) -> FlatTree:
@@ -122,13 +123,13 @@ def match(
         entry = unused.pop(keys, None)
         label = keypath.label(keys) or "<root>"
         if entry is None:
-            if wanted is not ... and not _is_empty(wanted):
+            if wanted is not ... and not is_empty(wanted):
                 problems.append(f"{label}: asked for, not in the checkpoint")
         elif is_stored_empty(entry):
-            if wanted is not ... and not _is_empty(wanted):
+            if wanted is not ... and not is_empty(wanted):
                 problems.append(f"{label}: the checkpoint holds an empty node, not a leaf")
             entry = None
-        elif wanted is not None and _is_empty(wanted):
+        elif wanted is not None and is_empty(wanted):
             problems.append(
                 f"{label}: the checkpoint holds a leaf, not an empty {type(wanted).__name__}"
             )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import disk
+import flax.core
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from equality import assert_same
 from jax.sharding import Mesh, NamedSharding
@@ -224,3 +226,91 @@ def test_scoped_options_win_field_by_field(tmp_path: Path) -> None:
             name: (dtype, tuple(grid["configuration"]["chunk_shape"]))
             for name, (dtype, grid) in found.items()
         } == {"a": ("float16", (2, 4)), "b": ("bfloat16", (1, 4)), "c": ("bfloat16", (4,))}
+
+
+# -------------------------------------------------------------------------------- rich types
+
+
+class Pair(NamedTuple):
+    """A named tuple."""
+
+    left: Any
+    right: Any
+
+
+class Nothing(NamedTuple):
+    """A named tuple without fields."""
+
+
+@jax.tree_util.register_pytree_node_class
+class Keyless:
+    """A node without keys of its own."""
+
+    def __init__(self, *children: Any) -> None:
+        self.children = children
+
+    def tree_flatten(self) -> tuple[Any, None]:
+        """Returns the children."""
+        return self.children, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> Keyless:
+        """Makes a node."""
+        return cls(*children)
+
+
+RICH: dict[str, Any] = {
+    "nested": {
+        "p": Pair(np.ones(2), (1, [2.5, ()])),
+        "n": Nothing(),
+        "l": [(jnp.ones(3),), {"d": {}}],
+        "none": None,
+        "s": "x",
+        "keyless": Keyless(1, (2,)),
+    },
+    "tuple": (1, 2),
+    "named tuple": Pair(1, 2),
+    "list": [1, (2,)],
+    "leaf": np.ones(2),
+    "optax": optax.adam(1e-3).init({"w": jnp.ones(2)}),
+    "flax": flax.core.freeze({"a": 1, "b": {"c": (1,)}}),
+}
+
+
+def save_rich(library: Any, path: Path, state: Any) -> Any:
+    """Saves a state with rich types; returns the context to load them."""
+    context = library.Context()
+    context.pytree.saving.pytree_metadata_options.support_rich_types = True
+    with context:
+        library.save(path, state)
+    return context
+
+
+def kinds(tree: Any) -> Any:
+    """Returns a tree in which each container tells what it is, named tuples by their fields."""
+    if isinstance(tree, tuple):
+        return "tuple", getattr(tree, "_fields", None), [kinds(each) for each in tree]
+    if isinstance(tree, list):
+        return "list", [kinds(each) for each in tree]
+    if isinstance(tree, dict):
+        return "dict", {key: kinds(each) for key, each in tree.items()}
+    return type(tree).__name__, str(tree)
+
+
+@pytest.mark.parametrize("name", RICH)
+def test_rich_types_are_recorded_and_loaded_alike(name: str, tmp_path: Path) -> None:
+    """Both write the same description, and each loads the other's with the same containers."""
+    state = RICH[name]
+    found, loaded = [], []
+    for writer, library in LIBRARIES.items():
+        save_rich(library, tmp_path / writer, state)
+        document = json.loads((tmp_path / writer / "state" / "_METADATA").read_text())
+        found.append((json.loads(document["value_metadata_tree"]), document["tree_metadata"]))
+        for reader in LIBRARIES.values():
+            context = reader.Context()
+            context.pytree.saving.pytree_metadata_options.support_rich_types = True
+            with context:
+                loaded.append(kinds(reader.load(tmp_path / writer)))
+            assert_same(reader.load(tmp_path / writer), v1.load(tmp_path / "ours"))
+    assert found[0] == found[1]
+    assert all(each == loaded[0] for each in loaded)

@@ -312,7 +312,6 @@ _UNBUILT: dict[str, tuple[object, ...]] = {
     "atomicity.allow_legacy_atomic_rename": (),
     "file.temporary_path_class": (),
     "pytree.loading.partial_load": (),
-    "array.saving.enable_replica_parallel_separate_folder": (),
     "array.loading": (),
     "pathways": (),
     "memory.regulator_options": (),

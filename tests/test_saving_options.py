@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._engine import plan
-from orbax_async._storage import zarr
+from orbax_async._storage import ocdbt, zarr
 from orbax_async._storage.direct import DirectReader
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import forms, saving
@@ -437,3 +438,102 @@ def test_damaged_rich_types_are_an_error_with_a_way_out(damaged: str, tmp_path: 
     ):
         ocp.load(tmp_path / "c")
     assert ocp.load(tmp_path / "c") == {"t": [1, 2]}
+
+
+# ----------------------------------------------------------------- databases that are merged
+
+
+@pytest.fixture
+def mixed(mesh8: Mesh) -> dict[str, Any]:
+    """Leaves that all replicas write together, and leaves that one device writes."""
+    array = np.arange(64, dtype=np.float32).reshape(16, 4)
+    return {
+        "replicated": jax.device_put(array, NamedSharding(mesh8, P())),
+        "split": jax.device_put(array, NamedSharding(mesh8, P("x", "y"))),
+        "odd": jax.device_put(np.arange(7), NamedSharding(mesh8, P())),
+        "host": array,
+        "large": jax.device_put(
+            np.random.default_rng(0).standard_normal((1024, 512), np.float32),
+            NamedSharding(mesh8, P("x")),
+        ),
+    }
+
+
+def test_shared_writes_go_to_a_folder_of_their_own(mixed: dict[str, Any], tmp_path: Path) -> None:
+    """What replicas write together lies in another database; all are merged into one."""
+    with with_saving(enable_replica_parallel_separate_folder=True, use_compression=False):
+        ocp.save(tmp_path / "c", mixed)
+    state = tmp_path / "c" / "state"
+    assert sorted(path.name for path in state.glob("ocdbt*")) == [
+        "ocdbt.process_0",
+        "ocdbt.process_replica_0",
+    ]
+    found = {}
+    for folder in ("ocdbt.process_0", "ocdbt.process_replica_0"):
+        keys = ArrayStore(str(state / folder), ocdbt=True, zarr3=True).list_keys()
+        found[folder] = {key.split("/")[0] for key in keys}
+    assert found == {
+        "ocdbt.process_0": {"split", "odd", "host"},
+        "ocdbt.process_replica_0": {"replicated", "large"},
+    }
+    jax.tree.map(np.testing.assert_array_equal, ocp.load(tmp_path / "c"), mixed)
+
+
+def test_separate_folders_are_left_out_where_nothing_is_shared(
+    mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    """Without replicas that share the work, or without OCDBT, there is no such folder."""
+    del mixed["replicated"], mixed["large"]
+    with with_saving(enable_replica_parallel_separate_folder=True):
+        ocp.save(tmp_path / "c", mixed)
+    with with_saving(enable_replica_parallel_separate_folder=True, use_ocdbt=False):
+        ocp.save(tmp_path / "files", mixed)
+    assert not list(tmp_path.glob("*/state/ocdbt*"))
+
+
+def test_prioritized_leaves_stay_first_with_separate_folders(
+    mixed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prioritized leaf is captured before the others, whichever database it goes to."""
+    order: list[str] = []
+    capture = saving.SavePipeline._capture
+
+    def noted(self: Any, batch: Any) -> Any:
+        order.extend(self._leaves[request.leaf].name for request in batch.requests)
+        return capture(self, batch)
+
+    monkeypatch.setattr(saving.SavePipeline, "_capture", noted)
+    context = with_saving(enable_replica_parallel_separate_folder=True)
+    context.memory.is_prioritized_key_fn = lambda key: key[0].key in ("replicated", "host")
+    with context:
+        ocp.save(tmp_path / "c", mixed)
+    assert list(dict.fromkeys(order)) == ["host", "replicated", "odd", "split", "large"]
+
+
+@pytest.mark.parametrize("missing", ["replicated/c/3/0", "split/zarr.json", "odd/c/0"])
+def test_validation_finds_what_a_merge_has_lost(
+    missing: str, mixed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`enable_post_merge_validation`: a merged database that lacks a key is never committed."""
+    merge = ocdbt.merge_process_databases
+
+    def lossy(directory: str) -> int:
+        count = merge(directory)
+        base = {"driver": "ocdbt", "base": f"{Path(directory).as_uri()}/"}
+        del ts.KvStore.open(base).result()[missing]
+        return count
+
+    monkeypatch.setattr(ocdbt, "merge_process_databases", lossy)
+    leaf = missing.split("/")[0]
+    with (
+        with_saving(enable_replica_parallel_separate_folder=True),
+        pytest.raises(errors.WriteError, match=rf"leaf \['{leaf}'\]: {missing} is missing"),
+    ):
+        ocp.save(tmp_path / "c", mixed)
+    assert not list(tmp_path.iterdir())
+    with with_saving(
+        enable_replica_parallel_separate_folder=True, enable_post_merge_validation=False
+    ):
+        ocp.save(tmp_path / "c", mixed)
+    with pytest.raises(errors.ReadError, match=leaf):
+        ocp.load(tmp_path / "c")

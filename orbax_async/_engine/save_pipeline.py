@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import anyio
@@ -111,6 +111,7 @@ class WriteBatch:
       staging_nbytes: the bytes of those that take memory to capture, and are not prioritized.
       keys: of each request, the key of its chunk; None where its piece is several chunks.
       first_of: the leaves that have their first piece here, whose documents go with it.
+      is_separate: whether it is written to the database of what replicas share.
     """
 
     def __init__(
@@ -120,9 +121,11 @@ class WriteBatch:
         first_of: list[int],
         *,
         zarr3: bool,
+        is_separate: bool = False,
     ) -> None:
         self.requests = requests
         self.first_of = first_of
+        self.is_separate = is_separate
         self.nbytes = sum(request.nbytes for request in requests)
         self.staging_nbytes = sum(
             request.nbytes
@@ -164,6 +167,7 @@ class WritePlan:
       batch_nbytes: how many bytes a batch holds, unless a single piece is larger.
       writes_documents: whether this process writes the arrays' metadata documents.
       zarr3: which version of zarr.
+      separate: the leaves that go to a database of their own.
     """
 
     def __init__(
@@ -174,6 +178,7 @@ class WritePlan:
         batch_nbytes: int,
         writes_documents: bool,
         zarr3: bool,
+        separate: Collection[int] = (),
     ) -> None:
         self.leaves = leaves
         self.zarr3 = zarr3
@@ -182,15 +187,20 @@ class WritePlan:
         # no piece follow in a last batch of documents alone.
         undocumented = set(range(len(leaves))) if writes_documents else set()
         self.batches = []
-        for batch in plan.batches(requests, batch_nbytes):
-            here = dict.fromkeys(request.leaf for request in batch)
-            first_of = [leaf for leaf in here if leaf in undocumented]
-            undocumented.difference_update(first_of)
-            self.batches.append(WriteBatch(batch, leaves, first_of, zarr3=zarr3))
+        kinds = itertools.groupby(requests, lambda request: request.leaf in separate)
+        for is_separate, alike in kinds if separate else [(False, requests)]:
+            for batch in plan.batches(alike, batch_nbytes):
+                here = dict.fromkeys(request.leaf for request in batch)
+                first_of = [leaf for leaf in here if leaf in undocumented]
+                undocumented.difference_update(first_of)
+                self.batches.append(
+                    WriteBatch(batch, leaves, first_of, zarr3=zarr3, is_separate=is_separate)
+                )
         if undocumented:
             self.batches.append(WriteBatch([], leaves, sorted(undocumented), zarr3=zarr3))
         self.leaf_count = len(self.pieces) + len(undocumented)
         self.nbytes = sum(batch.nbytes for batch in self.batches)
+        self.kinds = sorted({False, *(batch.is_separate for batch in self.batches)})
 
 
 class SavePipeline:
@@ -225,23 +235,29 @@ class SavePipeline:
         self._sampled: dict[int, zarr.Encoding] = {}
         recorder.add(leaves_planned=write_plan.leaf_count, bytes_planned=write_plan.nbytes)
 
-    async def run(self, open_store: Callable[[], Any]) -> None:
-        """Runs to the end; `open_store` awaits the directory and returns its `ArrayStore`."""
-        store_ready = anyio.Event()
-        store: list[ArrayStore] = []
+    async def run(self, open_store: Callable[[bool], Any]) -> None:
+        """Runs to the end.
 
-        async def prepare_store() -> None:
-            store.append(await open_store())
-            store_ready.set()
+        Args:
+          open_store: awaits the directory, and returns the `ArrayStore` of everything else, or of
+            what is separate.
+        """
+        stores_ready = anyio.Event()
+        stores: dict[bool, ArrayStore] = {}
+
+        async def prepare_stores() -> None:
+            for is_separate in self._plan.kinds:
+                stores[is_separate] = await open_store(is_separate)
+            stores_ready.set()
 
         async def write_batch(batch: WriteBatch, pieces: list[Piece]) -> None:
             try:
-                await store_ready.wait()
+                await stores_ready.wait()
                 if not self._writes_while_staging:
                     await self.staged.wait()
                 async with self._slots, self.write_budget.reserve(batch.nbytes):
                     with self._recorder.span("write", batch.nbytes):
-                        await self._write(store[0], batch, pieces)
+                        await self._write(stores[batch.is_separate], batch, pieces)
             finally:
                 pieces.clear()
                 self.transfer_budget.release(batch.staging_nbytes)
@@ -249,7 +265,7 @@ class SavePipeline:
         try:
             with errors.ungrouped():
                 async with anyio.create_task_group() as group:
-                    group.start_soon(prepare_store)
+                    group.start_soon(prepare_stores)
                     for batch in self._plan.batches:
                         await self.transfer_budget.acquire(batch.staging_nbytes)
                         try:

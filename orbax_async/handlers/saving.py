@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,16 @@ class _Plan:
             how.chunk_shape(spec.shape, shape)
             for how, spec, shape in zip(stored, specs, self.write_shapes, strict=True)
         ]
+        self.separate: set[int] = set()
+        if saving.use_ocdbt and saving.enable_replica_parallel_separate_folder:
+            self.separate = {
+                spec.index
+                for spec, shape in zip(specs, self.write_shapes, strict=True)
+                if shape != plan.write_shape(spec, None)  # replicas write a part each
+            }
+        requests = plan.plan_writes(specs, process=processes.index, policy=policy)
+        if self.separate:  # so that few batches are mixed; prioritized leaves still come first
+            requests.sort(key=lambda each: (each.priority, each.leaf in self.separate))
         self.arrays = WritePlan(
             [
                 WritableLeaf(
@@ -90,12 +101,13 @@ class _Plan:
                     form.arrays, stored, specs, self.chunk_shapes, strict=True
                 )
             ],
-            plan.plan_writes(specs, process=processes.index, policy=policy),
+            requests,
             batch_nbytes=_batch_nbytes(
                 memory.write_concurrent_bytes, memory.transfer_concurrent_bytes
             ),
             writes_documents=processes.is_primary,
             zarr3=saving.use_zarr3,
+            separate=self.separate,
         )
 
     @functools.cached_property
@@ -187,22 +199,29 @@ class Saving:
     async def run(self, directory: PathAwaitingCreation) -> None:
         """Writes arrays and documents; nothing is visible yet."""
         saving = self._options.array.saving
-        await self.pipeline.run(lambda: self._open_store(directory))
+        await self.pipeline.run(lambda is_separate: self._open_store(directory, is_separate))
         await self._processes.gather(f"arrays of {directory.path.name} written")
         path = os.fspath(await directory.await_creation())
         if not self._processes.is_primary:
             return
-        if self._processes.are_several and saving.use_ocdbt:
+        if self._is_merged:
             await loop.to_worker(ocdbt.merge_process_databases, path)
             if saving.enable_post_merge_validation:
                 await loop.to_worker(self._validate, path)
         await loop.to_worker(self._write_documents, path)
 
-    async def _open_store(self, directory: PathAwaitingCreation) -> ArrayStore:
+    @property
+    def _is_merged(self) -> bool:
+        """Whether the database that readers open is made of several."""
+        is_split = self._processes.are_several or bool(self._plan.separate)
+        return is_split and self._options.array.saving.use_ocdbt
+
+    async def _open_store(self, directory: PathAwaitingCreation, is_separate: bool) -> ArrayStore:
         path = os.fspath(await directory.await_creation())
         saving = self._options.array.saving
-        if saving.use_ocdbt and self._processes.are_several:
-            path = os.path.join(path, names.PROCESS_DATABASE.format(self._processes.index))
+        if self._is_merged:
+            name = names.PROCESS_REPLICA_DATABASE if is_separate else names.PROCESS_DATABASE
+            path = os.path.join(path, name.format(self._processes.index))
         return await loop.to_worker(
             lambda: ArrayStore(
                 path,
@@ -235,13 +254,14 @@ class Saving:
         keys = store.list_keys()
         for leaf in self._plan.arrays.leaves:
             expected = [zarr.document_key(leaf.name, zarr3=saving.use_zarr3)]
-            if 0 not in leaf.shape:
-                pairs = zip(leaf.shape, leaf.chunk_shape, strict=True)
-                last = [side // piece - 1 for side, piece in pairs]
-                expected += [
-                    zarr.chunk_key(leaf.name, index, zarr3=saving.use_zarr3)
-                    for index in ([0] * len(last), last)
-                ]
+            grid = [
+                range(side // piece)
+                for side, piece in zip(leaf.shape, leaf.chunk_shape, strict=True)
+            ]
+            expected += [
+                zarr.chunk_key(leaf.name, index, zarr3=saving.use_zarr3)
+                for index in itertools.product(*grid)
+            ]
             for key in expected:
                 if key not in keys:
                     raise errors.WriteError(leaf.label, f"{key} is missing after the write")

@@ -314,3 +314,31 @@ def test_rich_types_are_recorded_and_loaded_alike(name: str, tmp_path: Path) -> 
             assert_same(reader.load(tmp_path / writer), v1.load(tmp_path / "ours"))
     assert found[0] == found[1]
     assert all(each == loaded[0] for each in loaded)
+
+
+# --------------------------------------------------------------------------- separate folders
+
+
+def test_separate_folders_hold_what_those_of_orbax_hold(mesh8: Mesh, tmp_path: Path) -> None:
+    """The same arrays lie in the same databases, and Orbax reads them through the merged one."""
+    state = {
+        "replicated": on(mesh8, P(), (16, 4)),
+        "split": on(mesh8, P("x", "y"), (8, 4)),
+        "half": on(mesh8, P("x"), (8, 4)),
+        "host": np.ones(3),
+    }
+    found = []
+    for writer, library in LIBRARIES.items():
+        directory = save(
+            library, tmp_path / writer, state, enable_replica_parallel_separate_folder=True
+        )
+        found.append(
+            {
+                folder.name: {key for key in disk.keys(folder) if "crc32" not in key}
+                for folder in directory.glob("ocdbt*")
+            }
+        )
+        for reader in LIBRARIES.values():
+            assert_same(reader.load(tmp_path / writer), state)
+    assert found[0] == found[1]
+    assert len(found[0]) == 2

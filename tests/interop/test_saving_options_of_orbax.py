@@ -334,7 +334,7 @@ def test_separate_folders_hold_what_those_of_orbax_hold(mesh8: Mesh, tmp_path: P
         )
         found.append(
             {
-                folder.name: {key for key in disk.keys(folder) if "crc32" not in key}
+                folder.name: {key for key in disk.keys(folder) if "checksums" not in key}
                 for folder in directory.glob("ocdbt*")
             }
         )

@@ -314,8 +314,6 @@ _UNBUILT: dict[str, tuple[object, ...]] = {
     "pytree.loading.partial_load": (),
     "array.loading": (),
     "pathways": (),
-    "memory.regulator_options": (),
-    "memory.expected_surge_bytes": (),
     "memory.serialization_status_callback": (),
     "safetensors": (),
     "checkpoint_layout": (options.CheckpointLayout.SAFETENSORS,),

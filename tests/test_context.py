@@ -712,6 +712,11 @@ BUILT: dict[str, Any] = {
     "memory.read_concurrent_bytes": 1,
     "memory.transfer_concurrent_bytes": 1,
     "memory.is_prioritized_key_fn": print,
+    "memory.regulator_options": options.MemoryOptions.RegulatorOptions(
+        max_memory_limit_gib=100,
+        profiler="profiler",
+    ),
+    "memory.expected_surge_bytes": 1,
     "memory.deepcopy_host_arrays": False,
     "deletion.gcs_deletion_options.todelete_full_path": "trash",
     "checkpoint_layout": options.CheckpointLayout.AUTO,
@@ -729,11 +734,6 @@ UNBUILT: dict[str, Any] = {
     "array.loading.load_and_broadcast_options.broadcast_memory_limit_bytes": 1,
     "array.loading.load_and_broadcast_options.broadcast_memory_scaling_factor": 0.5,
     "pathways.checkpointing_impl": options.CheckpointingImpl.PERSISTENCE,
-    "memory.regulator_options": options.MemoryOptions.RegulatorOptions(
-        max_memory_limit_gib=100,
-        profiler="profiler",
-    ),
-    "memory.expected_surge_bytes": 1,
     "memory.serialization_status_callback": "callback",
     "safetensors.max_over_read_ratio": 1.0,
     "safetensors.read_chunk_bytes": 1,

@@ -36,6 +36,7 @@ class _Plan:
         stored: list[Stored],
         options: ambient.Context,
         processes: multihost.Processes,
+        batch_nbytes: int,
     ) -> None:
         form = prepared.form
         saving, memory = options.array.saving, options.memory
@@ -102,9 +103,7 @@ class _Plan:
                 )
             ],
             requests,
-            batch_nbytes=_batch_nbytes(
-                memory.write_concurrent_bytes, memory.transfer_concurrent_bytes
-            ),
+            batch_nbytes=batch_nbytes,
             writes_documents=processes.is_primary,
             zarr3=saving.use_zarr3,
             separate=self.separate,
@@ -151,30 +150,29 @@ class _Plan:
         return documents
 
 
-def _planned(
-    prepared: PreparedTree, options: ambient.Context, processes: multihost.Processes
-) -> _Plan:
+def _planned(prepared: PreparedTree, options: ambient.Context, doing: operation.Operation) -> _Plan:
     """Returns the plan of a save; the same for the same options, unless they hold a callback."""
     form, saving, memory = prepared.form, options.array.saving, options.memory
+    processes = doing.processes
+    limits = [
+        budget.statistics().limit_nbytes for budget in (doing.write_budget, doing.transfer_budget)
+    ]
+    batch_nbytes = min([_BATCH_NBYTES, *(limit for limit in limits if limit is not None)])
     stored = prepared.stored or storing.choose(prepared, saving)
     if memory.is_prioritized_key_fn or saving.scoped_storage_options_creator:
-        return _Plan(prepared, stored, options, processes)
+        return _Plan(prepared, stored, options, processes, batch_nbytes)
     key = (
         (processes.index, processes.primary, processes.are_several, processes.is_primary),
         repr(saving),
         _supports_rich_types(options),
-        (memory.write_concurrent_bytes, memory.transfer_concurrent_bytes),
+        batch_nbytes,
         memory.deepcopy_host_arrays,
     )
     found: _Plan | None = form.plans.get(key)
     if found is None:
         form.plans.clear()  # whoever changes options seldom changes them back
-        found = form.plans[key] = _Plan(prepared, stored, options, processes)
+        found = form.plans[key] = _Plan(prepared, stored, options, processes, batch_nbytes)
     return found
-
-
-def _batch_nbytes(*limits: int | None) -> int:
-    return min([_BATCH_NBYTES, *(limit for limit in limits if limit is not None)])
 
 
 class Saving:
@@ -187,7 +185,7 @@ class Saving:
         self._strings = prepared.strings
         self._options = options
         self._processes = doing.processes
-        self._plan = _planned(prepared, options, doing.processes)
+        self._plan = _planned(prepared, options, doing)
         self.pipeline = SavePipeline(
             self._plan.arrays,
             prepared.arrays,

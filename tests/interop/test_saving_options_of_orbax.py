@@ -19,6 +19,7 @@ from equality import assert_same
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1
+from orbax.checkpoint._src.serialization import memory_regulator
 
 import orbax_async as ocp
 
@@ -342,3 +343,53 @@ def test_separate_folders_hold_what_those_of_orbax_hold(mesh8: Mesh, tmp_path: P
             assert_same(reader.load(tmp_path / writer), state)
     assert found[0] == found[1]
     assert len(found[0]) == 2
+
+
+# -------------------------------------------------------------------------------- regulation
+
+
+def test_the_regulator_computes_what_that_of_orbax_computes() -> None:
+    """Over many saves, with surges and with nonsense in between, both limits are the same."""
+    rng = np.random.default_rng(0)
+    readings = [
+        (int(rng.uniform(0, 150)) << 30, float(rng.choice([0, 0, 0, 5, 40, np.inf])))
+        for _ in range(300)
+    ]
+    readings[50] = (-1, 0.0)
+    readings[51] = (1 << 30, float("nan"))
+
+    class Profiler(memory_regulator.MemoryProfiler):
+        """Reads what is given."""
+
+        reading = (0, 0.0)
+
+        def profiler_start(self) -> None:
+            """Nothing."""
+
+        def profiler_end(self) -> None:
+            """Nothing."""
+
+        peak_usage_bytes = property(lambda self: self.reading[0])
+        total_memory_gib = property(lambda self: 100.0)
+
+        def get_expected_surge_gib(self) -> float:
+            """Returns what is to be left free."""
+            return self.reading[1]
+
+    limits: list[list[int]] = []
+    for library in LIBRARIES.values():
+        profiler = Profiler()
+        options = library.options.MemoryOptions.RegulatorOptions(
+            max_memory_limit_gib=80, min_memory_limit_gib=2, profiler=profiler, ki=0.02
+        )
+        limits.append([options.regulator.current_limit_bytes])
+        for reading in readings:
+            profiler.reading = reading
+            if library is v1:
+                options.regulator.update_limit_bytes()
+            else:
+                _, end = options.regulator.begin()
+                end()
+            limits[-1].append(options.regulator.current_limit_bytes)
+    assert limits[0] == pytest.approx(limits[1], rel=1e-9)
+    assert len(set(limits[0])) > 50

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 _GIB = 1024**3
 _LONGEST_INTEGRAL = 50.0
@@ -56,6 +56,12 @@ class MemoryRegulator:
         self._lock = threading.Lock()
         self._is_profiling = False
         self.current_limit_bytes = int(min_memory_limit_gib * _GIB)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_lock": threading.Lock(), "_is_profiling": False})
 
     def begin(self, expected_surge_bytes: float | None = None) -> tuple[int, Callable[[], None]]:
         """Moves the limit for one save, and begins to profile that save.

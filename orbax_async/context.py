@@ -308,9 +308,6 @@ def snapshot(default: Context | None = None) -> Context:
 _UNBUILT: dict[str, tuple[object, ...]] = {
     # Options whose effect does not exist yet: a field, or a group with all its fields. The values
     # listed are refused; an empty tuple refuses every value but the default.
-    "atomicity.mode": (options.AtomicityMode.COMMIT_FILE,),
-    "atomicity.allow_legacy_atomic_rename": (),
-    "file.temporary_path_class": (),
     "pytree.loading.partial_load": (),
     "array.loading": (),
     "pathways": (),

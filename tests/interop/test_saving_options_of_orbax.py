@@ -19,6 +19,7 @@ from equality import assert_same
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1
+from orbax.checkpoint._src.path import atomicity
 from orbax.checkpoint._src.serialization import memory_regulator
 
 import orbax_async as ocp
@@ -393,3 +394,70 @@ def test_the_regulator_computes_what_that_of_orbax_computes() -> None:
             limits[-1].append(options.regulator.current_limit_bytes)
     assert limits[0] == pytest.approx(limits[1], rel=1e-9)
     assert len(set(limits[0])) > 50
+
+
+# --------------------------------------------------------------------------------- atomicity
+
+
+def under(library: Any, **options: Any) -> Any:
+    """Returns a context of one of the libraries with some options of atomicity."""
+    context = library.Context()
+    for name, value in options.items():
+        setattr(context.atomicity, name, value)
+    return context
+
+
+@pytest.mark.parametrize("mode", ["commit_file", "atomic_rename", "auto"])
+def test_either_mode_of_one_library_suits_the_other(mode: str, tmp_path: Path) -> None:
+    """What one commits in a mode, the other accepts in the same mode, and in each other one."""
+    state = {"w": np.arange(4)}
+    for writer, library in LIBRARIES.items():
+        with under(library, mode=mode):
+            library.save(tmp_path / writer, state)
+            library.save(tmp_path / writer, state, overwrite=True)
+        for reader in LIBRARIES.values():
+            for other in ("commit_file", "atomic_rename"):
+                with under(reader, mode=other):
+                    assert reader.is_orbax_checkpoint(tmp_path / writer)
+                    assert_same(reader.load(tmp_path / writer), state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(LIBRARIES)
+
+
+def test_both_refuse_what_lacks_the_proof(tmp_path: Path) -> None:
+    """A checkpoint without `commit_success.txt` is one in no COMMIT_FILE reader's eyes."""
+    ocp.save(tmp_path / "c", {"w": np.arange(4)})
+    (tmp_path / "c" / "commit_success.txt").unlink()
+    for library in LIBRARIES.values():
+        with under(library, mode="commit_file"):
+            assert not library.is_orbax_checkpoint(tmp_path / "c")
+            with pytest.raises(ValueError, match="recognize the checkpoint"):
+                library.load(tmp_path / "c")
+        with under(library, mode="commit_file", allow_legacy_atomic_rename=True):
+            assert_same(library.load(tmp_path / "c"), {"w": np.arange(4)})
+
+
+def test_what_orbax_left_in_place_can_be_overwritten(tmp_path: Path) -> None:
+    """A save of Orbax that died in place leaves a directory that overwrite=True replaces."""
+    with under(v1, mode="commit_file"):
+        v1.save(tmp_path / "c", {"w": np.arange(3)})
+    (tmp_path / "c" / "commit_success.txt").unlink()
+    (tmp_path / "c" / "_CHECKPOINT_METADATA").unlink()
+    with pytest.raises(ocp.errors.DestinationExistsError):
+        ocp.save(tmp_path / "c", {"w": np.arange(4)}, overwrite=True)
+    with under(ocp, mode="commit_file"):
+        ocp.save(tmp_path / "c", {"w": np.arange(4)}, overwrite=True)
+    assert_same(v1.load(tmp_path / "c"), {"w": np.arange(4)})
+
+
+@pytest.mark.parametrize(
+    "kind, mode",
+    [
+        (atomicity.CommitFileTemporaryPath, "commit_file"),
+        (atomicity.AtomicRenameTemporaryPath, "atomic_rename"),
+    ],
+)
+def test_the_classes_of_orbax_stand_for_its_modes(kind: type, mode: str) -> None:
+    """`temporary_path_class`, as in older versions, takes Orbax's own classes."""
+    context = ocp.Context()
+    with pytest.warns(DeprecationWarning, match=f"atomicity.mode = '{mode}'"):
+        context.file.temporary_path_class = kind

@@ -308,18 +308,9 @@ def snapshot(default: Context | None = None) -> Context:
 _UNBUILT: dict[str, tuple[object, ...]] = {
     # Options whose effect does not exist yet: a field, or a group with all its fields. The values
     # listed are refused; an empty tuple refuses every value but the default.
-    "atomicity.mode": (options.AtomicityMode.COMMIT_FILE,),
-    "atomicity.allow_legacy_atomic_rename": (),
-    "file.temporary_path_class": (),
-    "pytree.saving.pytree_metadata_options.support_rich_types": (),
     "pytree.loading.partial_load": (),
-    "array.saving.storage_options": (),
-    "array.saving.scoped_storage_options_creator": (),
-    "array.saving.enable_replica_parallel_separate_folder": (),
     "array.loading": (),
     "pathways": (),
-    "memory.regulator_options": (),
-    "memory.expected_surge_bytes": (),
     "memory.serialization_status_callback": (),
     "safetensors": (),
     "checkpoint_layout": (options.CheckpointLayout.SAFETENSORS,),

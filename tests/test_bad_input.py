@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import orbax_async as ocp
 from orbax_async import errors
+from orbax_async.options import CheckpointingImpl
 
 STATE = {"w": jnp.arange(6.0).reshape(2, 3), "n": np.arange(4), "step": 7, "name": "run"}
 
@@ -646,12 +647,12 @@ def test_an_option_without_effect_starts_nothing(tmp_path: Path) -> None:
     """An option without effect is refused by its path, before anything is written."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    context.atomicity.mode = "commit_file"
+    context.pathways.checkpointing_impl = CheckpointingImpl.PERSISTENCE
     with context, pytest.raises(errors.UnsupportedOptionError) as caught:
         ocp.save_async(tmp_path / "checkpoint", STATE)
     assert isinstance(caught.value, NotImplementedError)
     assert "pytree.loading.partial_load" in str(caught.value)
-    assert "atomicity.mode" in str(caught.value)
+    assert "pathways.checkpointing_impl" in str(caught.value)
     assert os.listdir(tmp_path) == []
 
 

@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 
 import anyio
 
+from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit import atomicity
 from orbax_async._engine import loop
 from orbax_async._storage import files, names
 from orbax_async._trace import logger
+from orbax_async.options import AtomicityMode
+from orbax_async.options._file_options import mode_of_temporary_path
 from orbax_async.path import pathlike
 
 __all__ = [
@@ -22,11 +25,13 @@ __all__ = [
     "Located",
     "check_deletable",
     "check_name",
+    "commit_mode",
     "contents",
     "find",
     "in_deletion",
     "is_orbax_checkpoint",
     "locate",
+    "may_be_replaced",
     "name_in_deletion",
     "read_whole",
     "when_settled",
@@ -181,8 +186,52 @@ def check_deletable(path: str) -> None:
         )
 
 
+def commit_mode(options: ambient.Context) -> AtomicityMode:
+    """Returns how checkpoints are committed, and recognized as such, under some options.
+
+    Raises:
+      ValueError: the older option and the newer one ask for different things.
+    """
+    mode, older = options.atomicity.mode, options.file.temporary_path_class
+    if older is None:
+        return mode
+    older_mode = mode_of_temporary_path(older)
+    if mode not in (AtomicityMode.AUTO, older_mode):
+        raise ValueError(
+            f"file.temporary_path_class asks for {older_mode!r}, and atomicity.mode for {mode!r}; "
+            "leave out the former, which is deprecated"
+        )
+    return older_mode
+
+
+def may_be_replaced(path: str) -> bool:
+    """Says whether a path holds a checkpoint, or what a save of Orbax in place has left of one."""
+    if _contents_problem(path) is None:
+        return True
+    is_in_place = commit_mode(ambient.current()) is AtomicityMode.COMMIT_FILE
+    marker = files.read_bytes(os.path.join(path, names.CHECKPOINT_MARKER)) if is_in_place else None
+    return marker == b"" and not _has(path, names.COMMIT_MARKER)
+
+
 def _problem(path: str) -> str | None:
     """Returns why a path holds no checkpoint, or None if it does."""
+    problem = _contents_problem(path)
+    options = ambient.current()
+    if (
+        problem is None
+        and commit_mode(options) is AtomicityMode.COMMIT_FILE
+        and not options.atomicity.allow_legacy_atomic_rename
+        and not _has(path, names.COMMIT_MARKER)
+    ):
+        return (
+            f"it has no {names.COMMIT_MARKER}, which atomicity.mode = 'commit_file' asks for: its "
+            "save has not finished, or has renamed it into place. Set "
+            "atomicity.allow_legacy_atomic_rename to load the latter."
+        )
+    return problem
+
+
+def _contents_problem(path: str) -> str | None:
     if not os.path.lexists(path):
         return "there is no such directory. Check the path."
     if not os.path.isdir(path):

@@ -8,12 +8,16 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import anyio
+
 from orbax_async import context as ambient
 from orbax_async._api import layout, perform
 from orbax_async._api.response import AsyncResponse
 from orbax_async._api.turns import Turn
 from orbax_async._api.writing import Save, WhenCommitted, check_destination
+from orbax_async._engine import loop
 from orbax_async._storage import names
+from orbax_async._trace import logger
 from orbax_async.handlers import resolve, tiers
 from orbax_async.handlers.documents import MetricsHandler
 from orbax_async.handlers.operation import Operation
@@ -274,23 +278,45 @@ def _start(
         check_destination(final, overwrite=overwrite)
     after = None if of_run is None else of_run.may_write
     turn = Turn(final, overwrite=overwrite, after=after)
-    saving = Save(doing, final, parts, metadata, overwrite, turn)
+    end_profile = None
     try:
+        doing, end_profile = doing.regulated()
+        saving = Save(doing, final, parts, metadata, overwrite, turn)
+        body = saving.run if of_run is None else _of_run(saving, of_run)
         return perform.start(
             f"save to {final}",
             doing,
-            saving.run if of_run is None else _of_run(saving, of_run),
+            body if end_profile is None else _profiled(body, end_profile),
             timeout_secs=options.asynchronous.timeout_secs,
             when_ended=turn.end,
         )
     except BaseException:
         turn.end()
+        if end_profile is not None:
+            end_profile()
         raise
 
 
-def _of_run(
-    saving: Save, of_run: OfRun
-) -> Callable[[perform.Control, AsyncResponse[Any]], Awaitable[Any]]:
+_Body = Callable[[perform.Control, AsyncResponse[Any]], Awaitable[Any]]
+
+
+def _profiled(body: _Body, end_profile: Callable[[], None]) -> _Body:
+    """Makes a save end the measurement of its memory, however it ends itself."""
+
+    async def run(control: perform.Control, response: AsyncResponse[Any]) -> Any:
+        try:
+            return await body(control, response)
+        finally:
+            with anyio.CancelScope(shield=True):
+                try:
+                    await loop.to_worker(end_profile)
+                except Exception:
+                    logger.exception("the profiler of RegulatorOptions failed")
+
+    return run
+
+
+def _of_run(saving: Save, of_run: OfRun) -> _Body:
     async def run(control: perform.Control, response: AsyncResponse[Any]) -> bool:
         return await of_run.around(lambda then: saving.run(control, response, then))
 

@@ -15,12 +15,14 @@ from orbax_async._api import layout, perform
 from orbax_async._api.response import AsyncResponse
 from orbax_async._api.turns import Turn
 from orbax_async._commit import atomicity, finalize
+from orbax_async._commit.places import Beside, InPlace, Place
 from orbax_async._engine import loop
 from orbax_async._storage import files
 from orbax_async._trace import logger
 from orbax_async.handlers import tiers
 from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.resolve import Part
+from orbax_async.options import AtomicityMode
 from orbax_async.path import Path
 
 __all__ = ["Save", "WhenCommitted", "check_destination"]
@@ -32,6 +34,7 @@ _SWEEP_GRACE_SECS = 1.0
 def check_destination(final: str, *, overwrite: bool) -> None:
     """Raises what can be known to go wrong before any value is captured."""
     atomicity.recover(final)
+    atomicity.clear_abandoned(final)
     if os.path.lexists(final):
         if layout.name_in_deletion(final) is not None:
             raise errors.DeletionInProgressError(
@@ -43,7 +46,7 @@ def check_destination(final: str, *, overwrite: bool) -> None:
                 f"Destination {final} already exists. Save elsewhere, or with overwrite=True."
             )
         is_empty = os.path.isdir(final) and not any(True for _ in files.scan(final))
-        if os.path.islink(final) or not (is_empty or layout.is_orbax_checkpoint(final)):
+        if os.path.islink(final) or not (is_empty or layout.may_be_replaced(final)):
             raise errors.DestinationExistsError(
                 f"Destination {final} already exists and is no checkpoint: overwrite=True replaces "
                 "checkpoints only. Remove it yourself, or save elsewhere."
@@ -107,8 +110,8 @@ class Save:
         self._overwrite = overwrite
         self._turn = turn
         self._init_nsecs = time.time_ns()
-        self._made_parents: list[str] = []
-        self._temporary = ""
+        is_in_place = layout.commit_mode(doing.context) is AtomicityMode.COMMIT_FILE
+        self._place: Place = InPlace(final) if is_in_place else Beside(final)
 
     async def run(
         self,
@@ -137,8 +140,10 @@ class Save:
 
     async def _agree_on_paths(self) -> None:
         processes = self._doing.processes
-        own = [self._final, await loop.to_worker(atomicity.temporary_path, self._final)]
-        final, self._temporary = json.loads(await processes.broadcast("paths", json.dumps(own)))
+        await loop.to_worker(self._place.choose)
+        own = [self._final, self._place.directory]
+        told = json.loads(await processes.broadcast("paths", json.dumps(own)))
+        final, self._place.directory = told
         if final != self._final:
             raise errors.MultihostError(
                 f"Directory path mismatch in multi-process save: {final} on process "
@@ -147,7 +152,7 @@ class Save:
 
     async def _write(self, response: AsyncResponse[Any]) -> None:
         created = anyio.Event()
-        directory = _Awaited(Path(self._temporary), created)
+        directory = _Awaited(Path(self._place.directory), created)
         if not self._options.asynchronous.create_directories_asynchronously:
             await self._create(created)
         async with anyio.create_task_group() as group:
@@ -168,8 +173,13 @@ class Save:
         created.set()
 
     def _create_directories(self) -> None:
-        mode = self._options.file.path_permission_mode
-        self._made_parents = atomicity.create(self._temporary, list(self._typestrs), mode=mode)
+        if self._place.is_in_place:  # what is set aside must be one that may be replaced
+            check_destination(self._final, overwrite=self._overwrite)
+        self._place.create(
+            list(self._typestrs),
+            mode=self._options.file.path_permission_mode,
+            overwrite=self._overwrite,
+        )
 
     async def _commit(self, control: perform.Control) -> None:
         """Steps 2 to 5 of `_commit.finalize`; the primary takes them once nobody can back out."""
@@ -192,10 +202,11 @@ class Save:
         loop.spawn(self._sweep, label="sweep", exit_grace_secs=_SWEEP_GRACE_SECS, is_told_of=False)
 
     async def _make_durable(self) -> None:
-        with self._doing.recorder.span("documents"):
-            await loop.to_worker(self._write_documents)
+        if not self._place.is_in_place:
+            with self._doing.recorder.span("documents"):
+                await loop.to_worker(self._write_all_documents)
         with self._doing.recorder.span("sync"):
-            paths, directories = await loop.to_worker(files.walk, self._temporary)
+            paths, directories = await loop.to_worker(files.walk, self._place.directory)
             share = max(1, -(-len(paths) // _SYNCS_AT_ONCE))
             async with anyio.create_task_group() as group:
                 for start in range(0, len(paths), share):
@@ -209,29 +220,32 @@ class Save:
 
     def _write_documents(self) -> None:
         finalize.write_root_documents(
-            self._temporary,
+            self._place.directory,
             self._final,
             self._typestrs,
             init_nsecs=self._init_nsecs,
             custom_metadata=self._custom_metadata,
         )
 
+    def _write_all_documents(self) -> None:
+        self._write_documents()
+        finalize.write_marker(self._place.directory)
+        finalize.write_commit_marker(self._place.directory, self._final)
+
     def _publish(self) -> str | None:
-        parents = [os.path.dirname(made) for made in reversed(self._made_parents)]
-        finalize.sync_directories(parents, self._final)
-        if self._overwrite:  # what is there now may have come after the first look, or without one
+        # What is there now may have come after the first look, or without one.
+        if self._overwrite and not self._place.is_in_place:
             check_destination(self._final, overwrite=True)
-        return atomicity.publish(self._temporary, self._final, overwrite=self._overwrite)
+        return self._place.publish(self._write_documents, overwrite=self._overwrite)
 
     def _undo(self) -> None:
-        """Removes what was written, and parents that were made for it."""
-        if not self._temporary or not self._doing.processes.is_primary:
+        """Leaves everything as it was."""
+        if not self._doing.processes.is_primary:
             return
         try:
-            atomicity.discard(self._temporary)
+            self._place.undo()
         except OSError as error:
-            logger.warning("%s could not be removed: %s", self._temporary, error)
-        atomicity.remove_empty(self._made_parents)
+            logger.warning("%s could not be removed: %s", self._place.directory, error)
 
     async def _sweep(self) -> None:
         try:

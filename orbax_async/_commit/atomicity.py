@@ -29,6 +29,7 @@ import functools
 import hashlib
 import itertools
 import os
+import re
 import socket
 import sys
 import time
@@ -38,8 +39,10 @@ from orbax_async import errors
 from orbax_async._storage import files, names
 
 __all__ = [
+    "clear_abandoned",
     "create",
     "discard",
+    "is_abandoned_in_place",
     "publish",
     "recover",
     "remove_empty",
@@ -106,18 +109,20 @@ def _parse(path: str) -> _Leftover | None:
     match = names.OWNED_TEMPORARY.fullmatch(name)
     if match is None:
         return None
-    pid = int(match["pid"])
-    if match["host"] == _host():
-        is_abandoned = not _is_alive(pid, int(match["started"]))
-    else:
-        is_abandoned = _is_older_than(path, _FOREIGN_LEFTOVER_SECS)
     return _Leftover(
         path=path,
         final=os.path.join(parent, match["checkpoint"]),
         use=match["use"],
-        is_owned_here=match["host"] == _host() and pid == os.getpid(),
-        is_abandoned=is_abandoned,
+        is_owned_here=match["host"] == _host() and int(match["pid"]) == os.getpid(),
+        is_abandoned=_is_abandoned(match, path),
     )
+
+
+def _is_abandoned(owned: re.Match[str], path: str) -> bool:
+    """Says whether the owner of what lies at `path` is gone, as far as that can be known."""
+    if owned["host"] == _host():
+        return not _is_alive(int(owned["pid"]), int(owned["started"]))
+    return _is_older_than(path, _FOREIGN_LEFTOVER_SECS)
 
 
 def _is_older_than(path: str, secs: float) -> bool:
@@ -154,6 +159,8 @@ def create(temporary: str, names_inside: Sequence[str], *, mode: int | None = No
             try:
                 os.mkdir(path)
             except FileExistsError:
+                if path.startswith(temporary):
+                    raise
                 continue  # another save has just made the same parent
             made.append(path)
         if mode is not None:
@@ -257,7 +264,11 @@ def recover(final: str) -> bool:
       CommitError: what was set aside can't be renamed back.
     """
     if os.path.lexists(final):
-        return False
+        if not is_abandoned_in_place(final):
+            return False
+        if not any(each.use == "old" and each.is_abandoned for each in _leftovers(final)):
+            return False
+        clear_abandoned(final)
     asides = [each for each in _leftovers(final) if each.use == "old"]
     for aside in asides:
         if aside.is_abandoned:
@@ -275,6 +286,27 @@ def recover(final: str) -> bool:
                 ) from error
             return False
     return bool(asides)
+
+
+def is_abandoned_in_place(final: str) -> bool:
+    """Says whether a process that has died was writing a checkpoint in place."""
+    if os.path.lexists(os.path.join(final, names.COMMIT_MARKER)):
+        return False
+    try:
+        owner = files.read_bytes(os.path.join(final, names.CHECKPOINT_MARKER))
+    except OSError:
+        return False
+    match = names.OWNED_TEMPORARY.fullmatch((owner or b"").decode(errors="replace"))
+    return match is not None and _is_abandoned(match, final)
+
+
+def clear_abandoned(final: str) -> None:
+    """Removes what a process that has died was writing in place, if it did."""
+    if is_abandoned_in_place(final):
+        hidden = temporary_path(final)
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            os.rename(final, hidden)
+            discard(hidden)
 
 
 def _leftovers(final: str | None, parent: str | None = None) -> list[_Leftover]:
@@ -306,7 +338,9 @@ def sweep(parent: str) -> list[str]:
     for leftover in _leftovers(None, parent):
         if not leftover.is_abandoned:
             continue
-        if leftover.use == "old" and not os.path.lexists(leftover.final):
+        if leftover.use == "old" and (
+            not os.path.lexists(leftover.final) or is_abandoned_in_place(leftover.final)
+        ):
             recover(leftover.final)
             continue
         discard(leftover.path)

@@ -6,7 +6,8 @@ Rules
 
 Theory of operation
   1. Handlers have written their directories; nothing is synced yet.
-  2. The checkpoint's own documents are written, the commit marker last.
+  2. The checkpoint's own documents are written, the commit marker last. (A save in place writes
+     them in step 4, each synced before the next; see `places`.)
   3. Every file is synced, several at once, then every directory, the deepest first: an entry is
      durable only once its directory is.
   4. The temporary directory is published. This is the commit point: what was asked to stop before
@@ -28,7 +29,14 @@ from typing import Any
 from orbax_async import errors
 from orbax_async._storage import files, names
 
-__all__ = ["checkpoint_document", "sync_directories", "sync_files", "write_root_documents"]
+__all__ = [
+    "checkpoint_document",
+    "sync_directories",
+    "sync_files",
+    "write_commit_marker",
+    "write_marker",
+    "write_root_documents",
+]
 
 
 def checkpoint_document(
@@ -59,7 +67,7 @@ def write_root_documents(
     init_nsecs: int,
     custom_metadata: Mapping[str, Any] | None,
 ) -> None:
-    """Writes the documents at the root of a checkpoint; the commit marker comes last."""
+    """Writes the metadata at the root of a checkpoint."""
     document = checkpoint_document(
         handlers,
         init_nsecs=init_nsecs,
@@ -68,12 +76,30 @@ def write_root_documents(
     )
     try:
         files.write_bytes(os.path.join(directory, names.CHECKPOINT_METADATA), document)
-        files.write_bytes(os.path.join(directory, names.CHECKPOINT_MARKER), b"")
-        marker = f"Checkpoint commit was successful to {final}".encode()
-        files.write_bytes(os.path.join(directory, names.COMMIT_MARKER), marker)
     except OSError as error:
         raise errors.CommitError(
             f"cannot write the documents of {final}: {error.strerror or error}"
+        ) from error
+
+
+def write_marker(directory: str, content: str = "") -> None:
+    """Writes the file that tells a checkpoint of version 1 by its name."""
+    try:
+        files.write_bytes(os.path.join(directory, names.CHECKPOINT_MARKER), content.encode())
+    except OSError as error:
+        raise errors.CommitError(
+            f"cannot write {names.CHECKPOINT_MARKER} in {directory}: {error.strerror or error}"
+        ) from error
+
+
+def write_commit_marker(directory: str, final: str) -> None:
+    """Writes the document that says that a checkpoint is whole; the last one of all."""
+    marker = f"Checkpoint commit was successful to {final}".encode()
+    try:
+        files.write_bytes(os.path.join(directory, names.COMMIT_MARKER), marker)
+    except OSError as error:
+        raise errors.CommitError(
+            f"cannot write the commit marker of {final}: {error.strerror or error}"
         ) from error
 
 

@@ -11,8 +11,8 @@ Theory of operation
 
   Shards with equal boxes are replicas, in the order of their device ids. One replica writes; or,
   with replica-parallel saving, the box is divided along its first axis that the number of
-  replicas divides, and each replica writes one part. Every piece of a leaf has the same shape,
-  which is then the leaf's chunk shape on disk.
+  replicas divides, and each replica writes one part. Every piece of a leaf has the same shape;
+  it is a whole number of the leaf's chunks on disk, most often one.
 
   Requests are put into batches: the unit that is staged, written and committed together. Batches
   keep the order of the requests, prioritized leaves first.
@@ -35,6 +35,7 @@ __all__ = [
     "batches",
     "box_nbytes",
     "box_shape",
+    "chunk_shape",
     "plan_writes",
     "read_regions",
     "whole",
@@ -155,6 +156,46 @@ def write_shape(leaf: LeafSpec, policy: ReplicaParallel | None) -> tuple[int, ..
     for box, replicas in _replicas(leaf):
         return box_shape(_parts(box, len(replicas), leaf.itemsize, policy)[0])
     return leaf.shape
+
+
+def chunk_shape(
+    shape: Sequence[int],
+    write_shape: Sequence[int],
+    *,
+    max_count: int | None,
+    axes: Sequence[int] = (),
+) -> tuple[int, ...]:
+    """Returns the shape of the chunks into which each piece is divided: the one Orbax chooses.
+
+    A chunk has one element along each of `axes`. While it has too many, the longest axis that is
+    divided already, into pieces or chunks, goes down to its next divisor; axes that are not
+    divided follow when those are.
+
+    Args:
+      shape: of the array.
+      write_shape: of its pieces.
+      max_count: the most elements of a chunk, one at least; None for no limit.
+      axes: see above.
+    """
+    sides = [max(1, side) for side in write_shape]
+    smaller = [_proper_divisors(side) for side in sides]  # what each axis can go down to
+    divided = [side != whole for side, whole in zip(sides, shape, strict=True)]
+    for axis in axes:
+        divided[axis] |= sides[axis] > 1
+        sides[axis] = 1
+    while max_count is not None and math.prod(sides) > max_count:
+        longest = max(range(len(sides)), key=lambda axis: (divided[axis], sides[axis], -axis))
+        if divided[longest] and sides[longest] > 1:
+            sides[longest] = smaller[longest].pop()
+        else:
+            divided = [True] * len(sides)
+    return tuple(sides)
+
+
+def _proper_divisors(number: int) -> list[int]:
+    """Returns the divisors of a number that are less than itself, in ascending order."""
+    low = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
+    return sorted({*low, *(number // each for each in low)} - {number})
 
 
 def plan_writes(

@@ -10,9 +10,10 @@ returns every reservation.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import anyio
@@ -43,8 +44,9 @@ class WritableLeaf:
       label: its key path, for messages.
       name: its stored name.
       shape: its global shape.
-      chunk_shape: the shape of its pieces.
+      chunk_shape: the shape of its chunks; a piece is a whole number of them, most often one.
       dtype: its dtype on disk.
+      cast: the dtype to which its values are cast; None where they stay as they are.
       mode: how its values are captured.
       has_one_shard: whether its array is a single one, to be captured without looking for a shard.
       encoding: how it is stored; None where its first piece decides.
@@ -56,10 +58,19 @@ class WritableLeaf:
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    cast: np.dtype[Any] | None
     mode: Mode
     has_one_shard: bool
     encoding: zarr.Encoding | None
     min_saving: float
+
+    def stored(self, piece: Piece) -> np.ndarray[Any, Any]:
+        """Returns a piece as elements of the dtype on disk."""
+        array = np.asarray(piece)
+        if self.cast is not None:
+            with np.errstate(all="ignore"):  # what does not fit becomes what the dtype makes of it
+                array = array.astype(self.cast, copy=False)
+        return array if array.dtype == self.dtype else array.view(self.dtype)
 
     def document(self, encoding: zarr.Encoding, *, zarr3: bool) -> bytes:
         """Returns the array's metadata document."""
@@ -97,8 +108,9 @@ class WriteBatch:
       requests: in the order of the plan.
       nbytes: the bytes of all of them.
       staging_nbytes: the bytes of those that take memory to capture, and are not prioritized.
-      keys: of each request, the key of its chunk.
+      keys: of each request, the key of its chunk; None where its piece is several chunks.
       first_of: the leaves that have their first piece here, whose documents go with it.
+      is_separate: whether it is written to the database of what replicas share.
     """
 
     def __init__(
@@ -108,24 +120,41 @@ class WriteBatch:
         first_of: list[int],
         *,
         zarr3: bool,
+        is_separate: bool = False,
     ) -> None:
         self.requests = requests
         self.first_of = first_of
+        self.is_separate = is_separate
         self.nbytes = sum(request.nbytes for request in requests)
         self.staging_nbytes = sum(
             request.nbytes
             for request in requests
             if request.priority and leaves[request.leaf].mode != "view"
         )
-        self.keys = []
-        for request in requests:
-            leaf = leaves[request.leaf]
-            index = _chunk_index(leaf, request.box)
-            self.keys.append(zarr.chunk_key(leaf.name, index, zarr3=zarr3))
+        self.keys = [_only_key(leaves[request.leaf], request.box, zarr3) for request in requests]
 
 
-def _chunk_index(leaf: WritableLeaf, box: plan.Box) -> list[int]:
-    return [start // side for (start, _), side in zip(box, leaf.chunk_shape, strict=True)]
+def _only_key(leaf: WritableLeaf, box: plan.Box, zarr3: bool) -> str | None:
+    if plan.box_shape(box) != leaf.chunk_shape:
+        return None
+    index = [start // side for (start, _), side in zip(box, leaf.chunk_shape, strict=True)]
+    return zarr.chunk_key(leaf.name, index, zarr3=zarr3)
+
+
+def _chunks(
+    leaf: WritableLeaf, box: plan.Box, piece: np.ndarray[Any, Any]
+) -> Iterator[tuple[list[int], np.ndarray[Any, Any]]]:
+    """Yields the chunks of a piece: where each lies in the grid of chunks, and its elements."""
+    sides = leaf.chunk_shape
+    grid = [
+        range(start // side, stop // side) for (start, stop), side in zip(box, sides, strict=True)
+    ]
+    for index in itertools.product(*grid):
+        within = tuple(
+            slice(at * side - start, (at + 1) * side - start)
+            for at, side, (start, _) in zip(index, sides, box, strict=True)
+        )
+        yield list(index), piece[within]
 
 
 class WritePlan:
@@ -137,6 +166,7 @@ class WritePlan:
       batch_nbytes: how many bytes a batch holds, unless a single piece is larger.
       writes_documents: whether this process writes the arrays' metadata documents.
       zarr3: which version of zarr.
+      separate: the leaves that go to a database of their own.
     """
 
     def __init__(
@@ -147,6 +177,7 @@ class WritePlan:
         batch_nbytes: int,
         writes_documents: bool,
         zarr3: bool,
+        separate: Collection[int] = (),
     ) -> None:
         self.leaves = leaves
         self.zarr3 = zarr3
@@ -155,15 +186,20 @@ class WritePlan:
         # no piece follow in a last batch of documents alone.
         undocumented = set(range(len(leaves))) if writes_documents else set()
         self.batches = []
-        for batch in plan.batches(requests, batch_nbytes):
-            here = dict.fromkeys(request.leaf for request in batch)
-            first_of = [leaf for leaf in here if leaf in undocumented]
-            undocumented.difference_update(first_of)
-            self.batches.append(WriteBatch(batch, leaves, first_of, zarr3=zarr3))
+        kinds = itertools.groupby(requests, lambda request: request.leaf in separate)
+        for is_separate, alike in kinds if separate else [(False, requests)]:
+            for batch in plan.batches(alike, batch_nbytes):
+                here = dict.fromkeys(request.leaf for request in batch)
+                first_of = [leaf for leaf in here if leaf in undocumented]
+                undocumented.difference_update(first_of)
+                self.batches.append(
+                    WriteBatch(batch, leaves, first_of, zarr3=zarr3, is_separate=is_separate)
+                )
         if undocumented:
             self.batches.append(WriteBatch([], leaves, sorted(undocumented), zarr3=zarr3))
         self.leaf_count = len(self.pieces) + len(undocumented)
         self.nbytes = sum(batch.nbytes for batch in self.batches)
+        self.kinds = sorted({False, *(batch.is_separate for batch in self.batches)})
 
 
 class SavePipeline:
@@ -199,18 +235,24 @@ class SavePipeline:
         self._is_syncing = False
         recorder.add(leaves_planned=write_plan.leaf_count, bytes_planned=write_plan.nbytes)
 
-    async def run(self, open_store: Callable[[], Any]) -> None:
-        """Runs to the end; `open_store` awaits the directory and returns its `ArrayStore`."""
-        store_ready = anyio.Event()
-        store: list[ArrayStore] = []
+    async def run(self, open_store: Callable[[bool], Any]) -> None:
+        """Runs to the end.
 
-        async def prepare_store() -> None:
-            store.append(await open_store())
-            store_ready.set()
+        Args:
+          open_store: awaits the directory, and returns the `ArrayStore` of everything else, or of
+            what is separate.
+        """
+        stores_ready = anyio.Event()
+        stores: dict[bool, ArrayStore] = {}
+
+        async def prepare_stores() -> None:
+            for is_separate in self._plan.kinds:
+                stores[is_separate] = await open_store(is_separate)
+            stores_ready.set()
 
         async def write_batch(batch: WriteBatch, pieces: list[Piece]) -> None:
             try:
-                await store_ready.wait()
+                await stores_ready.wait()
                 if not self._writes_while_staging:
                     await self.staged.wait()
                 async with (
@@ -218,7 +260,7 @@ class SavePipeline:
                     self.write_budget.reserve(batch.nbytes),
                 ):
                     with self._recorder.span("write", batch.nbytes):
-                        await self._write(store[0], batch, pieces)
+                        await self._write(stores[batch.is_separate], batch, pieces)
             finally:
                 pieces.clear()
                 self.transfer_budget.release(batch.staging_nbytes)
@@ -228,7 +270,7 @@ class SavePipeline:
         try:
             with errors.ungrouped():
                 async with anyio.create_task_group() as group:
-                    group.start_soon(prepare_store)
+                    group.start_soon(prepare_stores)
                     for batch in self._plan.batches:
                         await self.transfer_budget.acquire(batch.staging_nbytes)
                         try:
@@ -312,20 +354,26 @@ class SavePipeline:
         for request, key, piece in zip(batch.requests, batch.keys, pieces, strict=True):
             leaf = self._leaves[request.leaf]
             try:
-                array = np.asarray(piece)
-                if array.dtype != leaf.dtype:
-                    array = array.view(leaf.dtype)
+                array = leaf.stored(piece)
                 encoding = leaf.encoding or self._encoding(request.leaf, array)
-                if encoding == "stored":
+                if encoding == "stored" and key is not None:
                     values[key] = zarr.encode_stored(array)
+                    continue
+                if encoding == "stored":
+                    for index, chunk in _chunks(leaf, request.box, array):
+                        chunk_key = zarr.chunk_key(leaf.name, index, zarr3=self._plan.zarr3)
+                        values[chunk_key] = zarr.encode_stored(chunk)
                     continue
                 document = leaf.document(encoding, zarr3=self._plan.zarr3)
                 pending.append(
                     store.put_chunk(transaction, leaf.name, document, request.box, array)
                 )
-                if encoding == "raw" and is_read_directly and array.flags.c_contiguous:
-                    index = _chunk_index(leaf, request.box)
-                    values[zarr.checksums_key(leaf.name, index)] = zarr.block_checksums(array)
+                if encoding == "raw" and is_read_directly:
+                    for index, chunk in _chunks(leaf, request.box, array):
+                        whole = np.ascontiguousarray(chunk) if key is None else chunk
+                        if whole.flags.c_contiguous:  # not worth a copy of all of it
+                            sums = zarr.block_checksums(whole)
+                            values[zarr.checksums_key(leaf.name, index)] = sums
             except Exception as error:
                 raise errors.WriteError(leaf.label, f"cannot be written: {error}") from error
         for first in batch.first_of:

@@ -21,6 +21,7 @@ ARRAY_METADATAS = "array_metadatas"
 OCDBT_MANIFEST = "manifest.ocdbt"
 OCDBT_DATA = "d"
 PROCESS_DATABASE = "ocdbt.process_{}"
+PROCESS_REPLICA_DATABASE = "ocdbt.process_replica_{}"
 PROCESS_METADATA = "process_{}"
 
 # Names that a checkpointable cannot have.

@@ -18,6 +18,7 @@ from orbax_async import errors
 from orbax_async.handlers import leaves
 from orbax_async.handlers.leaves import Described, LeafForm
 from orbax_async.tree import schema, structure
+from orbax_async.tree.keypath import JaxKeyPath
 
 __all__ = ["PreparedTree", "TreeForm", "prepare"]
 
@@ -30,12 +31,14 @@ class TreeForm:
     Attributes:
       leaves: all of them.
       arrays: those that are stored as arrays.
+      stored: how those are stored, by what that depends on.
       plans: what was planned for saving them, by what the plan depends on.
     """
 
     def __init__(self, forms: list[LeafForm]) -> None:
         self.leaves = forms
         self.arrays = [leaf for leaf in forms if leaf.shape is not None]
+        self.stored: dict[Hashable, Any] = {}
         self.plans: dict[Hashable, Any] = {}
         self._with_values = [leaf for leaf in forms if leaf.has_value]
         # Their arrays are stored as they are; of the others a stored value is made each time.
@@ -62,12 +65,16 @@ class PreparedTree:
 
     Attributes:
       form: its form.
+      state: the state itself.
       arrays: the arrays to store, in the order of `form.arrays`.
+      stored: how each of them is stored, once that is found.
       strings: the document of its strings, if it has any.
     """
 
-    def __init__(self, form: TreeForm, described: list[Described]) -> None:
+    def __init__(self, form: TreeForm, described: list[Described], state: Any) -> None:
         self.form = form
+        self.state = state
+        self.stored: list[Any] = []
         self.arrays = [value for leaf, value in described if leaf.shape is not None]
         texts = {leaf.name: value for leaf, value in described if leaf.kind == schema.STRING}
         try:
@@ -76,6 +83,15 @@ class PreparedTree:
             raise errors.DuplicateLeafError(
                 "", f"the string leaves can't be stored together: {error}; rename a key"
             ) from None
+
+    def array_leaves(self) -> list[tuple[JaxKeyPath, Any]]:
+        """Returns jax's key path and the user's own leaf for each array, for callbacks."""
+        pairs, _ = structure.flatten_with_path(self.state)
+        return [
+            pair
+            for pair, leaf in zip(pairs, self.form.leaves, strict=True)
+            if leaf.shape is not None
+        ]
 
 
 _forms: dict[Hashable, TreeForm] = {}
@@ -87,7 +103,7 @@ def prepare(state: Any, *, as_files: bool, are_several: bool) -> PreparedTree:
     values, treedef = jax.tree_util.tree_flatten(state)
     key, form = _find(values, treedef, as_files, are_several)
     if form is not None:
-        return PreparedTree(form, form.describe(values))
+        return PreparedTree(form, form.describe(values), state)
     flat = structure.flatten(state)
     if all(not keys for keys, _ in flat.entries) and (
         not flat.entries or structure.empty_kind(flat.entries[0][1]) is not None
@@ -97,7 +113,7 @@ def prepare(state: Any, *, as_files: bool, are_several: bool) -> PreparedTree:
         )
     described = leaves.describe_all(flat.entries, as_files=as_files, are_several=are_several)
     form = TreeForm([leaf for leaf, _ in described])
-    prepared = PreparedTree(form, described)
+    prepared = PreparedTree(form, described, state)
     if key is not None and form.has_values_for(values):
         with _lock:
             _forms[key] = form

@@ -34,6 +34,7 @@ __all__ = [
     "LeafForm",
     "describe",
     "describe_all",
+    "disk_dtype",
     "is_prng_key",
     "shards_of",
     "summary",
@@ -82,14 +83,16 @@ class LeafForm:
         """Whether it is a leaf, not an empty node."""
         return self.shape is not None or self.kind == schema.STRING
 
-    def spec(self, index: int, *, host_process: int, is_prioritized: bool) -> plan.LeafSpec:
+    def spec(
+        self, index: int, *, host_process: int, is_prioritized: bool, itemsize: int
+    ) -> plan.LeafSpec:
         """Returns what the plan needs to know; host arrays belong to `host_process`."""
         assert self.shape is not None
         if self.sharding is not None:
             shards = shards_of(self.sharding, self.shape)
         else:
             shards = (plan.ShardSpec(-1, host_process, plan.whole(self.shape)),)
-        return plan.LeafSpec(index, self.shape, self.dtype.itemsize, shards, is_prioritized)
+        return plan.LeafSpec(index, self.shape, itemsize, shards, is_prioritized)
 
 
 Described = tuple[LeafForm, Any]  # with its array, its text, or None
@@ -122,7 +125,7 @@ def shards_of(
     )
 
 
-class _Unsupported(Exception):
+class _Unsupported(ValueError):
     """Why a leaf can't be stored."""
 
 
@@ -165,7 +168,7 @@ def _describe_jax(keys: KeyPath, value: jax.Array) -> Described:
     if is_prng_key(value):
         impl = str(jax.random.key_impl(value))
         value = jax.random.key_data(value)
-    dtype, logical = _disk_dtype(value.dtype)
+    dtype, logical = disk_dtype(value.dtype)
     if logical:
         private["logical_dtype"] = logical
     if not value.shape and value.weak_type:
@@ -215,7 +218,7 @@ def _host_leaf(
     *,
     is_mutable: bool = False,
 ) -> Described:
-    dtype, logical = _disk_dtype(array.dtype)
+    dtype, logical = disk_dtype(array.dtype)
     private = {"python_type": python_type, "logical_dtype": logical}
     private = {name: text for name, text in private.items() if text}
     form = LeafForm(keys, kind, array.shape, dtype, is_mutable=is_mutable, private=private)
@@ -257,8 +260,12 @@ def _describe_scalar(keys: KeyPath, value: Any) -> Described:
 
 
 @functools.cache
-def _disk_dtype(dtype: np.dtype[Any]) -> tuple[np.dtype[Any], str | None]:
-    """Returns the dtype on disk, and the name to record where it differs from the leaf's own."""
+def disk_dtype(dtype: np.dtype[Any]) -> tuple[np.dtype[Any], str | None]:
+    """Returns the dtype on disk, and the name to record where it differs from the leaf's own.
+
+    Raises:
+      ValueError: zarr can't hold it.
+    """
     if zarr.is_storable(dtype):
         return dtype, None
     try:

@@ -14,6 +14,7 @@ from orbax_async import multihost
 from orbax_async._engine import loop
 from orbax_async._engine.budget import ByteBudget
 from orbax_async._trace import Recorder
+from orbax_async.options import MemoryOptions
 
 __all__ = ["Operation", "current"]
 
@@ -72,13 +73,21 @@ class Operation:
             Recorder(),
             _holds_64_bits(),
             write_budget=ByteBudget(memory.write_concurrent_bytes),
-            transfer_budget=ByteBudget(
-                memory.write_concurrent_bytes
-                if memory.transfer_concurrent_bytes is None
-                else memory.transfer_concurrent_bytes
-            ),
+            transfer_budget=ByteBudget(_transfer_limit(memory)),
             read_budget=ByteBudget(memory.read_concurrent_bytes),
         )
+
+    def regulated(self) -> tuple[Operation, Callable[[], None] | None]:
+        """Moves the limit of transfers, if a regulator governs it, and begins to measure memory.
+
+        Returns:
+          The operation under the new limit; and what ends the measurement, if it has begun.
+        """
+        memory = self.context.memory
+        if memory.regulator_options is None:
+            return self, None
+        limit, end = memory.regulator_options.regulator.begin(memory.expected_surge_bytes)
+        return dataclasses.replace(self, transfer_budget=ByteBudget(limit)), end
 
     def background(self, function: Callable[[], Awaitable[None]]) -> loop.Background:
         """Runs a coroutine beside the handler that calls this, until it is joined.
@@ -101,6 +110,14 @@ class Operation:
         for running in list(self._running):
             await running.cancel()
         self._running.clear()
+
+
+def _transfer_limit(memory: MemoryOptions) -> int | None:
+    if memory.regulator_options is not None:
+        return memory.regulator_options.regulator.current_limit_bytes
+    if memory.transfer_concurrent_bytes is not None:
+        return memory.transfer_concurrent_bytes
+    return memory.write_concurrent_bytes
 
 
 def _holds_64_bits() -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._engine import loop
-from orbax_async.handlers import forms, leaves, operation, targets
+from orbax_async.handlers import forms, leaves, operation, storing, targets
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.reading import AbstractTree, Loading, read_metadata
 from orbax_async.handlers.saving import Saving
@@ -52,12 +52,15 @@ class PyTreeHandler:
         """
         if state is None:
             raise errors.UnsupportedLeafError("", "checkpointable must not be None for saving.")
-        processes = multihost.participants(self._options().multiprocessing.active_processes)
-        return forms.prepare(
+        options = self._options()
+        processes = multihost.participants(options.multiprocessing.active_processes)
+        prepared = forms.prepare(
             state,
-            as_files=not self._options().array.saving.use_ocdbt,
+            as_files=not options.array.saving.use_ocdbt,
             are_several=len(processes) > 1,
         )
+        prepared.stored = storing.choose(prepared, options.array.saving)
+        return prepared
 
     def validate_leaves_handleable(self, tree: Any) -> None:
         """Raises what `save` would raise for a tree; returns None for a good one."""
@@ -136,7 +139,7 @@ class PyTreeHandler:
 
     async def metadata(self, directory: Path) -> Any:
         """Returns the stored tree with each leaf's metadata, without reading array data."""
-        return await loop.to_worker(read_metadata, os.fspath(directory))
+        return await loop.to_worker(read_metadata, os.fspath(directory), self._options())
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether every leaf of a tree can be stored."""

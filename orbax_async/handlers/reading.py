@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from orbax_async import arrays, errors
@@ -13,12 +13,15 @@ from orbax_async._engine.load_pipeline import LoadPipeline, ReadableLeaf
 from orbax_async._storage import files, names, zarr
 from orbax_async._storage.kvstore import ArrayStore, holds_ocdbt
 from orbax_async.handlers import leaves, operation, targets
-from orbax_async.tree import keypath, schema, structure
+from orbax_async.tree import keypath, rich, schema, structure
+from orbax_async.tree.keypath import KeyPath
 from orbax_async.tree.structure import FlatTree
 
 __all__ = ["AbstractTree", "Loading", "read_metadata"]
 
 _BATCH_NBYTES = 64 << 20
+
+Entries = Iterable[tuple[KeyPath, Any]]
 
 # What reading a document raises that has another form than it should.
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
@@ -60,6 +63,23 @@ class _Stored:
             raise errors.InvalidLayoutError(
                 f"{directory} is damaged: {names.OCDBT_MANIFEST} is missing"
             )
+
+    def nest_for(self, options: ambient.Context) -> Callable[[Entries], Any]:
+        """Returns what builds the tree: of plain containers, or of those that were recorded."""
+        text = self.tree.rich
+        if text is None or not options.pytree.saving.pytree_metadata_options.support_rich_types:
+            return structure.nest
+
+        def nest(entries: Entries) -> Any:
+            try:
+                return rich.nest(text, entries)
+            except ValueError as error:
+                raise errors.InvalidLayoutError(
+                    f"the rich types in {os.path.join(self.directory, names.TREE_METADATA)} can't "
+                    f"be used: {error}. Load without support_rich_types, or with an abstract tree."
+                ) from error
+
+        return nest
 
     def open_store(self) -> ArrayStore:
         return ArrayStore(self.directory, ocdbt=bool(self.uses_ocdbt), zarr3=self.tree.uses_zarr3)
@@ -159,6 +179,7 @@ class Loading:
                 is_stored_empty=lambda entry: bool(entry.is_empty),
             )
             pairs = list(zip(found, abstract.wanted, strict=True))
+        self._nest = stored.nest_for(options)
         self._entries = [entry for entry, _ in pairs]
         self._values: list[Any] = [wanted.original for _, wanted in pairs]
         to_load: list[tuple[int, schema.Entry, targets.Wanted]] = []
@@ -251,14 +272,14 @@ class Loading:
             self._values[index] = target.finish(entry, self._pipeline.pieces[index])
         if self._abstract is not None:
             return self._abstract.flat.rebuild(self._values)
-        return structure.nest(
+        return self._nest(
             (entry.keys, value)
             for entry, value in zip(self._entries, self._values, strict=True)
             if entry is not None
         )
 
 
-def read_metadata(directory: str) -> Any:
+def read_metadata(directory: str, options: ambient.Context) -> Any:
     """Returns the stored tree of a directory with the metadata of each leaf; blocks."""
     stored = _Stored(directory)
     documents = stored.documents(stored.open_store(), stored.arrays) if stored.arrays else {}
@@ -285,4 +306,5 @@ def read_metadata(directory: str) -> Any:
             arrays.StorageMetadata(chunk_shape, entry.write_shape),
         )
 
-    return structure.nest((entry.keys, leaf(entry)) for entry in stored.tree.entries)
+    nest = stored.nest_for(options)
+    return nest((entry.keys, leaf(entry)) for entry in stored.tree.entries)

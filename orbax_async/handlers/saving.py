@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,11 +16,11 @@ from orbax_async._engine import loop, plan, transfer
 from orbax_async._engine.save_pipeline import SavePipeline, WritableLeaf, WritePlan, encoding_of
 from orbax_async._storage import files, names, ocdbt, zarr
 from orbax_async._storage.kvstore import ArrayStore
-from orbax_async.handlers import operation
-from orbax_async.handlers.forms import PreparedTree, TreeForm
-from orbax_async.handlers.leaves import LeafForm
+from orbax_async.handlers import operation, storing
+from orbax_async.handlers.forms import PreparedTree
+from orbax_async.handlers.storing import Stored
 from orbax_async.path import PathAwaitingCreation
-from orbax_async.tree import schema
+from orbax_async.tree import rich, schema
 
 __all__ = ["Saving"]
 
@@ -29,30 +31,58 @@ class _Plan:
     """What a save of one form writes under given options: arrays, and documents about them."""
 
     def __init__(
-        self, form: TreeForm, options: ambient.Context, processes: multihost.Processes
+        self,
+        prepared: PreparedTree,
+        stored: list[Stored],
+        options: ambient.Context,
+        processes: multihost.Processes,
+        batch_nbytes: int,
     ) -> None:
+        form = prepared.form
         saving, memory = options.array.saving, options.memory
-        is_prioritized = memory.is_prioritized_key_fn
+        prioritized = _prioritized(prepared, memory.is_prioritized_key_fn)
         specs = [
             leaf.spec(
                 index,
                 host_process=processes.primary or 0,
-                is_prioritized=is_prioritized is not None and bool(is_prioritized(_path(leaf))),
+                is_prioritized=index in prioritized,
+                # A cast may need more bytes than the values that it starts from, or fewer.
+                itemsize=max(leaf.dtype.itemsize, how.dtype.itemsize),
             )
-            for index, leaf in enumerate(form.arrays)
+            for index, (leaf, how) in enumerate(zip(form.arrays, stored, strict=True))
         ]
         policy = _replica_parallel(options)
         self._form = form
+        self._stored = stored
         self._options = options
+        self._containers: Any = None
+        self._empty_named_tuples: frozenset[int] = frozenset()
+        if _supports_rich_types(options):
+            self._containers, self._empty_named_tuples = rich.describe(prepared.state)
         self.write_shapes = [plan.write_shape(spec, policy) for spec in specs]
+        self.chunk_shapes = [
+            how.chunk_shape(spec.shape, shape)
+            for how, spec, shape in zip(stored, specs, self.write_shapes, strict=True)
+        ]
+        self.separate: set[int] = set()
+        if saving.use_ocdbt and saving.enable_replica_parallel_separate_folder:
+            self.separate = {
+                spec.index
+                for spec, shape in zip(specs, self.write_shapes, strict=True)
+                if shape != plan.write_shape(spec, None)  # replicas write a part each
+            }
+        requests = plan.plan_writes(specs, process=processes.index, policy=policy)
+        if self.separate:  # so that few batches are mixed; prioritized leaves still come first
+            requests.sort(key=lambda each: (each.priority, each.leaf in self.separate))
         self.arrays = WritePlan(
             [
                 WritableLeaf(
                     label=leaf.label,
                     name=leaf.name,
                     shape=spec.shape,
-                    chunk_shape=write_shape,
-                    dtype=leaf.dtype,
+                    chunk_shape=chunk_shape,
+                    dtype=how.dtype,
+                    cast=how.cast,
                     mode=transfer.capture_mode(
                         leaf.sharding,
                         is_mutable=leaf.is_mutable and memory.deepcopy_host_arrays,
@@ -60,47 +90,48 @@ class _Plan:
                     ),
                     has_one_shard=len(spec.shards) == 1,
                     encoding=encoding_of(
-                        write_shape,
-                        leaf.dtype,
+                        chunk_shape,
+                        how.dtype,
                         may_compress=saving.use_compression,
                         min_saving=saving.compression_min_saving,
                         may_sample=not processes.are_several,
                     ),
                     min_saving=saving.compression_min_saving,
                 )
-                for leaf, spec, write_shape in zip(
-                    form.arrays, specs, self.write_shapes, strict=True
+                for leaf, how, spec, chunk_shape in zip(
+                    form.arrays, stored, specs, self.chunk_shapes, strict=True
                 )
             ],
-            plan.plan_writes(specs, process=processes.index, policy=policy),
-            batch_nbytes=_batch_nbytes(
-                memory.write_concurrent_bytes, memory.transfer_concurrent_bytes
-            ),
+            requests,
+            batch_nbytes=batch_nbytes,
             writes_documents=processes.is_primary,
             zarr3=saving.use_zarr3,
+            separate=self.separate,
         )
 
     @functools.cached_property
     def documents(self) -> dict[str, bytes]:
         """The documents that describe the tree, by file name."""
         saving = self._options.array.saving
-        jax_leaves = [
-            (leaf, shape)
-            for leaf, shape in zip(self._form.arrays, self.write_shapes, strict=True)
-            if leaf.sharding is not None
-        ]
-        write_shapes = {leaf.name: shape for leaf, shape in jax_leaves}
+        of_arrays = zip(self._form.arrays, self.write_shapes, self.chunk_shapes, strict=True)
+        jax_leaves = [each for each in of_arrays if each[0].sharding is not None]
+        write_shapes = {leaf.name: shape for leaf, shape, _ in jax_leaves}
+        private = {
+            leaf.name: how.private
+            for leaf, how in zip(self._form.arrays, self._stored, strict=True)
+        }
         records_arrays = saving.array_metadata_store is not None
         tree = schema.TreeDocument(
             entries=tuple(
                 schema.Entry(
                     leaf.keys,
-                    leaf.kind,
+                    rich.EMPTY_NAMED_TUPLE if at in self._empty_named_tuples else leaf.kind,
                     write_shapes.get(leaf.name) if records_arrays else None,
-                    leaf.private,
+                    private.get(leaf.name, {}) if leaf.shape is not None else {},
                 )
-                for leaf in self._form.leaves
+                for at, leaf in enumerate(self._form.leaves)
             ),
+            containers=self._containers,
             uses_zarr3=saving.use_zarr3,
             uses_ocdbt=saving.use_ocdbt,
         )
@@ -108,36 +139,40 @@ class _Plan:
         if jax_leaves and saving.enable_write_sharding_file:
             describe = functools.cache(arrays.sharding_document)
             documents[names.SHARDINGS] = schema.dump_shardings(
-                {leaf.name: describe(leaf.sharding) for leaf, _ in jax_leaves}
+                {leaf.name: describe(leaf.sharding) for leaf, _, _ in jax_leaves}
             )
         if jax_leaves and records_arrays:
             name = os.path.join(names.ARRAY_METADATAS, names.PROCESS_METADATA.format(0))
             documents[name] = schema.dump_array_metadatas(
-                (leaf.name, shape, shape, leaf.prng_impl) for leaf, shape in jax_leaves
+                (leaf.name, write_shape, chunk_shape, leaf.prng_impl)
+                for leaf, write_shape, chunk_shape in jax_leaves
             )
         return documents
 
 
-def _planned(form: TreeForm, options: ambient.Context, processes: multihost.Processes) -> _Plan:
+def _planned(prepared: PreparedTree, options: ambient.Context, doing: operation.Operation) -> _Plan:
     """Returns the plan of a save; the same for the same options, unless they hold a callback."""
-    saving, memory = options.array.saving, options.memory
-    if memory.is_prioritized_key_fn is not None:
-        return _Plan(form, options, processes)
+    form, saving, memory = prepared.form, options.array.saving, options.memory
+    processes = doing.processes
+    limits = [
+        budget.statistics().limit_nbytes for budget in (doing.write_budget, doing.transfer_budget)
+    ]
+    batch_nbytes = min([_BATCH_NBYTES, *(limit for limit in limits if limit is not None)])
+    stored = prepared.stored or storing.choose(prepared, saving)
+    if memory.is_prioritized_key_fn or saving.scoped_storage_options_creator:
+        return _Plan(prepared, stored, options, processes, batch_nbytes)
     key = (
         (processes.index, processes.primary, processes.are_several, processes.is_primary),
         repr(saving),
-        (memory.write_concurrent_bytes, memory.transfer_concurrent_bytes),
+        _supports_rich_types(options),
+        batch_nbytes,
         memory.deepcopy_host_arrays,
     )
     found: _Plan | None = form.plans.get(key)
     if found is None:
         form.plans.clear()  # whoever changes options seldom changes them back
-        found = form.plans[key] = _Plan(form, options, processes)
+        found = form.plans[key] = _Plan(prepared, stored, options, processes, batch_nbytes)
     return found
-
-
-def _batch_nbytes(*limits: int | None) -> int:
-    return min([_BATCH_NBYTES, *(limit for limit in limits if limit is not None)])
 
 
 class Saving:
@@ -150,7 +185,7 @@ class Saving:
         self._strings = prepared.strings
         self._options = options
         self._processes = doing.processes
-        self._plan = _planned(prepared.form, options, doing.processes)
+        self._plan = _planned(prepared, options, doing)
         self.pipeline = SavePipeline(
             self._plan.arrays,
             prepared.arrays,
@@ -162,22 +197,29 @@ class Saving:
     async def run(self, directory: PathAwaitingCreation) -> None:
         """Writes arrays and documents; nothing is visible yet."""
         saving = self._options.array.saving
-        await self.pipeline.run(lambda: self._open_store(directory))
+        await self.pipeline.run(lambda is_separate: self._open_store(directory, is_separate))
         await self._processes.gather(f"arrays of {directory.path.name} written")
         path = os.fspath(await directory.await_creation())
         if not self._processes.is_primary:
             return
-        if self._processes.are_several and saving.use_ocdbt:
+        if self._is_merged:
             await loop.to_worker(ocdbt.merge_process_databases, path)
             if saving.enable_post_merge_validation:
                 await loop.to_worker(self._validate, path)
         await loop.to_worker(self._write_documents, path)
 
-    async def _open_store(self, directory: PathAwaitingCreation) -> ArrayStore:
+    @property
+    def _is_merged(self) -> bool:
+        """Whether the database that readers open is made of several."""
+        is_split = self._processes.are_several or bool(self._plan.separate)
+        return is_split and self._options.array.saving.use_ocdbt
+
+    async def _open_store(self, directory: PathAwaitingCreation, is_separate: bool) -> ArrayStore:
         path = os.fspath(await directory.await_creation())
         saving = self._options.array.saving
-        if saving.use_ocdbt and self._processes.are_several:
-            path = os.path.join(path, names.PROCESS_DATABASE.format(self._processes.index))
+        if self._is_merged:
+            name = names.PROCESS_REPLICA_DATABASE if is_separate else names.PROCESS_DATABASE
+            path = os.path.join(path, name.format(self._processes.index))
         return await loop.to_worker(
             lambda: ArrayStore(
                 path,
@@ -210,26 +252,31 @@ class Saving:
         keys = store.list_keys()
         for leaf in self._plan.arrays.leaves:
             expected = [zarr.document_key(leaf.name, zarr3=saving.use_zarr3)]
-            if 0 not in leaf.shape:
-                pairs = zip(leaf.shape, leaf.chunk_shape, strict=True)
-                last = [side // piece - 1 for side, piece in pairs]
-                expected += [
-                    zarr.chunk_key(leaf.name, index, zarr3=saving.use_zarr3)
-                    for index in ([0] * len(last), last)
-                ]
+            grid = [
+                range(side // piece)
+                for side, piece in zip(leaf.shape, leaf.chunk_shape, strict=True)
+            ]
+            expected += [
+                zarr.chunk_key(leaf.name, index, zarr3=saving.use_zarr3)
+                for index in itertools.product(*grid)
+            ]
             for key in expected:
                 if key not in keys:
                     raise errors.WriteError(leaf.label, f"{key} is missing after the write")
 
 
-def _path(leaf: LeafForm) -> tuple[Any, ...]:
-    """Returns a key path in jax's own classes, as callbacks of the options expect it."""
-    return tuple(
-        jax.tree_util.SequenceKey(int(key.name))
-        if key.is_index
-        else jax.tree_util.DictKey(key.name)
-        for key in leaf.keys
-    )
+def _supports_rich_types(options: ambient.Context) -> bool:
+    return options.pytree.saving.pytree_metadata_options.support_rich_types
+
+
+def _prioritized(
+    prepared: PreparedTree, is_prioritized: Callable[[tuple[Any, ...]], Any] | None
+) -> set[int]:
+    """Returns the indices of the arrays that are transferred first."""
+    if is_prioritized is None:
+        return set()
+    leaves = prepared.array_leaves()
+    return {index for index, (path, _) in enumerate(leaves) if is_prioritized(path)}
 
 
 def _replica_parallel(options: ambient.Context) -> plan.ReplicaParallel | None:

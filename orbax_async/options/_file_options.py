@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,49 @@ from orbax_async.options._checks import (
 from orbax_async.options._group import OptionGroup
 
 
+class AtomicityMode(enum.StrEnum):
+    """How a checkpoint becomes visible as a whole.
+
+    Attributes:
+      AUTO: what suits the file system.
+      COMMIT_FILE: write in place, then add a marker file, which readers in this mode ask for. While
+        a checkpoint is overwritten the old one is set aside, and there is none to be read.
+      ATOMIC_RENAME: write beside, then rename.
+    """
+
+    AUTO = "auto"
+    COMMIT_FILE = "commit_file"
+    ATOMIC_RENAME = "atomic_rename"
+
+
+_MODES_OF_TEMPORARY_PATHS = {
+    "AtomicRenameTemporaryPath": AtomicityMode.ATOMIC_RENAME,
+    "CommitFileTemporaryPath": AtomicityMode.COMMIT_FILE,
+}
+
+
+def mode_of_temporary_path(kind: type) -> AtomicityMode:
+    """Return the commit protocol that a class of Orbax stands for; it is known by its name."""
+    for each in kind.__mro__:
+        if each.__name__ in _MODES_OF_TEMPORARY_PATHS:
+            return _MODES_OF_TEMPORARY_PATHS[each.__name__]
+    raise ValueError(f"{kind} is none of {', '.join(_MODES_OF_TEMPORARY_PATHS)}")
+
+
+def _temporary_path_class(name: str, value: Any) -> type:
+    kind: type = instance_of(type)(name, value)
+    try:
+        mode = mode_of_temporary_path(kind)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    warnings.warn(
+        f"{name} is deprecated; set atomicity.mode = {mode.value!r} instead",
+        DeprecationWarning,
+        stacklevel=4,
+    )
+    return kind
+
+
 @dataclass(kw_only=True)
 class FileOptions(OptionGroup):
     """How checkpoint directories are made.
@@ -30,28 +74,15 @@ class FileOptions(OptionGroup):
       path_class: makes a path object of what the caller passes as a path. `etils.epath.Path`.
       skip_sync_file_validations: whether to leave out the check for an existing destination when
         a save starts, so that it is found only when the save commits.
-      temporary_path_class: the older way to choose the commit protocol, now `AtomicityOptions`;
-        None means that `AtomicityOptions.mode` decides.
+      temporary_path_class: deprecated, the older way to choose `AtomicityOptions.mode`: Orbax's
+        `AtomicRenameTemporaryPath` or `CommitFileTemporaryPath`, or a subclass. None means that
+        `AtomicityOptions.mode` decides.
     """
 
     path_permission_mode: int | None = field(default=None, metadata=must_be(whole(at_least=0)))
     path_class: Callable[..., Any] = field(default=epath.Path, metadata=must_be(function))
     skip_sync_file_validations: bool = False
-    temporary_path_class: Any = field(default=None, metadata=must_be(function))
-
-
-class AtomicityMode(enum.StrEnum):
-    """How a checkpoint becomes visible as a whole.
-
-    Attributes:
-      AUTO: what suits the file system.
-      COMMIT_FILE: write in place, then add a marker file.
-      ATOMIC_RENAME: write beside, then rename.
-    """
-
-    AUTO = "auto"
-    COMMIT_FILE = "commit_file"
-    ATOMIC_RENAME = "atomic_rename"
+    temporary_path_class: Any = field(default=None, metadata=must_be(_temporary_path_class))
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,7 @@ from orbax_async.options._checks import (
     whole,
 )
 from orbax_async.options._group import OptionGroup
+from orbax_async.options._memory_regulator import MemoryRegulator
 
 
 class TransferPriority(enum.Enum):
@@ -112,6 +113,9 @@ class MemoryOptions(OptionGroup):
     class RegulatorOptions:
         """A PID controller of the limit of transfers. Contexts that inherit it share its state.
 
+        Of saves that run at the same time under one regulator, the first is measured, and the
+        others keep to the limit as it is.
+
         Attributes:
           max_memory_limit_gib: the highest limit, in GiB.
           profiler: measures each save.
@@ -129,6 +133,7 @@ class MemoryOptions(OptionGroup):
         kp: float = 0.4
         ki: float = 0.05
         kd: float = 0.1
+        _regulator: MemoryRegulator = field(init=False, repr=False, compare=False)
 
         def __post_init__(self) -> None:
             if self.profiler is None:
@@ -145,6 +150,22 @@ class MemoryOptions(OptionGroup):
                     f"max_memory_limit_gib * target_ratio = {target:g}, "
                     f"not {self.min_memory_limit_gib!r}"
                 )
+            regulator = MemoryRegulator(
+                self.profiler,
+                max_memory_limit_gib=self.max_memory_limit_gib,
+                min_memory_limit_gib=self.min_memory_limit_gib,
+                target_ratio=self.target_ratio,
+                coefficients=(self.kp, self.ki, self.kd),
+            )
+            object.__setattr__(self, "_regulator", regulator)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> MemoryOptions.RegulatorOptions:
+            return self  # frozen, and its state is shared
+
+        @property
+        def regulator(self) -> MemoryRegulator:
+            """The controller itself, with its `current_limit_bytes`."""
+            return self._regulator
 
     write_concurrent_bytes: int | None = field(default=None, metadata=must_be(whole(at_least=1)))
     read_concurrent_bytes: int | None = field(default=None, metadata=must_be(whole(at_least=1)))

@@ -3,7 +3,8 @@
 Does:
   - spell key paths, for people and for the format (`keypath`);
   - flatten trees, rebuild them, and match an abstract tree to what is stored (`structure`);
-  - write and read the documents that describe a tree (`schema`).
+  - write and read the documents that describe a tree (`schema`), with the types of its containers
+    where they are asked for (`rich`).
 
 Does not:
   - look at the values of leaves, or know how arrays are stored.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.tree_util as jtu
 
-__all__ = ["Key", "KeyPath", "keys_of", "label", "stored_name"]
+__all__ = ["JaxKeyPath", "Key", "KeyPath", "keys_of", "label", "stored_name"]
 
 JaxKeyPath = tuple[Any, ...]
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from orbax_async.tree import rich
 from orbax_async.tree.keypath import Key, KeyPath, stored_name
 
 __all__ = [
@@ -35,7 +36,7 @@ _EMPTY: Mapping[str, Any] = {
     "Dict": dict,
     "List": list,
     "Tuple": tuple,
-    "NamedTuple": lambda: None,
+    rich.EMPTY_NAMED_TUPLE: lambda: None,
 }
 
 _SEQUENCE_KEY = 1
@@ -82,10 +83,13 @@ class TreeDocument:
     entries: tuple[Entry, ...]
     uses_zarr3: bool
     uses_ocdbt: bool | None  # None: the document doesn't say; look for a manifest
+    containers: Any = None  # to be recorded: what `rich.describe` made of the tree
+    rich: str | None = None  # as found: what `rich.nest` takes
 
     def dump(self) -> bytes:
         """Returns the document as JSON."""
         tree = {}
+        values = []
         for entry in self.entries:
             value: dict[str, Any] = {
                 "value_type": entry.kind,
@@ -93,6 +97,7 @@ class TreeDocument:
             }
             if entry.write_shape is not None:
                 value["write_shape"] = entry.write_shape
+            values.append(value.copy())
             if entry.private:
                 value[_PRIVATE] = entry.private
             tree[str(tuple(key.name for key in entry.keys))] = {
@@ -102,15 +107,16 @@ class TreeDocument:
                 ],
                 "value_metadata": value,
             }
-        return json.dumps(
-            {
-                "tree_metadata": tree,
-                "use_ocdbt": self.uses_ocdbt,
-                "use_zarr3": self.uses_zarr3,
-                "store_array_data_equal_to_fill_value": True,
-                "custom_metadata": None,
-            }
-        ).encode()
+        document: dict[str, Any] = {
+            "tree_metadata": tree,
+            "use_ocdbt": self.uses_ocdbt,
+            "use_zarr3": self.uses_zarr3,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        if self.containers is not None:
+            document["value_metadata_tree"] = json.dumps(rich.fill(self.containers, values))
+        return json.dumps(document).encode()
 
     @classmethod
     def load(cls, data: bytes) -> TreeDocument:
@@ -135,6 +141,7 @@ class TreeDocument:
             entries=tuple(entries),
             uses_zarr3=bool(document.get("use_zarr3", False)),
             uses_ocdbt=document.get("use_ocdbt"),
+            rich=document.get("value_metadata_tree"),
         )
 
 

@@ -13,7 +13,7 @@ from orbax_async import errors
 from orbax_async.tree import keypath
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["FlatTree", "empty_kind", "flatten", "match", "nest"]
+__all__ = ["FlatTree", "empty_kind", "flatten", "flatten_with_path", "match", "nest"]
 
 
 def is_named_tuple(value: Any) -> bool:
@@ -37,7 +37,8 @@ def empty_kind(value: Any) -> str | None:
     return None
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Says whether a value is None or an empty container."""
     return empty_kind(value) is not None
 
 
@@ -53,9 +54,16 @@ class FlatTree:
         return jax.tree_util.tree_unflatten(self.treedef, values)
 
 
+def flatten_with_path(
+    tree: Any,
+) -> tuple[list[tuple[keypath.JaxKeyPath, Any]], jax.tree_util.PyTreeDef]:
+    """Takes a tree apart as `flatten` does, and keeps the key paths of jax."""
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)
+
+
 def flatten(tree: Any) -> FlatTree:
     """Takes a tree apart, keeping None and empty containers as entries."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+    paths, treedef = flatten_with_path(tree)
     return FlatTree(tuple((keypath.keys_of(path), leaf) for path, leaf in paths), treedef)
 
 
@@ -115,13 +123,13 @@ def match(
         entry = unused.pop(keys, None)
         label = keypath.label(keys) or "<root>"
         if entry is None:
-            if wanted is not ... and not _is_empty(wanted):
+            if wanted is not ... and not is_empty(wanted):
                 problems.append(f"{label}: asked for, not in the checkpoint")
         elif is_stored_empty(entry):
-            if wanted is not ... and not _is_empty(wanted):
+            if wanted is not ... and not is_empty(wanted):
                 problems.append(f"{label}: the checkpoint holds an empty node, not a leaf")
             entry = None
-        elif wanted is not None and _is_empty(wanted):
+        elif wanted is not None and is_empty(wanted):
             problems.append(
                 f"{label}: the checkpoint holds a leaf, not an empty {type(wanted).__name__}"
             )

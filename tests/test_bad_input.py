@@ -645,12 +645,12 @@ def test_keys_of_another_implementation(tmp_path: Path) -> None:
 def test_an_option_without_effect_starts_nothing(tmp_path: Path) -> None:
     """An option without effect is refused by its path, before anything is written."""
     context = ocp.Context()
-    context.pytree.loading.partial_load = True
+    context.pathways.checkpointing_impl = ocp.options.CheckpointingImpl.PERSISTENCE
     context.atomicity.mode = "commit_file"
     with context, pytest.raises(errors.UnsupportedOptionError) as caught:
         ocp.save_async(tmp_path / "checkpoint", STATE)
     assert isinstance(caught.value, NotImplementedError)
-    assert "pytree.loading.partial_load" in str(caught.value)
+    assert "pathways.checkpointing_impl" in str(caught.value)
     assert "atomicity.mode" in str(caught.value)
     assert os.listdir(tmp_path) == []
 

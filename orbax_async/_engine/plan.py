@@ -100,6 +100,11 @@ class ReadRequest:
     region: Region
     nbytes: int
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to read."""
+        return any(start == stop for start, stop in self.region.box)
+
 
 def whole(shape: Sequence[int]) -> Box:
     """Returns the box of a whole array."""

@@ -82,6 +82,15 @@ class DirectReader:
                 values[index] = view[offset - first : offset - first + nbytes]
         return values
 
+    def has_region(
+        self, name: str, layout: zarr.RawLayout, region: Sequence[tuple[int, int]]
+    ) -> bool:
+        """Says whether every chunk that a region meets is there."""
+        return all(
+            zarr.chunk_key(name, index, zarr3=layout.zarr3) in self._entries
+            for index, _, _ in _parts(region, layout.chunk_shape)
+        )
+
     def read_region(
         self,
         name: str,

@@ -155,14 +155,19 @@ class ArrayStore:
         return [result.value if result.state == "value" else None for result in results]
 
     def open_array(
-        self, name: str, document: Mapping[str, Any], dtype: np.dtype[Any] | None = None
+        self,
+        name: str,
+        document: Mapping[str, Any],
+        dtype: np.dtype[Any] | None = None,
+        *,
+        fills_missing: bool = False,
     ) -> ts.TensorStore:
         """Opens a stored array for reading, cast to `dtype` where it is given.
 
-        A chunk that is missing is an error, not zeros.
+        A chunk that is missing is an error, or reads as the array's fill value.
         """
         array = ts.open(
-            self._array_spec(name, document) | {"fill_missing_data_reads": False},
+            self._array_spec(name, document) | {"fill_missing_data_reads": fills_missing},
             context=self._context,
             open=True,
             assume_metadata=True,

@@ -195,12 +195,12 @@ class LoadPipeline:
 
     def _broadcast(self, batch: list[ReadRequest], placed: list[list[Piece]]) -> None:
         """Sends pieces on from device to device, some at a time, and adds what arrives."""
-        copies = [
-            _Copy(pieces, piece, where)
-            for request, pieces in zip(batch, placed, strict=True)
-            for piece in list(pieces)
-            for where in self._leaves[request.leaf].form.copies.get(_device_id(piece), ())
-        ]
+        copies: list[_Copy] = []
+        for request, pieces in zip(batch, placed, strict=True):
+            targets = self._leaves[request.leaf].form.copies
+            for piece in list(pieces) if targets else ():
+                wheres = targets.get(_device_id(piece), ())
+                copies += [_Copy(pieces, piece, where) for where in wheres]
         with self._broadcasting:
             limit = self._limit_of_broadcasts(copies)
             for group in plan.batches(copies, limit):

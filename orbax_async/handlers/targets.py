@@ -314,7 +314,7 @@ def _placing(
 ) -> _Placing:
     try:
         shards = shards_of(sharding, shape)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # jax looks at the rank only in passing
         raise errors.ShardingMismatchError(
             label, f"its shape {shape} does not fit the sharding {sharding}: {error}"
         ) from None

@@ -347,6 +347,7 @@ def _within(box: plan.Box, outer: plan.Box) -> tuple[slice, ...]:
 
 _DAMAGE = (
     *("DATA_LOSS", "CRC", "crc", "checksum", "OUT_OF_RANGE", "bytes found", "Digest"),
+    "Not enough data",
     "inflate",
     "decompress",
 )

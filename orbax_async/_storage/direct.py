@@ -63,6 +63,13 @@ class DirectReader:
                 key = (prefix + entry["key"]).decode()
                 self._entries[key] = entry["indirect_value"] if value is None else value
 
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of each value, by key."""
+        return {
+            key: len(value) if isinstance(value, bytes) else _extent(value).nbytes
+            for key, value in self._entries.items()
+        }
+
     def values(self, keys: Sequence[str]) -> list[bytes | memoryview | None]:
         """Returns whole values, None for each key that is absent; neighbours are read together."""
         found = [self._entries.get(key) for key in keys]

@@ -154,6 +154,12 @@ class ArrayStore:
         results = (future.result() for future in futures)
         return [result.value if result.state == "value" else None for result in results]
 
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of each value by key, without reading any."""
+        if self.direct is not None:
+            return self.direct.sizes()
+        return files.sizes(self.directory)
+
     def open_array(
         self,
         name: str,

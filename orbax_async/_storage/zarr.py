@@ -14,8 +14,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
@@ -27,6 +28,7 @@ __all__ = [
     "RawLayout",
     "WholeLayout",
     "array_document",
+    "array_of",
     "block_checksums",
     "checksums_key",
     "chunk_key",
@@ -135,6 +137,22 @@ def array_document(
             "zarr_format": 3,
         }
     return json.dumps(document, separators=(",", ":")).encode()
+
+
+_KEY_V2 = re.compile(r"\.z\w+|\d+([./]\d+)*")
+_KEY_V3 = re.compile(r"zarr\.json|c(/\d+)*|\.crc32/[\d.]*")
+
+
+def array_of(key: str, array_names: Container[str], *, zarr3: bool) -> str | None:
+    """Returns which of some arrays a key belongs to; None for a key of none of them."""
+    rest = _KEY_V3 if zarr3 else _KEY_V2
+    end = len(key)
+    while end >= 0:
+        end = key.rfind("/", 0, end)
+        name = key[: max(end, 0)]
+        if name in array_names and rest.fullmatch(key, end + 1):
+            return name
+    return None
 
 
 _NEEDED = {

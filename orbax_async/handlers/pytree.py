@@ -18,8 +18,9 @@ from orbax_async import errors, multihost
 from orbax_async._engine import loop
 from orbax_async.handlers import forms, leaves, operation, targets
 from orbax_async.handlers.forms import PreparedTree
-from orbax_async.handlers.reading import AbstractTree, Loading, ShardingFunction, read_metadata
+from orbax_async.handlers.reading import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.saving import Saving
+from orbax_async.handlers.stored import read_metadata
 from orbax_async.path import Path, PathAwaitingCreation
 from orbax_async.tree import structure
 from orbax_async.tree.selection import Select, Selection

@@ -1,36 +1,33 @@
-"""Reading a stored tree: its documents, what is asked of it, and its arrays."""
+"""Reading a stored tree: what is asked of it, and its arrays."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from orbax_async import arrays, errors
 from orbax_async import context as ambient
+from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import LoadPipeline, ReadableLeaf
-from orbax_async._storage import files, names, zarr
-from orbax_async._storage.kvstore import ArrayStore, holds_ocdbt
+from orbax_async._storage import zarr
+from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import leaves, operation, targets
+from orbax_async.handlers.stored import StoredTree
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.selection import Selection
 from orbax_async.tree.structure import FlatTree
 
-__all__ = ["AbstractTree", "Loading", "read_metadata"]
+__all__ = ["AbstractTree", "Loading", "ShardingFunction"]
 
 ShardingFunction = Callable[
     [tuple[Any, ...], tuple[int, ...], np.dtype[Any]], jax.sharding.Sharding | None
 ]
 
 _BATCH_NBYTES = 64 << 20
-
-# What reading a document raises that has another form than it should.
-_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,109 +47,6 @@ class AbstractTree:
     sharding: jax.sharding.Sharding | ShardingFunction | None = None
 
 
-class _Stored:
-    """The documents of a stored tree, read and parsed."""
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        data = files.read_bytes(os.path.join(directory, names.TREE_METADATA))
-        if data is None:
-            raise errors.InvalidLayoutError(
-                f"{directory} holds no pytree: it has no {names.TREE_METADATA}"
-            )
-        try:
-            self.tree = schema.TreeDocument.load(data)
-        except _DAMAGED as error:
-            raise errors.InvalidLayoutError(
-                f"{os.path.join(directory, names.TREE_METADATA)} is damaged: {error!r}"
-            ) from error
-        self.uses_ocdbt = self.tree.uses_ocdbt
-        if self.uses_ocdbt is None:
-            self.uses_ocdbt = holds_ocdbt(directory)
-        self.arrays = [
-            entry
-            for entry in self.tree.entries
-            if not entry.is_empty and entry.kind != schema.STRING
-        ]
-        if self.arrays and self.uses_ocdbt and not holds_ocdbt(directory):
-            raise errors.InvalidLayoutError(
-                f"{directory} is damaged: {names.OCDBT_MANIFEST} is missing"
-            )
-
-    def open_store(self) -> ArrayStore:
-        return ArrayStore(self.directory, ocdbt=bool(self.uses_ocdbt), zarr3=self.tree.uses_zarr3)
-
-    def documents(
-        self, store: ArrayStore, entries: list[schema.Entry]
-    ) -> dict[str, dict[str, Any]]:
-        """Reads the zarr documents of some arrays, by stored name."""
-        keys = [zarr.document_key(entry.name, zarr3=store.zarr3) for entry in entries]
-        parsed: dict[bytes, dict[str, Any]] = {}  # few differ
-        found = {}
-        for entry, value in zip(entries, self._read_many(store, keys), strict=True):
-            if value is None:
-                raise errors.ReadError(
-                    keypath.label(entry.keys),
-                    f"its array {entry.name!r} is missing from {self.directory}",
-                )
-            data = bytes(value)
-            document = parsed.get(data)
-            if document is None:
-                try:
-                    document = parsed[data] = zarr.parse_document(data)
-                except ValueError as error:
-                    raise errors.CorruptDataError(
-                        keypath.label(entry.keys),
-                        f"the metadata of its array is damaged: {error}",
-                    ) from error
-            found[entry.name] = document
-        return found
-
-    def _read_many(self, store: ArrayStore, keys: list[str]) -> list[bytes | memoryview | None]:
-        try:
-            return store.read_many(keys)
-        except Exception as error:
-            text = str(error).split(" [source locations=")[0]
-            raise errors.InvalidLayoutError(
-                f"the array store of {self.directory} is damaged: {text}"
-            ) from error
-
-    def shardings(self) -> Mapping[str, Mapping[str, Any]]:
-        data = files.read_bytes(os.path.join(self.directory, names.SHARDINGS))
-        try:
-            return {} if data is None else schema.load_shardings(data)
-        except _DAMAGED as error:
-            raise errors.InvalidLayoutError(
-                f"{os.path.join(self.directory, names.SHARDINGS)} is damaged: {error}"
-            ) from error
-
-    def prng_impls(self) -> Mapping[str, str]:
-        folder = os.path.join(self.directory, names.ARRAY_METADATAS)
-        prefix = names.PROCESS_METADATA.format("")
-        for entry in sorted(files.scan(folder), key=lambda entry: entry.name):
-            if entry.name.removeprefix(prefix).isdigit():
-                data = files.read_bytes(entry.path) or b""
-                try:
-                    return schema.load_array_metadatas(data)
-                except _DAMAGED as error:
-                    raise errors.InvalidLayoutError(f"{entry.path} is damaged: {error}") from error
-        return {}
-
-    def strings(self, wanted: list[schema.Entry]) -> dict[str, str]:
-        path = os.path.join(self.directory, names.STRINGS)
-        data = files.read_bytes(path)
-        try:
-            found = schema.load_strings(data or b"{}", [entry.name for entry in wanted])
-        except ValueError as error:
-            raise errors.InvalidLayoutError(f"{path} is damaged: {error}") from error
-        for entry in wanted:
-            if entry.name not in found:
-                raise errors.ReadError(
-                    keypath.label(entry.keys), f"its text is missing from {path}"
-                )
-        return found
-
-
 class Loading:
     """One load of one tree; building it reads documents, so it is built on a worker."""
 
@@ -166,7 +60,7 @@ class Loading:
         self._abstract = abstract
         self._problems: list[str] = []
         self._refused: list[errors.LeafError] = []
-        stored = _Stored(directory)
+        stored = StoredTree(directory)
         pairs = self._matched(stored.tree.entries, is_partial=options.pytree.loading.partial_load)
         to_load = self._without_data(stored, pairs)
         self._targets: dict[int, targets.Target] = {}
@@ -237,7 +131,7 @@ class Loading:
         return list(zip(self._entries, self._abstract.wanted, strict=True))
 
     def _without_data(
-        self, stored: _Stored, pairs: list[tuple[schema.Entry | None, targets.Wanted]]
+        self, stored: StoredTree, pairs: list[tuple[schema.Entry | None, targets.Wanted]]
     ) -> list[tuple[int, schema.Entry, targets.Wanted]]:
         """Sets the values that are in the documents; returns the leaves that are not."""
         to_load: list[tuple[int, schema.Entry, targets.Wanted]] = []
@@ -265,7 +159,7 @@ class Loading:
 
     def _resolve(
         self,
-        stored: _Stored,
+        stored: StoredTree,
         store: ArrayStore,
         to_load: list[tuple[int, schema.Entry, targets.Wanted]],
         terms: targets.Terms,
@@ -390,33 +284,3 @@ def _asked_of(
     if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
         raise TypeError(f"the sharding function returned {sharding!r} for leaf {label}")
     return targets.concrete(label, sharding)
-
-
-def read_metadata(directory: str) -> Any:
-    """Returns the stored tree of a directory with the metadata of each leaf; blocks."""
-    stored = _Stored(directory)
-    documents = stored.documents(stored.open_store(), stored.arrays) if stored.arrays else {}
-    shardings = stored.shardings()
-
-    def leaf(entry: schema.Entry) -> Any:
-        if entry.is_empty:
-            return entry.empty_value()
-        if entry.kind == schema.STRING:
-            return "string"
-        document = documents[entry.name]
-        dtype = zarr.stored_dtype(document)
-        shape = tuple(document["shape"])
-        if entry.kind == schema.SCALAR:
-            return {"b": False, "i": 0, "u": 0, "c": 0j}.get(dtype.kind, 0.0)
-        chunk_shape = zarr.chunk_shape(document)
-        if entry.kind != schema.JAX_ARRAY:
-            return arrays.NumpyMetadata(shape, dtype, arrays.StorageMetadata(chunk_shape))
-        saved = shardings.get(entry.name)
-        return arrays.ArrayMetadata(
-            shape,
-            dtype,
-            None if saved is None else arrays.ShardingMetadata(saved),
-            arrays.StorageMetadata(chunk_shape, entry.write_shape),
-        )
-
-    return structure.nest((entry.keys, leaf(entry)) for entry in stored.tree.entries)

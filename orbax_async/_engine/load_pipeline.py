@@ -29,7 +29,7 @@ from orbax_async._trace import Recorder
 from orbax_async.tree import keypath
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["LoadPipeline", "ReadForm", "ReadableLeaf"]
+__all__ = ["LoadPipeline", "ReadForm", "ReadableLeaf", "read_error"]
 
 _BATCHES_IN_FLIGHT = 3
 _VALUE_NBYTES = 64 << 10  # arrays up to this size are read as values, many at once
@@ -262,12 +262,12 @@ class LoadPipeline:
                     pending.append((leaf, ts.array(target).write(source[_slices(box)])))
                 arrays.append(target)
             except Exception as error:
-                raise _read_error(leaf, error) from error
+                raise read_error(leaf, error) from error
         for leaf, done in pending:
             try:
                 done.result()
             except Exception as error:
-                raise _read_error(leaf, error) from error
+                raise read_error(leaf, error) from error
         forms = [self._leaves[request.leaf].form for request in batch]
         return [_as_asked(form, array) for form, array in zip(forms, arrays, strict=True)]
 
@@ -285,8 +285,8 @@ class LoadPipeline:
                 try:
                     self._store.read_many([key])
                 except Exception as of_leaf:
-                    raise _read_error(leaf, of_leaf) from of_leaf
-            raise _read_error(small[0], error) from error  # it has gone away
+                    raise read_error(leaf, of_leaf) from of_leaf
+            raise read_error(small[0], error) from error  # it has gone away
 
     def _read_raw(self, leaf: ReadableLeaf, box: plan.Box, target: np.ndarray[Any, Any]) -> bool:
         """Reads a region without TensorStore where that is possible."""
@@ -353,7 +353,8 @@ _DAMAGE = (
 )
 
 
-def _read_error(leaf: ReadableLeaf, error: Exception) -> errors.LeafError:
+def read_error(leaf: ReadableLeaf, error: Exception) -> errors.LeafError:
+    """Makes the error of a leaf that can't be read; damage is told from what may pass."""
     text = str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
     if any(sign in text for sign in _DAMAGE):
         return errors.CorruptDataError(

@@ -99,6 +99,10 @@ class ArrayStore:
         """The database's values without TensorStore; None where there is no database."""
         return DirectReader(self.directory) if self.is_ocdbt and not self._creates else None
 
+    def forgo_direct(self) -> None:
+        """Leaves all reading to TensorStore, which needs only the nodes on the way to a value."""
+        self.direct = None
+
     def begin(self) -> ts.Transaction:
         """Starts a transaction; on OCDBT it is atomic, on files it only groups the writes."""
         return ts.Transaction(atomic=self.is_ocdbt)

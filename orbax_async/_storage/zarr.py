@@ -37,6 +37,7 @@ __all__ = [
     "document_key",
     "dtype_named",
     "encode_stored",
+    "has_checksum",
     "is_storable",
     "parse_document",
     "raw_layout",
@@ -215,6 +216,25 @@ def encode_stored(array: np.ndarray[Any, Any]) -> bytes:
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
     return zlib.compress(array.tobytes(), 0, wbits=_GZIP)
+
+
+def has_checksum(document: Mapping[str, Any]) -> bool:
+    """Says whether a flipped bit of an array's elements is found when they are read."""
+    if document["zarr_format"] == 2:
+        return (document["compressor"] or {}).get("id") in ("gzip", "zlib")
+    return _have_checksum(document["codecs"])
+
+
+def _have_checksum(codecs: Sequence[Mapping[str, Any]]) -> bool:
+    for codec in codecs:
+        settings = codec.get("configuration", {})
+        if codec.get("name") in ("crc32c", "gzip"):
+            return True
+        if codec.get("name") == "zstd" and settings.get("checksum"):
+            return True
+        if codec.get("name") == "sharding_indexed" and _have_checksum(settings.get("codecs", ())):
+            return True
+    return False
 
 
 class WholeLayout(NamedTuple):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from orbax_async.tree import keypath
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["Select", "Selection"]
+__all__ = ["Select", "Selection", "pattern_of"]
 
 Select = str | Iterable[str] | Callable[[tuple[Any, ...]], Any]
 
@@ -75,6 +76,11 @@ class Selection:
             for pattern in self._taken
             if pattern in self._unmatched
         ]
+
+
+def pattern_of(keys: KeyPath) -> str:
+    """Returns the pattern that selects one leaf."""
+    return "/".join(glob.escape(key.name).replace("/", "?") for key in keys)
 
 
 def _matches(pattern: list[str], names: list[str]) -> bool:

@@ -242,7 +242,7 @@ class LoadPipeline:
             leaf, box = self._leaves[request.leaf], request.region.box
             form = leaf.form
             try:
-                if request.is_empty:
+                if request.region.is_empty:
                     arrays.append(aligned_empty(plan.box_shape(box), form.read_dtype))
                     continue
                 value = next(values) if form.whole is not None else None
@@ -272,7 +272,7 @@ class LoadPipeline:
         return [_as_asked(form, array) for form, array in zip(forms, arrays, strict=True)]
 
     def _read_values(self, batch: list[ReadRequest]) -> Iterator[bytes | memoryview | None]:
-        leaves = [self._leaves[request.leaf] for request in batch if not request.is_empty]
+        leaves = [self._leaves[request.leaf] for request in batch if not request.region.is_empty]
         small = [leaf for leaf in leaves if leaf.form.whole is not None]
         keys = [
             f"{leaf.name}/{leaf.form.whole_key}" if leaf.name else leaf.form.whole_key

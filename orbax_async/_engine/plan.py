@@ -92,6 +92,10 @@ class Region:
     box: Box
     parts: tuple[tuple[Box, tuple[int, ...]], ...]
     nbytes: int
+    is_empty: bool = dataclasses.field(init=False)  # nothing of it is stored
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_empty", any(start == stop for start, stop in self.box))
 
 
 @dataclasses.dataclass(slots=True)
@@ -101,11 +105,6 @@ class ReadRequest:
     leaf: int
     region: Region
     nbytes: int
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to read."""
-        return any(start == stop for start, stop in self.region.box)
 
 
 def whole(shape: Sequence[int]) -> Box:

@@ -208,8 +208,9 @@ def resolve(
       prng_impl: of typed keys, what the checkpoint says of their implementation.
 
     Raises:
-      ShapeMismatchError: another shape was asked for, or one that the sharding does not fit.
+      ShapeMismatchError: another shape was asked for.
       DtypeMismatchError: the dtype can't be had without losing values.
+      ShardingMismatchError: a sharding does not fit.
     """
     label = keypath.label(entry.keys)
     stored = zarr.stored_dtype(document)
@@ -261,7 +262,7 @@ def resolve(
         chunk_shape=zarr.chunk_shape(document),
         is_raw=form.raw is not None,
     )
-    if piece_shape is not None:  # what is filled up takes memory, too
+    if piece_shape is not None and regions:  # what is filled up takes memory, too
         count = sum(len(devices) for region in regions for _, devices in region.parts)
         nbytes = math.prod(piece_shape) * dtype.itemsize * count // len(regions)
         regions = tuple(

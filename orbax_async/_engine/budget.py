@@ -1,4 +1,4 @@
-"""Byte budgets: how much may be in flight at once.
+"""Byte budgets, and slots for batches: how much may be in flight at once.
 
 Rules
   I2   Reserved bytes never exceed the limit, except that one request larger than the limit is
@@ -21,7 +21,10 @@ from collections.abc import AsyncIterator
 
 import anyio
 
-__all__ = ["BudgetStatistics", "ByteBudget"]
+__all__ = ["BatchSlots", "BudgetStatistics", "ByteBudget"]
+
+_LARGE_AT_ONCE = 3
+_LARGE_PIECE_NBYTES = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,22 @@ class _Waiter:
     nbytes: int = dataclasses.field(compare=False)
     granted: anyio.Event = dataclasses.field(compare=False, default_factory=anyio.Event)
     has_left: bool = dataclasses.field(compare=False, default=False)
+
+
+class BatchSlots:
+    """How many batches of one operation are read or written at a time.
+
+    A few of large pieces; of small pieces a single one: the work is then Python's, and several
+    threads at it would only wait for each other's GIL.
+    """
+
+    def __init__(self) -> None:
+        self._of_large = anyio.Semaphore(_LARGE_AT_ONCE)
+        self._of_small = anyio.Semaphore(1)
+
+    def of(self, nbytes: int, count: int) -> anyio.Semaphore:
+        """Returns the semaphore for a batch of `count` pieces of `nbytes` in all."""
+        return self._of_small if nbytes < count * _LARGE_PIECE_NBYTES else self._of_large
 
 
 class ByteBudget:

@@ -20,7 +20,7 @@ import tensorstore as ts
 
 from orbax_async import errors
 from orbax_async._engine import loop, plan
-from orbax_async._engine.budget import ByteBudget
+from orbax_async._engine.budget import BatchSlots, ByteBudget
 from orbax_async._engine.plan import ReadRequest
 from orbax_async._engine.transfer import Piece, aligned_empty, free_nbytes, place, send
 from orbax_async._storage import zarr
@@ -31,7 +31,6 @@ from orbax_async.tree.keypath import KeyPath
 
 __all__ = ["LoadPipeline", "ReadForm", "ReadableLeaf", "read_error"]
 
-_BATCHES_IN_FLIGHT = 3
 _VALUE_NBYTES = 64 << 10  # arrays up to this size are read as values, many at once
 
 
@@ -152,7 +151,7 @@ class LoadPipeline:
         self._broadcast_nbytes = broadcast_nbytes
         self._broadcast_share = broadcast_share
         self._broadcasting = threading.Lock()  # on workers: one batch at a time
-        self._slots = anyio.Semaphore(_BATCHES_IN_FLIGHT)
+        self._slots = BatchSlots()
         self._batches = list(plan.batches(requests, batch_nbytes))
         self._pieces_unread = Counter(request.leaf for request in requests)
         recorder.add(
@@ -167,7 +166,7 @@ class LoadPipeline:
         async def read_batch(index: int) -> None:
             batch = self._batches[index]
             nbytes = sum(request.nbytes for request in batch)
-            async with self._slots, self.read_budget.reserve(nbytes):
+            async with self._slots.of(nbytes, len(batch)), self.read_budget.reserve(nbytes):
                 results[index] = await loop.to_worker(self._read_and_place, batch, nbytes)
             self._recorder.add(
                 leaves_written=_count_off(self._pieces_unread, batch), bytes_written=nbytes

@@ -22,7 +22,7 @@ import tensorstore as ts
 
 from orbax_async import errors
 from orbax_async._engine import loop, plan
-from orbax_async._engine.budget import ByteBudget
+from orbax_async._engine.budget import BatchSlots, ByteBudget
 from orbax_async._engine.plan import WriteRequest
 from orbax_async._engine.transfer import Mode, Piece, capture
 from orbax_async._storage import zarr
@@ -31,7 +31,6 @@ from orbax_async._trace import Recorder
 
 __all__ = ["SavePipeline", "WritableLeaf", "WritePlan", "encoding_of"]
 
-_BATCHES_IN_FLIGHT = 3
 _LARGE_NBYTES = 16 << 20  # batches from this size on begin to be synced at once
 _STORED_NBYTES = 64 << 10  # pieces up to this size are encoded here, without opening an array
 
@@ -193,7 +192,7 @@ class SavePipeline:
             batch.staging_nbytes for batch in write_plan.batches
         )
         self._recorder = recorder
-        self._slots = anyio.Semaphore(_BATCHES_IN_FLIGHT)
+        self._slots = BatchSlots()
         self._pieces_unstaged = write_plan.pieces.copy()
         self._pieces_unwritten = write_plan.pieces.copy()
         self._sampled: dict[int, zarr.Encoding] = {}
@@ -213,7 +212,10 @@ class SavePipeline:
                 await store_ready.wait()
                 if not self._writes_while_staging:
                     await self.staged.wait()
-                async with self._slots, self.write_budget.reserve(batch.nbytes):
+                async with (
+                    self._slots.of(batch.nbytes, len(batch.requests)),
+                    self.write_budget.reserve(batch.nbytes),
+                ):
                     with self._recorder.span("write", batch.nbytes):
                         await self._write(store[0], batch, pieces)
             finally:

@@ -12,7 +12,6 @@ import io
 import itertools
 import os
 import urllib.parse
-import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -128,8 +127,10 @@ class DirectReader:
             location = self._entries.get(key)
             if location is None:
                 raise FileNotFoundError("its data is missing from the checkpoint")
-            sums = self._entries.get(zarr.checksums_key(name, index)) if layout.has_crc32c else None
-            if isinstance(location, bytes) or (layout.has_crc32c and not isinstance(sums, bytes)):
+            sums = None
+            if layout.has_crc32c:
+                (sums,) = self.values([zarr.checksums_key(name, index)])
+            if isinstance(location, bytes) or (layout.has_crc32c and sums is None):
                 return False
             chunks.append((_extent(location), sums, within_chunk, within_target))
         for extent, sums, within_chunk, within_target in chunks:
@@ -197,7 +198,7 @@ def _read_run(
             into[first - start : last - start] if is_inside else memoryview(bytearray(last - first))
         )
         _read(file, offset + first, data)
-        if zlib.crc32(data) != expected[index]:
+        if zarr.checksum(data) != expected[index]:
             raise ValueError(f"bytes {first} to {last} of a chunk do not match their checksum")
         if not is_inside:
             low, high = max(first, start), min(last, stop)

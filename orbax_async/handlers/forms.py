@@ -114,9 +114,12 @@ def _find(
     What it depends on is None where that can't be told quickly.
     """
     for kind in {type(value) for value in values} - _SIGNATURES.keys():
-        if not issubclass(kind, jax.Array) or issubclass(kind, jax.core.Tracer):
+        if issubclass(kind, (np.number, np.bool_)):
+            _SIGNATURES[kind] = type
+        elif issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer):
+            _SIGNATURES[kind] = _of_jax_array
+        else:
             return None, None
-        _SIGNATURES[kind] = _of_jax_array
     try:
         key = (treedef, settings, tuple([_SIGNATURES[type(value)](value) for value in values]))
         with _lock:
@@ -139,7 +142,8 @@ def _of_int(value: int) -> Hashable:
     return int, value >= 2**63
 
 
-# By the exact type of a leaf, what of it its form depends on. jax's types come in as they are met.
+# By the exact type of a leaf, what of it its form depends on. Types of jax and of NumPy scalars
+# come in as they are met.
 _SIGNATURES: dict[type, Any] = {
     np.ndarray: _of_numpy_array,
     int: _of_int,

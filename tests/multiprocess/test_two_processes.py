@@ -210,12 +210,12 @@ def test_each_piece_is_written_once(saved: Outcome) -> None:
     assert not by_process[0] & by_process[1]
     assert not any(key.endswith("/zarr.json") for key in by_process[1])
     chunks = chunk_keys(directory)
-    checksums = {key for keys in by_process for key in keys if "/.crc32/" in key}
+    checksums = {key for keys in by_process for key in keys if "/.checksums/" in key}
     assert (by_process[0] | by_process[1]) - documents - checksums == chunks
     for keys in by_process:  # each where its chunk is
         of_large = {key for key in keys if key.startswith("large/c/")}
         assert {
-            f"large/.crc32/{key.removeprefix('large/c/').replace('/', '.')}" for key in of_large
+            f"large/.checksums/{key.removeprefix('large/c/').replace('/', '.')}" for key in of_large
         } == keys & checksums
     for name in ("both_axes", "one_axis", "other_axis", "replicated", "narrow", "large"):
         for index in (0, 1):

@@ -1,0 +1,266 @@
+"""Loads straight from the data files: the index, ranges and checksums (I1, I12)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore as ts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import orbax_async as ocp
+from orbax_async import errors
+from orbax_async._storage import direct, zarr
+from orbax_async._storage.direct import DirectReader
+from orbax_async._storage.kvstore import ArrayStore
+
+LARGE = np.random.default_rng(0).standard_normal((3072, 1024), np.float32)  # 12 MiB: three blocks
+
+
+def database(directory: Path, values: dict[str, bytes], **config: Any) -> ts.KvStore:
+    """Writes an OCDBT database in several commits."""
+    store = ts.KvStore.open(
+        {
+            "driver": "ocdbt",
+            "base": directory.as_uri() + "/",
+            "config": {"max_inline_value_bytes": 100, **config},
+            "assume_config": True,
+        }
+    ).result()
+    keys = list(values)
+    for part in range(3):
+        transaction = ts.Transaction(atomic=True)
+        for key in keys[part::3]:
+            store.with_transaction(transaction)[key] = values[key]
+        transaction.commit_async().result()
+    return store
+
+
+@pytest.mark.parametrize("node_bytes", [400, 5000, 8_000_000])
+def test_the_index_lists_every_value(
+    node_bytes: int, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Trees of one node and of several levels give the values that TensorStore gives."""
+    values = {
+        f"{'läyer' if i % 2 else 'b.ias'}{i % 7}/w{i:04}/c": rng.bytes(int(rng.integers(0, 300)))
+        for i in range(400)
+    }
+    database(tmp_path, values, max_decoded_node_bytes=node_bytes)
+    keys = [*values, "absent", "läyer1"]
+    found = DirectReader(str(tmp_path)).values(keys)
+    assert [None if value is None else bytes(value) for value in found] == [
+        values.get(key) for key in keys
+    ]
+
+
+def test_an_empty_database_has_no_values(tmp_path: Path) -> None:
+    """A database from which everything was deleted is one without values."""
+    store = database(tmp_path, {"a": b"x"})
+    store["a"] = None
+    assert DirectReader(str(tmp_path)).values(["a"]) == [None]
+
+
+def test_values_that_are_cut_off_are_told(tmp_path: Path) -> None:
+    """A data file that has lost its end is an error, not short values."""
+    database(tmp_path, {"a": b"x" * 500, "b": b"y", "c": b"z"})  # the index is in a later file
+    (file,) = (each for each in (tmp_path / "d").iterdir() if each.stat().st_size >= 500)
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(ValueError, match="300 bytes found, 500 expected"):
+        DirectReader(str(tmp_path)).values(["a"])
+
+
+@st.composite
+def regions(draw: st.DrawFn) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """Draws the shape of an array, of its chunks, and a box of it."""
+    shape = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    chunk_shape = [draw(st.integers(1, side)) for side in shape]
+    box = []
+    for side in shape:
+        start = draw(st.integers(0, side - 1))
+        box.append((start, draw(st.integers(start + 1, side))))
+    return shape, chunk_shape, box
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for many small databases."""
+    yield tmp_path_factory.mktemp("regions")
+
+
+@settings(max_examples=max(60, settings().max_examples), deadline=None)
+@given(drawn=regions(), codecs=st.sampled_from([(), ("crc32c",)]), data=st.data())
+def test_any_region_of_any_chunks_is_read(
+    drawn: tuple[list[int], list[int], list[tuple[int, int]]],
+    codecs: tuple[str, ...],
+    data: st.DataObject,
+    folders: Path,
+) -> None:
+    """Boxes that cut chunks anywhere, chunks that reach over the edge: the values are the array's.
+
+    Without checksums of ours a CRC-32C leaves the array to TensorStore, untouched.
+    """
+    shape, chunk_shape, box = drawn
+    with_sums = data.draw(st.booleans())
+    directory = folders / str(len(list(folders.iterdir())))
+    array = np.arange(math.prod(shape), dtype=np.int16).reshape(shape)
+    little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+    kvstore = {"driver": "ocdbt", "base": directory.as_uri() + "/", "path": "x/"}
+    kvstore["config"] = {"max_inline_value_bytes": 0}
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk_shape}}
+    stored = ts.open(
+        {
+            "driver": "zarr3",
+            "kvstore": kvstore,
+            "metadata": {
+                "shape": shape,
+                "data_type": "int16",
+                "chunk_grid": grid,
+                "codecs": [little, *({"name": name} for name in codecs)],
+            },
+            "store_data_equal_to_fill_value": True,
+        },
+        create=True,
+    ).result()
+    stored.write(array).result()
+    store = ts.KvStore.open(kvstore | {"path": ""}).result()
+    if with_sums:
+        pads = [(0, -side % piece) for side, piece in zip(shape, chunk_shape, strict=True)]
+        padded = np.pad(array, pads)
+        for index in np.ndindex(
+            *(side // piece for side, piece in zip(padded.shape, chunk_shape, strict=True))
+        ):
+            at = zip(index, chunk_shape, strict=True)
+            chunk = padded[tuple(slice(i * side, (i + 1) * side) for i, side in at)]
+            sums = zarr.block_checksums(np.ascontiguousarray(chunk))
+            store[zarr.checksums_key("x", index)] = sums
+    document = zarr.parse_document(store.read("x/zarr.json").result().value)
+    layout = zarr.raw_layout(document)
+    assert layout is not None
+    target = np.full([stop - start for start, stop in box], -1, np.int16)
+    is_read = DirectReader(str(directory)).read_region("x", layout, box, target)
+    assert is_read == (with_sums or not codecs)
+    expected = array[tuple(slice(start, stop) for start, stop in box)]
+    assert np.array_equal(target, expected if is_read else np.full_like(target, -1))
+
+
+def flip(directory: Path, offset: int) -> None:
+    """Flips a bit of the largest data file."""
+    file = max((directory / "d").iterdir(), key=lambda each: each.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("offset", [0, 4_000_000, (12 << 20) - 1])
+def test_i12_a_flipped_bit_anywhere_in_a_large_chunk_is_found(offset: int, tmp_path: Path) -> None:
+    """Each block of a chunk is verified, the first, one in the middle, and the last byte."""
+    ocp.save(tmp_path / "checkpoint", {"w": jnp.asarray(LARGE)})
+    flip(tmp_path / "checkpoint" / "state", offset)
+    with pytest.raises(errors.CorruptDataError, match=r"\['w'\].*checksum"):
+        ocp.load(tmp_path / "checkpoint")
+
+
+def test_i12_a_part_of_a_chunk_is_verified_and_no_more_is_read(
+    tmp_path: Path, mesh8: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a chunk are verified by the blocks that they touch; damage elsewhere is not met."""
+    ocp.save(tmp_path / "checkpoint", {"w": LARGE})
+    flip(tmp_path / "checkpoint" / "state", (12 << 20) - 1)
+    reader = DirectReader(str(tmp_path / "checkpoint" / "state"))
+    layout = zarr.RawLayout((3072, 1024), True, True)
+    read: list[int] = []
+    original = direct._read
+    monkeypatch.setattr(
+        direct, "_read", lambda *args: (read.append(len(args[2])), original(*args))[1]
+    )
+    target = np.empty((1000, 1024), np.float32)
+    assert reader.read_region("w", layout, ((100, 1100), (0, 1024)), target)
+    assert np.array_equal(target, LARGE[100:1100])
+    assert sum(read) == 8 << 20  # two blocks of three
+    with pytest.raises(ValueError, match="checksum"):
+        reader.read_region("w", layout, ((2000, 3000), (0, 1024)), target)
+
+
+@pytest.mark.parametrize("spec", [("x",), ("x", "y"), (None, "x"), ("y", "x"), ()])
+def test_i1_resharding_reads_each_byte_once(
+    spec: tuple[str | None, ...], tmp_path: Path, mesh8: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An array saved on one device and loaded on eight is read once, however it is divided."""
+    ocp.save(tmp_path / "checkpoint", {"w": jnp.asarray(LARGE)})
+    read: list[int] = []
+    original = direct._read
+    monkeypatch.setattr(
+        direct, "_read", lambda *args: (read.append(len(args[2])), original(*args))[1]
+    )
+    sharding = NamedSharding(mesh8, PartitionSpec(*spec))
+    abstract = {"w": jax.ShapeDtypeStruct(LARGE.shape, LARGE.dtype, sharding=sharding)}
+    loaded = ocp.load(tmp_path / "checkpoint", abstract)["w"]
+    assert loaded.sharding == sharding
+    assert np.array_equal(loaded, LARGE)
+    # Rows of several devices may share a block of checksums, which each then reads.
+    assert LARGE.nbytes <= sum(read) <= LARGE.nbytes + 8 * zarr.CHECKSUM_BLOCK
+
+
+def test_large_raw_arrays_are_loaded_without_tensorstore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What we save and what Orbax saves uncompressed is read directly; the rest by TensorStore."""
+    state = {"w": jnp.asarray(LARGE), "small": np.arange(5), "step": 3}
+    ocp.save(tmp_path / "checkpoint", state)
+    opened: list[str] = []
+    original = ArrayStore.open_array
+
+    def open_array(self: ArrayStore, name: str, *args: Any, **options: Any) -> Any:
+        opened.append(name)
+        return original(self, name, *args, **options)
+
+    monkeypatch.setattr(ArrayStore, "open_array", open_array)
+    assert np.array_equal(ocp.load(tmp_path / "checkpoint")["w"], LARGE)
+    assert opened == []
+    base = (tmp_path / "checkpoint" / "state").as_uri() + "/"
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    store[zarr.checksums_key("w", (0, 0))] = None  # as another writer of CRC-32C would leave it
+    assert np.array_equal(ocp.load(tmp_path / "checkpoint")["w"], LARGE)
+    assert opened == ["w"]
+    context = ocp.Context()
+    context.array.saving.compression_min_saving = 0
+    with context:
+        ocp.save(tmp_path / "compressed", state)
+    assert np.array_equal(ocp.load(tmp_path / "compressed")["w"], LARGE)
+    assert opened == ["w", "w"]
+
+
+def test_what_is_loaded_is_the_memory_that_was_read_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPU a jax array takes over the buffer into which its bytes were read."""
+    ocp.save(tmp_path / "checkpoint", {"w": jnp.asarray(LARGE)})
+    targets: list[int] = []
+    original = DirectReader.read_region
+
+    def read_region(self: DirectReader, *args: Any) -> bool:
+        targets.append(args[3].ctypes.data)
+        return original(self, *args)
+
+    monkeypatch.setattr(DirectReader, "read_region", read_region)
+    loaded = ocp.load(tmp_path / "checkpoint")["w"]
+    assert [loaded.unsafe_buffer_pointer()] == targets
+
+
+def test_i3_donating_one_replica_leaves_the_others(tmp_path: Path, mesh8: Mesh) -> None:
+    """Replicas share the memory that was read; donating one of them changes none of the others."""
+    ocp.save(tmp_path / "checkpoint", {"w": jnp.asarray(LARGE)})
+    sharding = NamedSharding(mesh8, PartitionSpec())
+    abstract = {"w": jax.ShapeDtypeStruct(LARGE.shape, LARGE.dtype, sharding=sharding)}
+    replicas = [s.data for s in ocp.load(tmp_path / "checkpoint", abstract)["w"].addressable_shards]
+    update = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+    update(replicas[0]).block_until_ready()
+    assert all(np.array_equal(replica, LARGE) for replica in replicas[1:])

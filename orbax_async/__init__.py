@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from orbax_async._api.save import save_async as save_async
     from orbax_async._api.save import save_checkpointables as save_checkpointables
     from orbax_async._api.save import save_checkpointables_async as save_checkpointables_async
+    from orbax_async._api.verify import Damage as Damage
+    from orbax_async._api.verify import VerificationReport as VerificationReport
+    from orbax_async._api.verify import verify as verify
+    from orbax_async._api.verify import verify_async as verify_async
     from orbax_async.context import Context as Context
     from orbax_async.handlers import PLACEHOLDER as PLACEHOLDER
     from orbax_async.handlers import AbstractCheckpointable as AbstractCheckpointable
@@ -54,8 +58,10 @@ __all__ = [
     "Checkpointable",
     "CheckpointableHandler",
     "Context",
+    "Damage",
     "PyTreeMetadata",
     "StatefulCheckpointable",
+    "VerificationReport",
     "arrays",
     "checkpointables_metadata",
     "delete",
@@ -77,6 +83,8 @@ __all__ = [
     "save_checkpointables_async",
     "training",
     "tree",
+    "verify",
+    "verify_async",
 ]
 
 _HOMES = {
@@ -87,8 +95,10 @@ _HOMES = {
     "Checkpointable": "handlers",
     "CheckpointableHandler": "handlers",
     "Context": "context",
+    "Damage": "_api.verify",
     "PyTreeMetadata": "_api.metadata",
     "StatefulCheckpointable": "handlers",
+    "VerificationReport": "_api.verify",
     "checkpointables_metadata": "_api.metadata",
     "delete": "_api.delete",
     "delete_async": "_api.delete",
@@ -102,6 +112,8 @@ _HOMES = {
     "save_async": "_api.save",
     "save_checkpointables": "_api.save",
     "save_checkpointables_async": "_api.save",
+    "verify": "_api.verify",
+    "verify_async": "_api.verify",
 }
 
 

@@ -56,10 +56,18 @@ class AbstractShardedArray(AbstractArray, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StorageMetadata:
-    """How an array lies on disk: the piece that is read alone, and the piece that is written."""
+    """How an array lies on disk.
+
+    Attributes:
+      chunk_shape: of the smallest piece that is read alone.
+      write_shape: of the pieces that were written, of a jax array.
+      nbytes: what it takes on disk, encoded; None where that is not known. It does not count when
+        two are compared.
+    """
 
     chunk_shape: Shape | None
     write_shape: Shape | None = None
+    nbytes: int | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

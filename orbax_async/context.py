@@ -308,8 +308,6 @@ def snapshot(default: Context | None = None) -> Context:
 _UNBUILT: dict[str, tuple[object, ...]] = {
     # Options whose effect does not exist yet: a field, or a group with all its fields. The values
     # listed are refused; an empty tuple refuses every value but the default.
-    "pytree.loading.partial_load": (),
-    "array.loading": (),
     "pathways": (),
     "memory.serialization_status_callback": (),
     "safetensors": (),

@@ -21,6 +21,7 @@
         DuplicateLeafError (ValueError)          two leaves, one stored name
         ShapeMismatchError (ValueError)
         DtypeMismatchError (ValueError)
+        ShardingMismatchError (ValueError)       a sharding that the array does not fit
         StagingError (RuntimeError)
         WriteError (OSError)
         ReadError (OSError)
@@ -72,6 +73,7 @@ __all__ = [
     "ReadError",
     "SaveInProgressError",
     "ShapeMismatchError",
+    "ShardingMismatchError",
     "StagingError",
     "StepAlreadyExistsError",
     "StepNotFoundError",
@@ -190,6 +192,10 @@ class ShapeMismatchError(LeafError, ValueError):
 
 class DtypeMismatchError(LeafError, ValueError):
     """The dtype asked for cannot hold what is stored without losing values."""
+
+
+class ShardingMismatchError(LeafError, ValueError):
+    """The sharding asked for does not fit the array, or what else was asked for."""
 
 
 class StagingError(LeafError, RuntimeError):

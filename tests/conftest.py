@@ -43,6 +43,7 @@ BLOCKING_BY_CONTRACT = {
     # The calls themselves look at the path, and may be the first to ask for jax's devices.
     "orbax_async/_api/save.py": {"save_async", "save_checkpointables_async"},
     "orbax_async/_api/load.py": {"load_async", "load_checkpointables_async"},
+    "orbax_async/_api/verify.py": {"verify_async"},
     "orbax_async/_api/metadata.py": {"metadata", "checkpointables_metadata"},
     "orbax_async/_api/delete.py": {"delete_async"},
     # Users' handlers may block, as Orbax lets them.

@@ -23,7 +23,6 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async.options import CheckpointingImpl
 
 STATE = {"w": jnp.arange(6.0).reshape(2, 3), "n": np.arange(4), "step": 7, "name": "run"}
 
@@ -646,13 +645,13 @@ def test_keys_of_another_implementation(tmp_path: Path) -> None:
 def test_an_option_without_effect_starts_nothing(tmp_path: Path) -> None:
     """An option without effect is refused by its path, before anything is written."""
     context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    context.pathways.checkpointing_impl = CheckpointingImpl.PERSISTENCE
+    context.pathways.checkpointing_impl = ocp.options.CheckpointingImpl.PERSISTENCE
+    context.memory.serialization_status_callback = print
     with context, pytest.raises(errors.UnsupportedOptionError) as caught:
         ocp.save_async(tmp_path / "checkpoint", STATE)
     assert isinstance(caught.value, NotImplementedError)
-    assert "pytree.loading.partial_load" in str(caught.value)
     assert "pathways.checkpointing_impl" in str(caught.value)
+    assert "memory.serialization_status_callback" in str(caught.value)
     assert os.listdir(tmp_path) == []
 
 

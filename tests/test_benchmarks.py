@@ -398,7 +398,7 @@ def test_tuning_a_small_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A sweep ends with a table of each factor, a plot, and code that runs."""
     chosen = ("array.saving.use_compression", "memory.write_concurrent_bytes")
     factors = {path: tuning.FACTORS[path][:1] for path in chosen}
-    # A value that a save refuses is listed.
+    # A value that a load refuses is listed.
     factors["array.loading.use_load_and_broadcast"] = (True,)
     monkeypatch.setattr(tuning, "FACTORS", factors)
     plan = rounds.Plan(directory=tmp_path / "d", rounds={"timed": 2, "memory": 1})
@@ -407,7 +407,7 @@ def test_tuning_a_small_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     state = tiny("large-f32")
     result = tuning.tune("mine", state, plan, aim="both", limit=None, tell=told.append)
     assert result["recommended"].keys() <= set(chosen)
-    assert "UnsupportedOptionError" in told[2]
+    assert "ShardingMismatchError" in told[2]
     text = tuning.summary(result)
     assert all(f"## {path}" in text for path in factors)
     exec(text.split("```python\n")[1].split("```")[0], {})

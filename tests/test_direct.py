@@ -218,9 +218,9 @@ def test_large_raw_arrays_are_loaded_without_tensorstore(
     opened: list[str] = []
     original = ArrayStore.open_array
 
-    def open_array(self: ArrayStore, name: str, *args: Any) -> Any:
+    def open_array(self: ArrayStore, name: str, *args: Any, **options: Any) -> Any:
         opened.append(name)
-        return original(self, name, *args)
+        return original(self, name, *args, **options)
 
     monkeypatch.setattr(ArrayStore, "open_array", open_array)
     assert np.array_equal(ocp.load(tmp_path / "checkpoint")["w"], LARGE)

@@ -26,6 +26,9 @@ DEPARTURES = {
     ("load_async", "checkpointable_name"): ("AUTO", "state"),
 }
 
+# What ours take beyond those of Orbax, by keyword only and None by default.
+ADDED = {"load": ["select", "sharding"], "load_async": ["select", "sharding"]}
+
 FUNCTIONS = [
     *("save", "save_async", "save_checkpointables", "save_checkpointables_async"),
     *("load", "load_async", "load_checkpointables", "load_checkpointables_async"),
@@ -39,8 +42,14 @@ def test_signatures_are_those_of_orbax(name: str) -> None:
     """The same parameters in the same order, of the same kinds, with the same defaults."""
     ours = inspect.signature(getattr(ocp, name)).parameters
     theirs = inspect.signature(getattr(v1, name)).parameters
-    assert list(ours) == list(theirs)
-    for parameter in ours:
+    added = ADDED.get(name, [])
+    assert list(ours) == [*theirs, *added]
+    for parameter in added:
+        assert (ours[parameter].kind, ours[parameter].default) == (
+            inspect.Parameter.KEYWORD_ONLY,
+            None,
+        )
+    for parameter in theirs:
         assert ours[parameter].kind is theirs[parameter].kind, parameter
         defaults = (ours[parameter].default, theirs[parameter].default)
         expected = DEPARTURES.get((name, parameter), (theirs[parameter].default,) * 2)
@@ -142,6 +151,7 @@ BUILTINS = {
     "ReadError": OSError,
     "SaveInProgressError": ValueError,
     "ShapeMismatchError": ValueError,
+    "ShardingMismatchError": ValueError,
     "StagingError": RuntimeError,
     "StepAlreadyExistsError": (ValueError, FileExistsError),
     "StepNotFoundError": (ValueError, FileNotFoundError),

@@ -34,11 +34,13 @@ __all__ = [
     "may_be_replaced",
     "name_in_deletion",
     "read_whole",
+    "survey",
     "when_settled",
 ]
 
 T = TypeVar("T")
 
+_AGAIN = "Copy it again from where the checkpoint came from."
 _LOOKS = 50  # times that a reader looks for a checkpoint that is just being exchanged
 _LOOK_SECS = 0.02
 
@@ -133,6 +135,10 @@ def _directories(path: str) -> list[str]:
         raise errors.InvalidLayoutError(
             f"Could not recognize the checkpoint at {path} as a valid Orbax checkpoint: {problem}"
         )
+    return _scanned(path)
+
+
+def _scanned(path: str) -> list[str]:
     return sorted(
         entry.name
         for entry in files.scan(path)
@@ -170,6 +176,71 @@ def contents(path: str) -> Contents:
         if name != hidden and (not recorded or name in recorded or name in pytrees)
     }
     return Contents(path, document, known, frozenset(pytrees & known.keys()), hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something wrong with a checkpoint as a whole: where, what, and what to do."""
+
+    path: str
+    problem: str
+    hint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey(Contents):
+    """All that a checkpoint holds or should hold, and what is wrong with it as a whole.
+
+    Attributes:
+      problems: what is wrong.
+    """
+
+    problems: tuple[Problem, ...] = ()
+
+
+def survey(path: str) -> Survey:
+    """Looks at a checkpoint that may be damaged; a flat, older one has the name ''. Blocks.
+
+    Raises:
+      InvalidLayoutError: there is none, not even a damaged one.
+    """
+    problems = []
+    file = os.path.join(path, names.CHECKPOINT_METADATA)
+    is_there = _has(path, names.CHECKPOINT_METADATA)
+    if not is_there and _has(path, names.CHECKPOINT_MARKER):
+        problems.append(Problem(file, "it is missing", _AGAIN))
+        directories = _scanned(path)
+    else:
+        directories = _directories(path)
+    data = files.read_bytes(file)
+    document: dict[str, Any] = {}
+    try:
+        if data is not None:
+            document = _parsed(data)
+    except ValueError as error:
+        problems.append(Problem(file, f"it is damaged: {error}", _AGAIN))
+    hidden = None
+    try:
+        hidden = name_in_deletion(path)
+    except errors.DeletionRecoveryError as error:
+        record = os.path.join(path, names.DELETION_RECORD)
+        problems.append(Problem(record, str(error).removeprefix(f"{record} is "), ""))
+    if hidden is not None:
+        directory = os.path.join(path, hidden)
+        problems.append(Problem(directory, "its deletion was not finished", "Delete it again."))
+    recorded = document.get("item_handlers")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    if _has(path, names.METRICS):
+        directories.append(names.METRICS)
+    for name in recorded:
+        if name not in directories and name != hidden:
+            directory = os.path.join(path, name)
+            problems.append(Problem(directory, "it is recorded, and missing", _AGAIN))
+    if _is_checkpointable(path) and not _has(path, names.CHECKPOINT_MARKER):
+        directories = [""]
+    pytrees = {name for name in directories if _is_checkpointable(os.path.join(path, name))}
+    typestrs = {name: recorded.get(name) for name in directories if name != hidden}
+    return Survey(path, document, typestrs, frozenset(pytrees), hidden, tuple(problems))
 
 
 def check_deletable(path: str) -> None:
@@ -315,12 +386,16 @@ def _read_document(path: str) -> dict[str, Any]:
     if not data:
         return {}
     try:
-        document = json.loads(data)
-        if not isinstance(document, dict):
-            raise ValueError(f"it holds a {type(document).__name__}")
+        return _parsed(data)
     except ValueError as error:
         logger.error("%s is damaged and ignored: %s", file, error)
         return {}
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    document = json.loads(data)
+    if not isinstance(document, dict):
+        raise ValueError(f"it holds a {type(document).__name__}")
     return document
 
 

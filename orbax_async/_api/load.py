@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import jax
+
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._api import layout, perform
@@ -15,7 +17,9 @@ from orbax_async._engine import loop
 from orbax_async._storage import names
 from orbax_async.handlers import resolve, tiers
 from orbax_async.handlers.operation import Operation
+from orbax_async.handlers.reading import ShardingFunction
 from orbax_async.path import Path, PathLike, pathlike
+from orbax_async.tree.selection import Select
 
 __all__ = ["load", "load_async", "load_checkpointables", "load_checkpointables_async"]
 
@@ -25,6 +29,8 @@ def load(
     abstract_state: Any | None = None,
     *,
     checkpointable_name: str | None = names.AUTO_CHECKPOINTABLE,
+    select: Select | None = None,
+    sharding: jax.sharding.Sharding | ShardingFunction | None = None,
 ) -> Any:
     """Loads a state and returns it.
 
@@ -35,7 +41,13 @@ def load(
 
         state = ocp.load("/checkpoints/7", jax.eval_shape(init, key))
     """
-    return load_async(path, abstract_state, checkpointable_name=checkpointable_name).result()
+    return load_async(
+        path,
+        abstract_state,
+        checkpointable_name=checkpointable_name,
+        select=select,
+        sharding=sharding,
+    ).result()
 
 
 def load_async(
@@ -43,6 +55,8 @@ def load_async(
     abstract_state: Any | None = None,
     *,
     checkpointable_name: str | None = names.AUTO_CHECKPOINTABLE,
+    select: Select | None = None,
+    sharding: jax.sharding.Sharding | ShardingFunction | None = None,
 ) -> AsyncResponse[Any]:
     """Loads a state in the background; an ordinary function whose result can be awaited.
 
@@ -64,16 +78,27 @@ def load_async(
         plain dicts and lists, on one device where the devices that saved it are not here.
       checkpointable_name: which pytree of the checkpoint; `AUTO` takes `state` or the first, None
         a flat checkpoint of older Orbax versions.
+      select: which leaves to load: patterns of key paths such as `"params/*/kernel"`, where `*`
+        stands for any part of a key and `**` for any keys, and what lies below counts; with a `!`
+        before it, a pattern takes away. Or a function of the key path. Only the bytes of these
+        leaves are read. Other leaves are left out of dicts, and are `...` in lists and where there
+        is an abstract tree.
+      sharding: where jax arrays go of which the abstract tree says nothing: one sharding for all,
+        or a function of key path, shape and dtype, called on a thread of the engine; where it
+        returns None the saved sharding is used.
 
     Returns:
       A response whose result is the state.
 
     Raises:
       AbstractLeafError: the abstract tree holds what nothing can be loaded as.
+      TypeError, ValueError: `select` or `sharding` is something else.
       InvalidLayoutError: (when awaited, as all below) there is no such checkpoint.
-      TreeMismatchError: the trees differ; every difference is listed.
+      TreeMismatchError: the trees differ, or a pattern matches nothing; every difference is
+        listed, those of shapes and dtypes too.
       ShapeMismatchError: a leaf has another shape.
       DtypeMismatchError: a leaf can't be had in that dtype without losing values.
+      ShardingMismatchError: a sharding does not fit its array.
       CorruptDataError: stored bytes do not match their checksum.
       ReadError: a leaf can't be read.
     """
@@ -85,7 +110,9 @@ def load_async(
         abstract_state = abstract_state.metadata
     registry = doing.context.checkpointables.registry
     with doing.context:
-        part = resolve.state_for_loading(checkpointable_name, abstract_state, registry)
+        part = resolve.state_for_loading(
+            checkpointable_name, abstract_state, registry, select=select, sharding=sharding
+        )
 
     async def take(response: AsyncResponse[Any]) -> Any:
         located = await layout.when_settled(

@@ -9,7 +9,7 @@ from orbax_async import context as ambient
 from orbax_async import registration
 from orbax_async._api import layout, perform
 from orbax_async._engine import loop
-from orbax_async._storage import names
+from orbax_async._storage import files, names
 from orbax_async._trace import logger
 from orbax_async.handlers import foreign, resolve, tiers
 from orbax_async.handlers.operation import Operation
@@ -47,6 +47,7 @@ class CheckpointMetadata(Generic[T]):
         self._init_timestamp_nsecs = init_timestamp_nsecs
         self._commit_timestamp_nsecs = commit_timestamp_nsecs
         self._custom_metadata = custom_metadata
+        self._nbytes: int | None = None
 
     def __repr__(self) -> str:
         return (
@@ -89,6 +90,11 @@ class CheckpointMetadata(Generic[T]):
         """What the user gave to `save`."""
         return self._custom_metadata
 
+    @property
+    def nbytes(self) -> int | None:
+        """The bytes of all files of the checkpoint; None where it was not read from one."""
+        return self._nbytes
+
 
 def _as_datetime(nsecs: int | None) -> datetime.datetime | None:
     if nsecs is None:
@@ -113,7 +119,8 @@ def metadata(
 
     Returns:
       Metadata whose tree has an `arrays.ArrayMetadata` for each jax array, an
-      `arrays.NumpyMetadata` for each NumPy array, 0, 0.0 or False for scalars, and `'string'`.
+      `arrays.NumpyMetadata` for each NumPy array, 0, 0.0 or False for scalars, and `'string'`. Its
+      `nbytes` are those of the checkpoint's files, `storage_metadata.nbytes` those of an array.
 
     Raises:
       InvalidLayoutError: there is no such checkpoint, or its documents are damaged.
@@ -128,7 +135,7 @@ def metadata(
             where, lambda path: layout.locate(path, checkpointable_name)
         )
         tree = await PyTreeHandler().metadata(Path(located.directory))
-        return _described(where, tree, located.document)
+        return await _described(where, tree, located.document)
 
     found: CheckpointMetadata[PyTreeMetadata] = perform.start(
         f"metadata of {where}", doing, lambda *_: layout.read_whole(where, read)
@@ -163,7 +170,7 @@ def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any
     async def read() -> CheckpointMetadata[dict[str, Any]]:
         contents = await layout.when_settled(where, layout.contents)
         forms = {name: await _abstract_form(contents, name, doing) for name in contents.typestrs}
-        return _described(where, forms, contents.document)
+        return await _described(where, forms, contents.document)
 
     found: CheckpointMetadata[dict[str, Any]] = perform.start(
         f"metadata of {where}", doing, lambda *_: layout.read_whole(where, read)
@@ -199,14 +206,16 @@ async def _abstract_form(contents: layout.Contents, name: str, doing: Operation)
             return None
 
 
-def _described(path: str, metadata: T, document: dict[str, Any]) -> CheckpointMetadata[T]:
-    return CheckpointMetadata(
+async def _described(path: str, metadata: T, document: dict[str, Any]) -> CheckpointMetadata[T]:
+    described = CheckpointMetadata(
         path,
         metadata=metadata,
         init_timestamp_nsecs=_int(document.get("init_timestamp_nsecs")),
         commit_timestamp_nsecs=_int(document.get("commit_timestamp_nsecs")),
         custom_metadata=document.get("custom_metadata") or {},
     )
+    described._nbytes = sum((await loop.to_worker(files.sizes, path)).values())
+    return described
 
 
 def _int(value: Any) -> int | None:

@@ -7,6 +7,8 @@ share of the read budget from before it is read until its values are placed.
 from __future__ import annotations
 
 import dataclasses
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,14 +22,14 @@ from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.budget import BatchSlots, ByteBudget
 from orbax_async._engine.plan import ReadRequest
-from orbax_async._engine.transfer import Piece, aligned_empty, place
+from orbax_async._engine.transfer import Piece, aligned_empty, free_nbytes, place, send
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async._trace import Recorder
 from orbax_async.tree import keypath
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["LoadPipeline", "ReadForm", "ReadableLeaf"]
+__all__ = ["LoadPipeline", "ReadForm", "ReadableLeaf", "read_error"]
 
 _VALUE_NBYTES = 64 << 10  # arrays up to this size are read as values, many at once
 
@@ -41,6 +43,9 @@ class ReadForm:
       view_dtype: the dtype that the stored elements stand for, where zarr has none for it.
       sharding: of a jax array; None for a host array.
       device_shardings: single-device shardings by device id, of a jax array on several devices.
+      piece_shape: of each piece, where that is not what is stored: zeros fill it up.
+      copies: by the id of a device, where its piece is sent from there.
+      fills_missing: whether what is missing reads as the array's fill value.
     """
 
     def __init__(
@@ -50,6 +55,10 @@ class ReadForm:
         view_dtype: np.dtype[Any] | None,
         sharding: jax.sharding.Sharding | None,
         device_shardings: Mapping[int, jax.sharding.Sharding],
+        *,
+        piece_shape: tuple[int, ...] | None = None,
+        copies: Mapping[int, tuple[jax.sharding.Sharding, ...]] | None = None,
+        fills_missing: bool = False,
     ) -> None:
         self.document = document
         self.shape = tuple(document["shape"])
@@ -57,7 +66,9 @@ class ReadForm:
         self.view_dtype = view_dtype
         self.sharding = sharding
         self.device_shardings = device_shardings
-        self.is_empty = 0 in self.shape
+        self.piece_shape = piece_shape
+        self.copies = copies or {}
+        self.fills_missing = fills_missing
         stored = zarr.stored_dtype(document)
         # The dtype to ask TensorStore for: a reinterpreted array is read as it is stored.
         self.read_dtype = dtype if view_dtype is None else stored
@@ -84,11 +95,40 @@ class ReadableLeaf:
         return keypath.label(self.keys)
 
 
+@dataclasses.dataclass(slots=True)
+class _Copy:
+    """A piece to send to another device, and the list of its leaf's pieces."""
+
+    pieces: list[Piece]
+    piece: Any
+    where: jax.sharding.Sharding
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.piece.nbytes)
+
+
+def _device_id(piece: Any) -> int:
+    (device,) = piece.devices()
+    return int(device.id)
+
+
 class LoadPipeline:
     """Reads and places the requests of one load.
 
     After `run`, `pieces` holds by leaf its host array, its jax array on one device, or its shards
     in the order of the plan.
+
+    Args:
+      leaves: by their index.
+      requests: what to read of them.
+      store: where they are.
+      batch_nbytes: of requests that are read together.
+      read_budget: bytes that may be in flight.
+      recorder: counts and times.
+      broadcast_nbytes: the most bytes that are sent from device to device at a time; None for a
+        share of the memory that is free there.
+      broadcast_share: that share.
     """
 
     def __init__(
@@ -100,12 +140,17 @@ class LoadPipeline:
         batch_nbytes: int,
         read_budget: ByteBudget,
         recorder: Recorder,
+        broadcast_nbytes: int | None = None,
+        broadcast_share: float = 1.0,
     ) -> None:
         self.pieces: dict[int, list[Piece]] = {index: [] for index in leaves}
         self._leaves = leaves
         self._store = store
         self.read_budget = read_budget
         self._recorder = recorder
+        self._broadcast_nbytes = broadcast_nbytes
+        self._broadcast_share = broadcast_share
+        self._broadcasting = threading.Lock()  # on workers: one batch at a time
         self._slots = BatchSlots()
         self._batches = list(plan.batches(requests, batch_nbytes))
         self._pieces_unread = Counter(request.leaf for request in requests)
@@ -142,7 +187,32 @@ class LoadPipeline:
             targets = [
                 self._targets(request, array) for request, array in zip(batch, arrays, strict=True)
             ]
-            return place(targets)
+            placed = place(targets)
+        if any(self._leaves[request.leaf].form.copies for request in batch):
+            self._broadcast(batch, placed)
+        return placed
+
+    def _broadcast(self, batch: list[ReadRequest], placed: list[list[Piece]]) -> None:
+        """Sends pieces on from device to device, some at a time, and adds what arrives."""
+        copies: list[_Copy] = []
+        for request, pieces in zip(batch, placed, strict=True):
+            targets = self._leaves[request.leaf].form.copies
+            for piece in list(pieces) if targets else ():
+                wheres = targets.get(_device_id(piece), ())
+                copies += [_Copy(pieces, piece, where) for where in wheres]
+        with self._broadcasting:
+            limit = self._limit_of_broadcasts(copies)
+            for group in plan.batches(copies, limit):
+                with self._recorder.span("broadcast", sum(copy.nbytes for copy in group)):
+                    arrived = send([(copy.piece, copy.where) for copy in group])
+                for copy, piece in zip(group, arrived, strict=True):
+                    copy.pieces.append(piece)
+
+    def _limit_of_broadcasts(self, copies: Sequence[_Copy]) -> int:
+        if self._broadcast_nbytes is not None:
+            return self._broadcast_nbytes
+        free = free_nbytes([copy.where for copy in copies])
+        return sys.maxsize if free is None else int(free * self._broadcast_share)
 
     def _targets(
         self, request: ReadRequest, array: np.ndarray[Any, Any]
@@ -150,11 +220,15 @@ class LoadPipeline:
         """Returns what goes where of what was read by one request."""
         form = self._leaves[request.leaf].form
         if not form.device_shardings:
-            return [(array, form.sharding)]
+            return [(_filled_up(array, form.piece_shape), form.sharding)]
         region = request.region
-        return [
-            (array if box == region.box else array[_within(box, region.box)], where)
+        pieces = [
+            (array if box == region.box else array[_within(box, region.box)], devices)
             for box, devices in region.parts
+        ]
+        return [
+            (_filled_up(piece, form.piece_shape), where)
+            for piece, devices in pieces
             for where in map(form.device_shardings.__getitem__, devices)
         ]
 
@@ -167,34 +241,51 @@ class LoadPipeline:
             leaf, box = self._leaves[request.leaf], request.region.box
             form = leaf.form
             try:
-                if form.is_empty:
+                if request.region.is_empty:
                     arrays.append(aligned_empty(plan.box_shape(box), form.read_dtype))
-                elif form.whole is not None:
-                    arrays.append(_from_value(form, next(values), box))
-                else:
-                    target = aligned_empty(plan.box_shape(box), form.read_dtype)
-                    if not self._read_raw(leaf, box, target):
-                        source = self._store.open_array(leaf.name, form.document, form.read_dtype)
-                        pending.append((leaf, ts.array(target).write(source[_slices(box)])))
-                    arrays.append(target)
+                    continue
+                value = next(values) if form.whole is not None else None
+                if value is not None:
+                    arrays.append(_from_value(form, value, box))
+                    continue
+                if form.whole is not None and not form.fills_missing:
+                    raise FileNotFoundError("its data is missing from the checkpoint")
+                target = aligned_empty(plan.box_shape(box), form.read_dtype)
+                if not self._read_raw(leaf, box, target):
+                    source = self._store.open_array(
+                        leaf.name,
+                        form.document,
+                        form.read_dtype,
+                        fills_missing=form.fills_missing,
+                    )
+                    pending.append((leaf, ts.array(target).write(source[_slices(box)])))
+                arrays.append(target)
             except Exception as error:
-                raise _read_error(leaf, error) from error
+                raise read_error(leaf, error) from error
         for leaf, done in pending:
             try:
                 done.result()
             except Exception as error:
-                raise _read_error(leaf, error) from error
+                raise read_error(leaf, error) from error
         forms = [self._leaves[request.leaf].form for request in batch]
         return [_as_asked(form, array) for form, array in zip(forms, arrays, strict=True)]
 
     def _read_values(self, batch: list[ReadRequest]) -> Iterator[bytes | memoryview | None]:
-        leaves = [self._leaves[request.leaf] for request in batch]
-        small = [leaf for leaf in leaves if leaf.form.whole is not None and not leaf.form.is_empty]
+        leaves = [self._leaves[request.leaf] for request in batch if not request.region.is_empty]
+        small = [leaf for leaf in leaves if leaf.form.whole is not None]
         keys = [
             f"{leaf.name}/{leaf.form.whole_key}" if leaf.name else leaf.form.whole_key
             for leaf in small
         ]
-        return iter(self._store.read_many(keys) if keys else ())
+        try:
+            return iter(self._store.read_many(keys) if keys else ())
+        except Exception as error:
+            for leaf, key in zip(small, keys, strict=True):
+                try:
+                    self._store.read_many([key])
+                except Exception as of_leaf:
+                    raise read_error(leaf, of_leaf) from of_leaf
+            raise read_error(small[0], error) from error  # it has gone away
 
     def _read_raw(self, leaf: ReadableLeaf, box: plan.Box, target: np.ndarray[Any, Any]) -> bool:
         """Reads a region without TensorStore where that is possible."""
@@ -202,16 +293,13 @@ class LoadPipeline:
         return (
             raw is not None
             and direct is not None
+            and (not leaf.form.fills_missing or direct.has_region(leaf.name, raw, box))
             and direct.read_region(leaf.name, raw, box, target)
         )
 
 
-def _from_value(
-    form: ReadForm, data: bytes | memoryview | None, box: plan.Box
-) -> np.ndarray[Any, Any]:
+def _from_value(form: ReadForm, data: bytes | memoryview, box: plan.Box) -> np.ndarray[Any, Any]:
     """Decodes an array; what stays on the host is the caller's own to change."""
-    if data is None:
-        raise FileNotFoundError("its data is missing from the checkpoint")
     assert form.whole is not None
     array = zarr.decode_whole(form.whole, data)
     if plan.box_shape(box) != form.shape:
@@ -228,6 +316,16 @@ def _as_asked(form: ReadForm, array: np.ndarray[Any, Any]) -> np.ndarray[Any, An
     target = aligned_empty(array.shape, form.dtype)
     with np.errstate(invalid="ignore", over="ignore"):
         target[...] = array.astype(form.dtype)
+    return target
+
+
+def _filled_up(array: np.ndarray[Any, Any], shape: tuple[int, ...] | None) -> np.ndarray[Any, Any]:
+    """Returns an array with zeros after what it has on each axis."""
+    if shape is None or shape == array.shape:
+        return array
+    target = aligned_empty(shape, array.dtype)
+    target[...] = np.zeros((), array.dtype)
+    target[tuple(map(slice, array.shape))] = array
     return target
 
 
@@ -248,12 +346,14 @@ def _within(box: plan.Box, outer: plan.Box) -> tuple[slice, ...]:
 
 _DAMAGE = (
     *("DATA_LOSS", "CRC", "crc", "checksum", "OUT_OF_RANGE", "bytes found", "Digest"),
+    "Not enough data",
     "inflate",
     "decompress",
 )
 
 
-def _read_error(leaf: ReadableLeaf, error: Exception) -> errors.LeafError:
+def read_error(leaf: ReadableLeaf, error: Exception) -> errors.LeafError:
+    """Makes the error of a leaf that can't be read; damage is told from what may pass."""
     text = str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
     if any(sign in text for sign in _DAMAGE):
         return errors.CorruptDataError(

@@ -21,6 +21,7 @@ Theory of operation
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
@@ -35,6 +36,7 @@ __all__ = [
     "batches",
     "box_nbytes",
     "box_shape",
+    "chunk_regions",
     "chunk_shape",
     "plan_writes",
     "read_regions",
@@ -91,6 +93,10 @@ class Region:
     box: Box
     parts: tuple[tuple[Box, tuple[int, ...]], ...]
     nbytes: int
+    is_empty: bool = dataclasses.field(init=False)  # nothing of it is stored
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_empty", any(start == stop for start, stop in self.box))
 
 
 @dataclasses.dataclass(slots=True)
@@ -273,6 +279,22 @@ def _is_separate(box: Box, shape: Sequence[int], chunk_shape: Sequence[int], is_
     (axis,) = cut
     pairs = zip(shape[axis + 1 :], chunk_shape[axis + 1 :], strict=True)
     return math.prod(chunk_shape[:axis]) == 1 and not any(side % piece for side, piece in pairs)
+
+
+def chunk_regions(
+    shape: Sequence[int], chunk_shape: Sequence[int], itemsize: int, target_nbytes: int
+) -> Iterator[Region]:
+    """Divides an array along its chunks, into regions of one chunk or of few small ones."""
+    sides = [max(1, side) for side in chunk_shape]
+    for axis in reversed(range(len(sides))):
+        room = target_nbytes // (math.prod(sides) * itemsize)
+        sides[axis] = min(sides[axis] * max(1, room), max(sides[axis], shape[axis]))
+    axes = [
+        [(start, min(start + piece, side)) for start in range(0, side, piece)]
+        for side, piece in zip(shape, sides, strict=True)
+    ]
+    for box in itertools.product(*axes):
+        yield Region(box, ((box, ()),), box_nbytes(box, itemsize))
 
 
 class _Sized(Protocol):

@@ -265,7 +265,7 @@ class SavePipeline:
                 pieces.clear()
                 self.transfer_budget.release(batch.staging_nbytes)
             if batch.nbytes >= _LARGE_NBYTES and not self._is_syncing:
-                await self._sync(store[0])
+                await self._sync(stores[batch.is_separate])
 
         try:
             with errors.ungrouped():

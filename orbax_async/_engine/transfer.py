@@ -30,7 +30,17 @@ import numpy as np
 from orbax_async._engine.plan import Box
 from orbax_async.arrays import devices_of
 
-__all__ = ["Mode", "Piece", "aligned_empty", "assemble", "capture", "capture_mode", "place"]
+__all__ = [
+    "Mode",
+    "Piece",
+    "aligned_empty",
+    "assemble",
+    "capture",
+    "capture_mode",
+    "free_nbytes",
+    "place",
+    "send",
+]
 
 _MAPPED_NBYTES = 256 << 10
 _ALIGNMENT = 64  # bytes; jax aliases host memory on CPU where it is aligned so
@@ -181,6 +191,25 @@ def place(
 def _put(array: np.ndarray[Any, Any], where: jax.sharding.Sharding) -> jax.Array:
     # Half as much work for jax as device_put.
     return jax.make_array_from_callback(array.shape, where, lambda _: array)
+
+
+def send(pieces: Sequence[tuple[jax.Array, jax.sharding.Sharding]]) -> list[jax.Array]:
+    """Sends arrays from their device to another one, and waits until they have arrived."""
+    with jax.transfer_guard("allow"), jax.enable_x64(True):
+        sent = [jax.device_put(array, where) for array, where in pieces]
+        jax.block_until_ready(sent)
+    return sent
+
+
+def free_nbytes(shardings: Sequence[jax.sharding.Sharding]) -> int | None:
+    """Returns the free memory of the fullest of some devices; None where none of them tells."""
+    devices: Any = {device for sharding in shardings for device in sharding.addressable_devices}
+    free = []
+    for device in devices:
+        statistics = device.memory_stats() or {}
+        if "bytes_limit" in statistics:
+            free.append(statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
+    return min(free, default=None)
 
 
 def assemble(

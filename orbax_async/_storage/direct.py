@@ -62,6 +62,13 @@ class DirectReader:
                 key = (prefix + entry["key"]).decode()
                 self._entries[key] = entry["indirect_value"] if value is None else value
 
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of each value, by key."""
+        return {
+            key: len(value) if isinstance(value, bytes) else _extent(value).nbytes
+            for key, value in self._entries.items()
+        }
+
     def values(self, keys: Sequence[str]) -> list[bytes | memoryview | None]:
         """Returns whole values, None for each key that is absent; neighbours are read together."""
         found = [self._entries.get(key) for key in keys]
@@ -80,6 +87,15 @@ class DirectReader:
             for _, offset, nbytes, index in run:
                 values[index] = view[offset - first : offset - first + nbytes]
         return values
+
+    def has_region(
+        self, name: str, layout: zarr.RawLayout, region: Sequence[tuple[int, int]]
+    ) -> bool:
+        """Says whether every chunk that a region meets is there."""
+        return all(
+            zarr.chunk_key(name, index, zarr3=layout.zarr3) in self._entries
+            for index, _, _ in _parts(region, layout.chunk_shape)
+        )
 
     def read_region(
         self,

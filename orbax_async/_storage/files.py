@@ -8,7 +8,15 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-__all__ = ["fsync_directory", "fsync_file", "read_bytes", "remove_tree", "walk", "write_bytes"]
+__all__ = [
+    "fsync_directory",
+    "fsync_file",
+    "read_bytes",
+    "remove_tree",
+    "sizes",
+    "walk",
+    "write_bytes",
+]
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -50,6 +58,16 @@ def walk(root: str) -> tuple[list[str], list[str]]:
         files.extend(os.path.join(directory, name) for name in names)
         directories.append(directory)
     return files, directories
+
+
+def sizes(root: str) -> dict[str, int]:
+    """Returns the bytes of each file below a directory, by its path from there, with `/`."""
+    found = {}
+    for path in walk(root)[0]:
+        with contextlib.suppress(FileNotFoundError):
+            name = os.path.relpath(path, root).replace(os.sep, "/")
+            found[name] = os.path.getsize(path)
+    return found
 
 
 def remove_tree(path: str) -> None:

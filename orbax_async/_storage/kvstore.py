@@ -99,6 +99,10 @@ class ArrayStore:
         """The database's values without TensorStore; None where there is no database."""
         return DirectReader(self.directory) if self.is_ocdbt and not self._creates else None
 
+    def forgo_direct(self) -> None:
+        """Leaves all reading to TensorStore, which needs only the nodes on the way to a value."""
+        self.direct = None
+
     def begin(self) -> ts.Transaction:
         """Starts a transaction; on OCDBT it is atomic, on files it only groups the writes."""
         return ts.Transaction(atomic=self.is_ocdbt)
@@ -154,15 +158,26 @@ class ArrayStore:
         results = (future.result() for future in futures)
         return [result.value if result.state == "value" else None for result in results]
 
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of each value by key, without reading any."""
+        if self.direct is not None:
+            return self.direct.sizes()
+        return files.sizes(self.directory)
+
     def open_array(
-        self, name: str, document: Mapping[str, Any], dtype: np.dtype[Any] | None = None
+        self,
+        name: str,
+        document: Mapping[str, Any],
+        dtype: np.dtype[Any] | None = None,
+        *,
+        fills_missing: bool = False,
     ) -> ts.TensorStore:
         """Opens a stored array for reading, cast to `dtype` where it is given.
 
-        A chunk that is missing is an error, not zeros.
+        A chunk that is missing is an error, or reads as the array's fill value.
         """
         array = ts.open(
-            self._array_spec(name, document) | {"fill_missing_data_reads": False},
+            self._array_spec(name, document) | {"fill_missing_data_reads": fills_missing},
             context=self._context,
             open=True,
             assume_metadata=True,

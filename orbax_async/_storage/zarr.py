@@ -14,8 +14,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
@@ -27,6 +28,7 @@ __all__ = [
     "RawLayout",
     "WholeLayout",
     "array_document",
+    "array_of",
     "block_checksums",
     "checksum",
     "checksums_key",
@@ -36,6 +38,7 @@ __all__ = [
     "document_key",
     "dtype_named",
     "encode_stored",
+    "has_checksum",
     "is_storable",
     "parse_document",
     "raw_layout",
@@ -46,6 +49,7 @@ Encoding = Literal["stored", "raw", "zstd"]
 CHECKSUM_BLOCK = 4 << 20
 _PAGE_NBYTES = 4096
 _SAMPLE_NBYTES = 8 << 10
+_CHECKSUMS = ".checksums"
 _GZIP = 31  # zlib's window-bits value for a gzip member
 
 # Elements narrower than a byte, or of types of our own making, that zarr stores by name.
@@ -140,6 +144,22 @@ def array_document(
     return json.dumps(document, separators=(",", ":")).encode()
 
 
+_KEY_V2 = re.compile(r"\.z\w+|\d+([./]\d+)*")
+_KEY_V3 = re.compile(rf"zarr\.json|c(/\d+)*|{re.escape(_CHECKSUMS)}/[\d.]*")
+
+
+def array_of(key: str, array_names: Container[str], *, zarr3: bool) -> str | None:
+    """Returns which of some arrays a key belongs to; None for a key of none of them."""
+    rest = _KEY_V3 if zarr3 else _KEY_V2
+    end = len(key)
+    while end >= 0:
+        end = key.rfind("/", 0, end)
+        name = key[: max(end, 0)]
+        if name in array_names and rest.fullmatch(key, end + 1):
+            return name
+    return None
+
+
 _NEEDED = {
     2: {"shape", "chunks", "dtype", "compressor", "order"},
     3: {"shape", "chunk_grid", "chunk_key_encoding", "codecs", "data_type"},
@@ -180,7 +200,7 @@ def chunk_shape(document: Mapping[str, Any]) -> tuple[int, ...]:
 
 def checksums_key(name: str, index: Sequence[int]) -> str:
     """Returns the key of a raw chunk's `block_checksums`, which zarr readers pass over."""
-    return (f"{name}/" if name else "") + ".checksums/" + ".".join(map(str, index))
+    return (f"{name}/" if name else "") + f"{_CHECKSUMS}/" + ".".join(map(str, index))
 
 
 def block_checksums(array: np.ndarray[Any, Any]) -> bytes:
@@ -214,6 +234,25 @@ def encode_stored(array: np.ndarray[Any, Any]) -> bytes:
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
     return zlib.compress(array.tobytes(), 0, wbits=_GZIP)
+
+
+def has_checksum(document: Mapping[str, Any]) -> bool:
+    """Says whether a flipped bit of an array's elements is found when they are read."""
+    if document["zarr_format"] == 2:
+        return (document["compressor"] or {}).get("id") in ("gzip", "zlib")
+    return _have_checksum(document["codecs"])
+
+
+def _have_checksum(codecs: Sequence[Mapping[str, Any]]) -> bool:
+    for codec in codecs:
+        settings = codec.get("configuration", {})
+        if codec.get("name") in ("crc32c", "gzip"):
+            return True
+        if codec.get("name") == "zstd" and settings.get("checksum"):
+            return True
+        if codec.get("name") == "sharding_indexed" and _have_checksum(settings.get("codecs", ())):
+            return True
+    return False
 
 
 class WholeLayout(NamedTuple):

@@ -3,7 +3,8 @@
 Does:
   - describe each kind of leaf for the plan, and refuse what can't be held (`leaves`);
   - resolve what each leaf should be loaded as (`targets`);
-  - save and load pytrees in two tiers (`pytree`, with `saving` and `reading` behind it);
+  - save and load pytrees in two tiers (`pytree`, with `saving`, `stored` and `reading` behind
+    it), and look for damage in them (`inspection`);
   - save and load documents (`documents`), and objects that do so themselves (`stateful`);
   - choose the handler of a checkpointable (`resolve`, from those in `builtin` and the users');
   - run both tiers of several handlers at once (`tiers`), users' code among them (`foreign`).

@@ -11,15 +11,19 @@ import os
 from collections.abc import Awaitable, Hashable
 from typing import Any
 
+import jax
+
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._engine import loop
 from orbax_async.handlers import forms, leaves, operation, storing, targets
 from orbax_async.handlers.forms import PreparedTree
-from orbax_async.handlers.reading import AbstractTree, Loading, read_metadata
+from orbax_async.handlers.reading import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.saving import Saving
+from orbax_async.handlers.stored import read_metadata
 from orbax_async.path import Path, PathAwaitingCreation
 from orbax_async.tree import structure
+from orbax_async.tree.selection import Select, Selection
 
 __all__ = ["PyTreeHandler"]
 
@@ -96,14 +100,35 @@ class PyTreeHandler:
         """Raises AbstractLeafError for a tree that can't be asked for; returns None otherwise."""
         self.read_abstract(tree)
 
-    def read_abstract(self, abstract: Any) -> AbstractTree | None:
+    def read_abstract(
+        self,
+        abstract: Any,
+        *,
+        select: Select | None = None,
+        sharding: jax.sharding.Sharding | ShardingFunction | None = None,
+    ) -> AbstractTree:
         """Understands an abstract tree; `load` accepts the result. None asks for what is stored.
+
+        Args:
+          abstract: the tree.
+          select: which leaves to load.
+          sharding: of jax arrays of which the tree says none: one for all, or a function of key
+            path, shape and dtype.
 
         Raises:
           AbstractLeafError: a leaf of it can't be loaded as anything.
+          TypeError: `select` or `sharding` is something else.
+          ValueError: a pattern of `select` is empty.
         """
+        selection = None if select is None else Selection(select)
+        if isinstance(sharding, jax.sharding.Sharding):
+            sharding = targets.concrete("", sharding)
+        elif sharding is not None and not callable(sharding):
+            raise TypeError(
+                f"sharding must be a jax.sharding.Sharding or a function, not {sharding!r}"
+            )
         if abstract is None:
-            return None
+            return AbstractTree(None, [], selection, sharding)
         flat = structure.flatten(abstract)
         wanted, refused = [], []
         alike: dict[Hashable, targets.Wanted] = {}
@@ -114,7 +139,7 @@ class PyTreeHandler:
                 refused.append(error)
         if refused:
             raise leaves.summary(refused)
-        return AbstractTree(flat, wanted)
+        return AbstractTree(flat, wanted, selection, sharding)
 
     async def load(
         self, directory: Path, abstract_checkpointable: Any | None = None
@@ -128,7 +153,7 @@ class PyTreeHandler:
         """
         abstract = (
             abstract_checkpointable
-            if isinstance(abstract_checkpointable, AbstractTree | None)
+            if isinstance(abstract_checkpointable, AbstractTree)
             else self.read_abstract(abstract_checkpointable)
         )
         doing = operation.current()

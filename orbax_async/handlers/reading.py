@@ -1,158 +1,50 @@
-"""Reading a stored tree: its documents, what is asked of it, and its arrays."""
+"""Reading a stored tree: what is asked of it, and its arrays."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from orbax_async import arrays, errors
+import jax
+import numpy as np
+
 from orbax_async import context as ambient
+from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import LoadPipeline, ReadableLeaf
-from orbax_async._storage import files, names, zarr
-from orbax_async._storage.kvstore import ArrayStore, holds_ocdbt
+from orbax_async._storage import zarr
+from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import leaves, operation, targets
-from orbax_async.tree import keypath, rich, schema, structure
-from orbax_async.tree.keypath import KeyPath
+from orbax_async.handlers.stored import StoredTree
+from orbax_async.tree import keypath, schema, structure
+from orbax_async.tree.selection import Selection
 from orbax_async.tree.structure import FlatTree
 
-__all__ = ["AbstractTree", "Loading", "read_metadata"]
+__all__ = ["AbstractTree", "Loading", "ShardingFunction"]
+
+ShardingFunction = Callable[
+    [tuple[Any, ...], tuple[int, ...], np.dtype[Any]], jax.sharding.Sharding | None
+]
 
 _BATCH_NBYTES = 64 << 20
 
-Entries = Iterable[tuple[KeyPath, Any]]
 
-# What reading a document raises that has another form than it should.
-_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
-
-
+@dataclasses.dataclass(frozen=True)
 class AbstractTree:
-    """An abstract tree whose leaves are understood."""
+    """What is asked for, understood.
 
-    def __init__(self, flat: FlatTree, wanted: list[targets.Wanted]) -> None:
-        self.flat = flat
-        self.wanted = wanted
+    Attributes:
+      flat: the abstract tree; None for what is stored.
+      wanted: its leaves.
+      selection: which leaves are loaded; None for all.
+      sharding: of jax arrays of which the tree says none: one for all, or a function.
+    """
 
-
-class _Stored:
-    """The documents of a stored tree, read and parsed."""
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        data = files.read_bytes(os.path.join(directory, names.TREE_METADATA))
-        if data is None:
-            raise errors.InvalidLayoutError(
-                f"{directory} holds no pytree: it has no {names.TREE_METADATA}"
-            )
-        try:
-            self.tree = schema.TreeDocument.load(data)
-        except _DAMAGED as error:
-            raise errors.InvalidLayoutError(
-                f"{os.path.join(directory, names.TREE_METADATA)} is damaged: {error!r}"
-            ) from error
-        self.uses_ocdbt = self.tree.uses_ocdbt
-        if self.uses_ocdbt is None:
-            self.uses_ocdbt = holds_ocdbt(directory)
-        self.arrays = [
-            entry
-            for entry in self.tree.entries
-            if not entry.is_empty and entry.kind != schema.STRING
-        ]
-        if self.arrays and self.uses_ocdbt and not holds_ocdbt(directory):
-            raise errors.InvalidLayoutError(
-                f"{directory} is damaged: {names.OCDBT_MANIFEST} is missing"
-            )
-
-    def nest_for(self, options: ambient.Context) -> Callable[[Entries], Any]:
-        """Returns what builds the tree: of plain containers, or of those that were recorded."""
-        text = self.tree.rich
-        if text is None or not options.pytree.saving.pytree_metadata_options.support_rich_types:
-            return structure.nest
-
-        def nest(entries: Entries) -> Any:
-            try:
-                return rich.nest(text, entries)
-            except ValueError as error:
-                raise errors.InvalidLayoutError(
-                    f"the rich types in {os.path.join(self.directory, names.TREE_METADATA)} can't "
-                    f"be used: {error}. Load without support_rich_types, or with an abstract tree."
-                ) from error
-
-        return nest
-
-    def open_store(self) -> ArrayStore:
-        return ArrayStore(self.directory, ocdbt=bool(self.uses_ocdbt), zarr3=self.tree.uses_zarr3)
-
-    def documents(
-        self, store: ArrayStore, entries: list[schema.Entry]
-    ) -> dict[str, dict[str, Any]]:
-        """Reads the zarr documents of some arrays, by stored name."""
-        keys = [zarr.document_key(entry.name, zarr3=store.zarr3) for entry in entries]
-        parsed: dict[bytes, dict[str, Any]] = {}  # few differ
-        found = {}
-        for entry, value in zip(entries, self._read_many(store, keys), strict=True):
-            if value is None:
-                raise errors.ReadError(
-                    keypath.label(entry.keys),
-                    f"its array {entry.name!r} is missing from {self.directory}",
-                )
-            data = bytes(value)
-            document = parsed.get(data)
-            if document is None:
-                try:
-                    document = parsed[data] = zarr.parse_document(data)
-                except ValueError as error:
-                    raise errors.CorruptDataError(
-                        keypath.label(entry.keys),
-                        f"the metadata of its array is damaged: {error}",
-                    ) from error
-            found[entry.name] = document
-        return found
-
-    def _read_many(self, store: ArrayStore, keys: list[str]) -> list[bytes | memoryview | None]:
-        try:
-            return store.read_many(keys)
-        except Exception as error:
-            text = str(error).split(" [source locations=")[0]
-            raise errors.InvalidLayoutError(
-                f"the array store of {self.directory} is damaged: {text}"
-            ) from error
-
-    def shardings(self) -> Mapping[str, Mapping[str, Any]]:
-        data = files.read_bytes(os.path.join(self.directory, names.SHARDINGS))
-        try:
-            return {} if data is None else schema.load_shardings(data)
-        except _DAMAGED as error:
-            raise errors.InvalidLayoutError(
-                f"{os.path.join(self.directory, names.SHARDINGS)} is damaged: {error}"
-            ) from error
-
-    def prng_impls(self) -> Mapping[str, str]:
-        folder = os.path.join(self.directory, names.ARRAY_METADATAS)
-        prefix = names.PROCESS_METADATA.format("")
-        for entry in sorted(files.scan(folder), key=lambda entry: entry.name):
-            if entry.name.removeprefix(prefix).isdigit():
-                data = files.read_bytes(entry.path) or b""
-                try:
-                    return schema.load_array_metadatas(data)
-                except _DAMAGED as error:
-                    raise errors.InvalidLayoutError(f"{entry.path} is damaged: {error}") from error
-        return {}
-
-    def strings(self, wanted: list[schema.Entry]) -> dict[str, str]:
-        path = os.path.join(self.directory, names.STRINGS)
-        data = files.read_bytes(path)
-        try:
-            found = schema.load_strings(data or b"{}", [entry.name for entry in wanted])
-        except ValueError as error:
-            raise errors.InvalidLayoutError(f"{path} is damaged: {error}") from error
-        for entry in wanted:
-            if entry.name not in found:
-                raise errors.ReadError(
-                    keypath.label(entry.keys), f"its text is missing from {path}"
-                )
-        return found
+    flat: FlatTree | None
+    wanted: list[targets.Wanted]
+    selection: Selection | None = None
+    sharding: jax.sharding.Sharding | ShardingFunction | None = None
 
 
 class Loading:
@@ -161,87 +53,27 @@ class Loading:
     def __init__(
         self,
         directory: str,
-        abstract: AbstractTree | None,
+        abstract: AbstractTree,
         options: ambient.Context,
         doing: operation.Operation,
     ) -> None:
         self._abstract = abstract
-        stored = _Stored(directory)
-        by_keys = {entry.keys: entry for entry in stored.tree.entries}
-        pairs: list[tuple[schema.Entry | None, targets.Wanted]]
-        if abstract is None:
-            pairs = [(entry, targets.STORED) for entry in stored.tree.entries]
-        else:
-            found = structure.match(
-                abstract.flat,
-                by_keys,
-                where=directory,
-                is_stored_empty=lambda entry: bool(entry.is_empty),
-            )
-            pairs = list(zip(found, abstract.wanted, strict=True))
+        self._problems: list[str] = []
+        self._refused: list[errors.LeafError] = []
+        stored = StoredTree(directory)
         self._nest = stored.nest_for(options)
-        self._entries = [entry for entry, _ in pairs]
-        self._values: list[Any] = [wanted.original for _, wanted in pairs]
-        to_load: list[tuple[int, schema.Entry, targets.Wanted]] = []
-        texts: list[tuple[int, schema.Entry]] = []
-        for index, (entry, wanted) in enumerate(pairs):
-            if entry is None or wanted.form == "skip":
-                continue
-            if entry.is_empty:
-                self._values[index] = entry.empty_value()
-            elif entry.kind == schema.STRING:
-                if wanted.form not in ("string", "stored"):
-                    raise errors.DtypeMismatchError(
-                        keypath.label(entry.keys),
-                        "the checkpoint holds a str, and something else was asked for",
-                    )
-                texts.append((index, entry))
-            else:
-                to_load.append((index, entry, wanted))
-        strings = stored.strings([entry for _, entry in texts]) if texts else {}
-        for index, entry in texts:
-            self._values[index] = strings[entry.name]
+        pairs = self._matched(stored.tree.entries, is_partial=options.pytree.loading.partial_load)
+        to_load = self._without_data(stored, pairs)
         self._targets: dict[int, targets.Target] = {}
+        store = stored.open_store() if to_load else None
+        if store is not None:
+            self._resolve(stored, store, to_load, _terms(options, doing))
+        self._raise_problems(directory)
         self._pipeline: LoadPipeline | None = None
-        if not to_load:
+        if store is None:
             return
-        store = stored.open_store()
-        documents = stored.documents(store, [entry for _, entry, _ in to_load])
-        needs_shardings = any(
-            wanted.form == "stored" or (wanted.form == "jax" and wanted.sharding is None)
-            for _, _, wanted in to_load
-        )
-        shardings = stored.shardings() if needs_shardings else {}
-        # Typed keys are stored as uint32; nothing else needs the records of arrays.
-        distinct = {id(document): document for document in documents.values()}.values()
-        may_hold_keys = any(zarr.stored_dtype(each).name == "uint32" for each in distinct)
-        impls = stored.prng_impls() if may_hold_keys else {}
-        alike: dict[Any, targets.Target] = {}
-        refused: list[errors.LeafError] = []
-        for index, entry, wanted in to_load:
-            document, saved = documents[entry.name], shardings.get(entry.name)
-            impl = impls.get(entry.name)
-            private = tuple(sorted(entry.private.items())) if entry.private else ()
-            key = (id(document), id(wanted), id(saved), entry.kind, impl, private)
-            target = alike.get(key)
-            if target is None:
-                try:
-                    target = alike[key] = targets.resolve(
-                        entry,
-                        document,
-                        wanted,
-                        saved_sharding=saved,
-                        prng_impl=impl,
-                        process=doing.processes.index,
-                        enable_x64=doing.enable_x64,
-                    )
-                except errors.LeafError as error:
-                    refused.append(error)
-                    continue
-            self._targets[index] = target
-        if refused:
-            raise leaves.summary(refused)
         limit = options.memory.read_concurrent_bytes
+        broadcast = options.array.loading.load_and_broadcast_options
         self._pipeline = LoadPipeline(
             {
                 index: ReadableLeaf(entry.keys, entry.name, self._targets[index].form)
@@ -256,6 +88,144 @@ class Loading:
             batch_nbytes=_BATCH_NBYTES if limit is None else min(limit, _BATCH_NBYTES),
             read_budget=doing.read_budget,
             recorder=doing.recorder,
+            broadcast_nbytes=broadcast.broadcast_memory_limit_bytes,
+            broadcast_share=broadcast.broadcast_memory_scaling_factor or 1.0,
+        )
+
+    def _matched(
+        self, entries: Sequence[schema.Entry], *, is_partial: bool
+    ) -> list[tuple[schema.Entry | None, targets.Wanted]]:
+        """Pairs what is stored with what is asked for, and notes all differences."""
+        flat, selection = self._abstract.flat, self._abstract.selection
+        by_keys = {entry.keys: entry for entry in entries}
+        selected = by_keys
+        if selection is not None:
+            selected = {keys: entry for keys, entry in by_keys.items() if selection.has(keys)}
+            self._problems += selection.problems(by_keys)
+        if flat is None:
+            self._entries: list[schema.Entry | None] = list(entries)
+            self._values: list[Any] = [
+                None if entry.keys in selected else structure.LEFT_OUT for entry in entries
+            ]
+            return [
+                (entry, targets.STORED if entry.keys in selected else targets.SKIPPED)
+                for entry in entries
+            ]
+        if selection is not None:
+            flat = dataclasses.replace(
+                flat,
+                entries=tuple(
+                    (keys, leaf)
+                    if keys in selected or structure.empty_kind(leaf) or selection.has(keys)
+                    else (keys, ...)
+                    for keys, leaf in flat.entries
+                ),
+            )
+        self._entries, problems = structure.match(
+            flat,
+            selected,
+            is_stored_empty=lambda entry: bool(entry.is_empty),
+            is_partial=is_partial,
+        )
+        self._problems += problems
+        self._values = [leaf for _, leaf in flat.entries]
+        return list(zip(self._entries, self._abstract.wanted, strict=True))
+
+    def _without_data(
+        self, stored: StoredTree, pairs: list[tuple[schema.Entry | None, targets.Wanted]]
+    ) -> list[tuple[int, schema.Entry, targets.Wanted]]:
+        """Sets the values that are in the documents; returns the leaves that are not."""
+        to_load: list[tuple[int, schema.Entry, targets.Wanted]] = []
+        texts: list[tuple[int, schema.Entry]] = []
+        for index, (entry, wanted) in enumerate(pairs):
+            if entry is None or wanted is targets.SKIPPED:
+                continue
+            if entry.is_empty:
+                self._values[index] = entry.empty_value()
+            elif entry.kind != schema.STRING:
+                to_load.append((index, entry, wanted))
+            elif wanted.form in ("string", "stored"):
+                texts.append((index, entry))
+            else:
+                self._refused.append(
+                    errors.DtypeMismatchError(
+                        keypath.label(entry.keys),
+                        "the checkpoint holds a str, and something else was asked for",
+                    )
+                )
+        strings = stored.strings([entry for _, entry in texts]) if texts else {}
+        for index, entry in texts:
+            self._values[index] = strings[entry.name]
+        return to_load
+
+    def _resolve(
+        self,
+        stored: StoredTree,
+        store: ArrayStore,
+        to_load: list[tuple[int, schema.Entry, targets.Wanted]],
+        terms: targets.Terms,
+    ) -> None:
+        """Decides how each array is read; those that are alike share what is decided."""
+        documents = stored.documents(store, [entry for _, entry, _ in to_load])
+        given = self._abstract.sharding
+        function = given if callable(given) else None
+        for_all = None if callable(given) else given
+        needs_shardings = for_all is None and any(
+            wanted.form == "stored" or (wanted.form == "jax" and wanted.sharding is None)
+            for _, _, wanted in to_load
+        )
+        shardings = stored.shardings() if needs_shardings else {}
+        # Typed keys are stored as uint32; nothing else needs the records of arrays.
+        distinct = {id(document): document for document in documents.values()}.values()
+        may_hold_keys = any(zarr.stored_dtype(each).name == "uint32" for each in distinct)
+        impls = stored.prng_impls() if may_hold_keys else {}
+        alike: dict[Any, targets.Target] = {}
+        for index, entry, wanted in to_load:
+            document, saved = documents[entry.name], shardings.get(entry.name)
+            impl = impls.get(entry.name)
+            private = tuple(sorted(entry.private.items())) if entry.private else ()
+            sharding = for_all
+            if function is not None and wanted.sharding is None:
+                sharding = _asked_of(function, entry, document, wanted)
+            key = (id(document), id(wanted), id(saved), entry.kind, impl, private, sharding)
+            target = alike.get(key)
+            if target is None:
+                try:
+                    target = alike[key] = targets.resolve(
+                        entry,
+                        document,
+                        wanted,
+                        terms,
+                        sharding=sharding,
+                        saved_sharding=saved,
+                        prng_impl=impl,
+                    )
+                except errors.LeafError as error:
+                    self._refused.append(error)
+                    continue
+            self._targets[index] = target
+
+    def _raise_problems(self, directory: str) -> None:
+        """Reports everything at once that keeps the tree from being loaded as it is asked for.
+
+        Raises:
+          TreeMismatchError: the trees differ.
+          LeafError: they don't, but leaves can't be had so; all but the first hang on it.
+        """
+        if not self._problems:
+            if self._refused:
+                raise leaves.summary(self._refused)
+            return
+        lines = [
+            *self._problems,
+            *(str(error).removeprefix("leaf ") for error in self._refused),
+        ]
+        listing = "\n  ".join(lines)
+        raise errors.TreeMismatchError(
+            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
+            "Give a tree with the same keys; `...` or None as a leaf skips that leaf, and "
+            "pytree.loading.partial_load or `select` whole parts.",
+            tuple(lines),
         )
 
     async def run(self) -> Any:
@@ -270,41 +240,51 @@ class Loading:
             entry = self._entries[index]
             assert entry is not None
             self._values[index] = target.finish(entry, self._pipeline.pieces[index])
-        if self._abstract is not None:
+        if self._abstract.flat is not None:
             return self._abstract.flat.rebuild(self._values)
-        return self._nest(
+        # What is left out leaves gaps that only plain containers can have.
+        has_gaps = any(value is structure.LEFT_OUT for value in self._values)
+        nest = structure.nest if has_gaps else self._nest
+        return nest(
             (entry.keys, value)
             for entry, value in zip(self._entries, self._values, strict=True)
             if entry is not None
         )
 
 
-def read_metadata(directory: str, options: ambient.Context) -> Any:
-    """Returns the stored tree of a directory with the metadata of each leaf; blocks."""
-    stored = _Stored(directory)
-    documents = stored.documents(stored.open_store(), stored.arrays) if stored.arrays else {}
-    shardings = stored.shardings()
-
-    def leaf(entry: schema.Entry) -> Any:
-        if entry.is_empty:
-            return entry.empty_value()
-        if entry.kind == schema.STRING:
-            return "string"
-        document = documents[entry.name]
-        dtype = zarr.stored_dtype(document)
-        shape = tuple(document["shape"])
-        if entry.kind == schema.SCALAR:
-            return {"b": False, "i": 0, "u": 0, "c": 0j}.get(dtype.kind, 0.0)
-        chunk_shape = zarr.chunk_shape(document)
-        if entry.kind != schema.JAX_ARRAY:
-            return arrays.NumpyMetadata(shape, dtype, arrays.StorageMetadata(chunk_shape))
-        saved = shardings.get(entry.name)
-        return arrays.ArrayMetadata(
-            shape,
-            dtype,
-            None if saved is None else arrays.ShardingMetadata(saved),
-            arrays.StorageMetadata(chunk_shape, entry.write_shape),
+def _terms(options: ambient.Context, doing: operation.Operation) -> targets.Terms:
+    loading = options.array.loading
+    broadcast = loading.load_and_broadcast_options
+    return targets.Terms(
+        process=doing.processes.index,
+        enable_x64=doing.enable_x64,
+        pads=loading.enable_padding_and_truncation,
+        fills_missing=not loading.raise_array_data_missing_error,
+        broadcast=targets.Broadcast(
+            broadcast.replica_axis_index or 0, broadcast.primary_replica_id or 0
         )
+        if loading.use_load_and_broadcast
+        else None,
+    )
 
-    nest = stored.nest_for(options)
-    return nest((entry.keys, leaf(entry)) for entry in stored.tree.entries)
+
+def _asked_of(
+    function: ShardingFunction,
+    entry: schema.Entry,
+    document: Mapping[str, Any],
+    wanted: targets.Wanted,
+) -> jax.sharding.Sharding | None:
+    """Asks a user's function where an array goes, if it goes to devices."""
+    if not targets.is_for_jax(entry, wanted):
+        return None
+    label = keypath.label(entry.keys)
+    shape = wanted.shape if wanted.shape is not None else tuple(document["shape"])
+    dtype = wanted.dtype if wanted.dtype is not None else zarr.stored_dtype(document)
+    try:
+        sharding = function(keypath.jax_path(entry.keys), shape, dtype)
+    except Exception as error:
+        error.add_note(f"while asking for the sharding of leaf {label}")
+        raise
+    if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
+        raise TypeError(f"the sharding function returned {sharding!r} for leaf {label}")
+    return targets.concrete(label, sharding)

@@ -18,11 +18,15 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from orbax_async import errors, registration
 from orbax_async._trace import logger
 from orbax_async.handlers import builtin, stateful
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler, ProtoHandler
 from orbax_async.handlers.pytree import PyTreeHandler
+from orbax_async.handlers.reading import ShardingFunction
+from orbax_async.tree.selection import Select
 
 __all__ = ["Part", "for_loading", "for_saving", "state_for_loading"]
 
@@ -165,7 +169,14 @@ def for_loading(
     )
 
 
-def state_for_loading(name: str | None, abstract: Any, registry: Registry) -> Part:
+def state_for_loading(
+    name: str | None,
+    abstract: Any,
+    registry: Registry,
+    *,
+    select: Select | None = None,
+    sharding: jax.sharding.Sharding | ShardingFunction | None = None,
+) -> Part:
     """Chooses what loads a pytree: a handler of such that is bound to its name, or a new one.
 
     Raises:
@@ -174,8 +185,8 @@ def state_for_loading(name: str | None, abstract: Any, registry: Registry) -> Pa
     bound = _made(registry.get(name)) if name is not None and registry.has(name) else None
     if not isinstance(bound, PyTreeHandler):
         bound = PyTreeHandler()
-    if type(bound) is PyTreeHandler:
-        abstract = bound.read_abstract(abstract)
+    if type(bound) is PyTreeHandler or select is not None or sharding is not None:
+        abstract = bound.read_abstract(abstract, select=select, sharding=sharding)
     return Part(name, bound, abstract)
 
 

@@ -3,6 +3,7 @@
 Does:
   - spell key paths, for people and for the format (`keypath`);
   - flatten trees, rebuild them, and match an abstract tree to what is stored (`structure`);
+  - select leaves by patterns of their key paths (`selection`);
   - write and read the documents that describe a tree (`schema`), with the types of its containers
     where they are asked for (`rich`).
 

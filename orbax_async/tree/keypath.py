@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.tree_util as jtu
 
-__all__ = ["JaxKeyPath", "Key", "KeyPath", "keys_of", "label", "stored_name"]
+__all__ = ["JaxKeyPath", "Key", "KeyPath", "jax_path", "keys_of", "label", "stored_name"]
 
 JaxKeyPath = tuple[Any, ...]
 
@@ -38,6 +38,13 @@ def _key(entry: Any) -> Key:
 def keys_of(path: JaxKeyPath) -> KeyPath:
     """Returns a jax key path in its stored form."""
     return tuple(_key(entry) for entry in path)
+
+
+def jax_path(keys: KeyPath) -> JaxKeyPath:
+    """Returns a stored key path in jax's own classes, as users' functions expect it."""
+    return tuple(
+        jtu.SequenceKey(int(key.name)) if key.is_index else jtu.DictKey(key.name) for key in keys
+    )
 
 
 def stored_name(keys: KeyPath) -> str:

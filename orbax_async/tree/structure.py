@@ -13,7 +13,15 @@ from orbax_async import errors
 from orbax_async.tree import keypath
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["FlatTree", "empty_kind", "flatten", "flatten_with_path", "match", "nest"]
+__all__ = [
+    "LEFT_OUT",
+    "FlatTree",
+    "empty_kind",
+    "flatten",
+    "flatten_with_path",
+    "match",
+    "nest",
+]
 
 
 def is_named_tuple(value: Any) -> bool:
@@ -67,17 +75,26 @@ def flatten(tree: Any) -> FlatTree:
     return FlatTree(tuple((keypath.keys_of(path), leaf) for path, leaf in paths), treedef)
 
 
+LEFT_OUT: Any = object()
+"""As a value for `nest`: the leaf is not wanted."""
+
+
 def nest(entries: Iterable[tuple[KeyPath, Any]]) -> Any:
-    """Builds plain dicts and lists from key paths: what is loaded without an abstract tree."""
+    """Builds plain dicts and lists from key paths: what is loaded without an abstract tree.
+
+    Where all leaves of a subtree are `LEFT_OUT`, a dict leaves it out, and a list holds `...` for
+    it.
+    """
     root: dict[keypath.Key, Any] = {}
     for keys, value in entries:
         if not keys:
-            return value
+            return ... if value is LEFT_OUT else value
         node = root
         for key in keys[:-1]:
             node = node.setdefault(key, _Node())
         node[keys[-1]] = value
-    return _plain(root)
+    tree = _plain(root)
+    return {} if tree is LEFT_OUT else tree
 
 
 class _Node(dict[Any, Any]):
@@ -88,62 +105,106 @@ def _plain(node: dict[Any, Any]) -> Any:
     children = {
         key: _plain(child) if isinstance(child, _Node) else child for key, child in node.items()
     }
+    if children and all(child is LEFT_OUT for child in children.values()):
+        return LEFT_OUT
     if children and all(key.is_index for key in children):
         indexes = sorted(children, key=lambda key: int(key.name))
         if int(indexes[-1].name) >= len(indexes):
             raise errors.InvalidLayoutError(
                 f"a list of the stored tree has only the indexes {[key.name for key in indexes]}"
             )
-        return [children[key] for key in indexes]
-    return {key.name: child for key, child in children.items()}
+        return [... if children[key] is LEFT_OUT else children[key] for key in indexes]
+    return {key.name: child for key, child in children.items() if child is not LEFT_OUT}
 
 
 def match(
     abstract: FlatTree,
     stored: Mapping[KeyPath, Any],
     *,
-    where: str,
     is_stored_empty: Callable[[Any], bool],
-) -> list[Any]:
+    is_partial: bool = False,
+) -> tuple[list[Any], list[str]]:
     """Finds the stored entry for each entry of an abstract tree.
 
     A list matches a tuple, and a dict a named tuple or a dataclass: only key paths count. An
     abstract `None` or `...` asks for nothing; an extra `...` is tolerated.
 
-    Returns:
-      For each abstract entry its stored entry, or None where nothing is to be loaded.
+    Args:
+      abstract: what is asked for.
+      stored: what there is.
+      is_stored_empty: says whether a stored entry is an empty node.
+      is_partial: whether dicts of both trees may have keys that the other has not.
 
-    Raises:
-      TreeMismatchError: the two differ; all differences are reported at once.
+    Returns:
+      For each abstract entry its stored entry, or None where nothing is to be loaded; and all
+      differences, one line each.
     """
     found: list[Any] = []
     problems: list[str] = []
     unused = dict(stored)
     for keys, wanted in abstract.entries:
         entry = unused.pop(keys, None)
-        label = keypath.label(keys) or "<root>"
         if entry is None:
-            if wanted is not ... and not is_empty(wanted):
-                problems.append(f"{label}: asked for, not in the checkpoint")
+            if not is_partial and wanted is not ... and not is_empty(wanted):
+                problems.append(f"{_named(keys)}: asked for, not in the checkpoint")
         elif is_stored_empty(entry):
             if wanted is not ... and not is_empty(wanted):
-                problems.append(f"{label}: the checkpoint holds an empty node, not a leaf")
+                problems.append(f"{_named(keys)}: the checkpoint holds an empty node, not a leaf")
             entry = None
         elif wanted is not None and is_empty(wanted):
             problems.append(
-                f"{label}: the checkpoint holds a leaf, not an empty {type(wanted).__name__}"
+                f"{_named(keys)}: the checkpoint holds a leaf, not an empty {type(wanted).__name__}"
             )
         found.append(entry if wanted is not None and wanted is not ... else None)
+    if is_partial:
+        leaves = {keys for keys, entry in stored.items() if not is_stored_empty(entry)}
+        problems += _misfits(abstract, leaves)
+    else:
+        problems += [
+            f"{_named(keys)}: in the checkpoint, not asked for"
+            for keys, entry in unused.items()
+            if not is_stored_empty(entry)
+        ]
+    return found, problems
+
+
+def _named(keys: KeyPath) -> str:
+    return keypath.label(keys) or "<root>"
+
+
+def _misfits(abstract: FlatTree, stored: set[KeyPath]) -> list[str]:
+    """Returns where two trees differ by more than keys of dicts."""
+    asked, held = _inner([keys for keys, _ in abstract.entries]), _inner(stored)
+    problems = []
+    for keys, children in asked.items():
+        others = held.get(keys)
+        kind = _kind(children)
+        if others is None:
+            if keys in stored:
+                problems.append(f"{_named(keys)}: the checkpoint holds a leaf, not a {kind}")
+        elif kind != _kind(others):
+            problems.append(f"{_named(keys)}: the checkpoint holds a {_kind(others)}, not a {kind}")
+        elif kind == "list" and children != others:
+            problems.append(
+                f"{_named(keys)}: the checkpoint holds a list of {len(others)}, not of "
+                f"{len(children)}; only keys of dicts can be left out. `...` skips an element"
+            )
     problems += [
-        f"{keypath.label(keys) or '<root>'}: in the checkpoint, not asked for"
-        for keys, entry in unused.items()
-        if not is_stored_empty(entry)
+        f"{_named(keys)}: the checkpoint holds a {_kind(held[keys])}, not a leaf"
+        for keys, wanted in abstract.entries
+        if keys in held and wanted is not ... and not is_empty(wanted)
     ]
-    if problems:
-        listing = "\n  ".join(problems)
-        raise errors.TreeMismatchError(
-            f"the abstract tree does not match the checkpoint at {where}:\n  {listing}\n"
-            "Give a tree with the same keys; `...` or None as a leaf skips that leaf.",
-            tuple(problems),
-        )
-    return found
+    return problems
+
+
+def _inner(paths: Iterable[KeyPath]) -> dict[KeyPath, set[keypath.Key]]:
+    """Returns the keys below each inner node."""
+    inner: dict[KeyPath, set[keypath.Key]] = {}
+    for keys in paths:
+        for depth, key in enumerate(keys):
+            inner.setdefault(keys[:depth], set()).add(key)
+    return inner
+
+
+def _kind(children: Iterable[keypath.Key]) -> str:
+    return "list" if all(key.is_index for key in children) else "dict"

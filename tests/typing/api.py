@@ -66,6 +66,16 @@ def loading(abstract: State) -> None:
     assert_type(ocp.load(epath.Path("run"), checkpointable_name=None), Any)
     response = ocp.load_async("run/7", abstract, checkpointable_name="state")
     assert_type(response, ocp.AsyncResponse[Any])
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    assert_type(ocp.load("run/7", select="params/*/kernel"), Any)
+    assert_type(ocp.load("run/7", abstract, select=["params", "!**/bias"], sharding=where), Any)
+
+    def choose(
+        path: tuple[Any, ...], shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> jax.sharding.Sharding | None:
+        return where if len(path) > 1 and len(shape) == dtype.itemsize else None
+
+    ocp.load_async("run/7", select=lambda path: len(path) > 1, sharding=choose)
     skipped = {"params": ocp.PLACEHOLDER, "step": 0}
     state: State = ocp.load("run/7", skipped)
     del state
@@ -130,12 +140,32 @@ def describing() -> None:
     assert_type(found.init_timestamp, datetime.datetime | None)
     assert_type(found.commit_timestamp, datetime.datetime | None)
     assert_type(found.custom_metadata, dict[str, Any] | None)
+    assert_type(found.nbytes, int | None)
     tree: ocp.PyTreeMetadata = found.metadata
     made = ocp.CheckpointMetadata("run/7", metadata={"w": tree}, custom_metadata={})
     assert_type(made.metadata, dict[str, Any])
     ocp.load("run/7", made)
     assert_type(ocp.is_orbax_checkpoint("run/7"), bool)
     assert_type(ocp.is_orbax_checkpoint(pathlib.Path("run")), bool)
+
+
+async def verifying() -> None:
+    """A report, and what it says of each damage."""
+    report = ocp.verify("run/7")
+    assert_type(report, ocp.VerificationReport)
+    assert_type(ocp.verify_async("run/7"), ocp.AsyncResponse[ocp.VerificationReport])
+    assert_type(await ocp.verify_async(epath.Path("run/7")), ocp.VerificationReport)
+    assert_type(report.damage, tuple[ocp.Damage, ...])
+    assert_type(report.is_intact, bool)
+    assert_type(report.intact, tuple[str, ...])
+    assert_type(report.path, str)
+    assert_type(report.leaves + report.nbytes, int)
+    assert_type(report.elapsed_secs, float)
+    assert_type(report.unproven + report.unchecked, tuple[str, ...])
+    for each in report.damage:
+        texts: list[str] = [each.checkpointable, each.keypath, each.path, each.problem]
+        texts += [each.hint, each.pattern]
+    ocp.load("run/7", select=report.intact)
 
 
 def configuring() -> None:

@@ -1,0 +1,232 @@
+"""Looking for damage in a stored tree: its documents, its index, and every byte of its arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from orbax_async import context as ambient
+from orbax_async import errors
+from orbax_async._engine import loop, plan
+from orbax_async._engine.load_pipeline import ReadableLeaf, ReadForm
+from orbax_async._engine.verify_pipeline import VerifyPipeline
+from orbax_async._storage import files, names, zarr
+from orbax_async._storage.kvstore import ArrayStore
+from orbax_async.handlers import operation
+from orbax_async.handlers.stored import StoredTree
+from orbax_async.tree import keypath, schema, selection
+from orbax_async.tree.keypath import KeyPath
+
+__all__ = ["Damage", "Findings", "inspect_tree"]
+
+_BATCH_NBYTES = 64 << 20
+_REGION_NBYTES = 8 << 20  # of small chunks that are read together
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong with a checkpoint.
+
+    Attributes:
+      checkpointable: its name; empty for the checkpoint itself, or a flat, older one.
+      keypath: of the leaf that can't be loaded; empty where a document is damaged.
+      path: the file or directory where it is.
+      problem: what was found.
+      hint: what can be done.
+      pattern: selects the leaf, for `load(..., select=)`; empty where there is none.
+    """
+
+    checkpointable: str
+    keypath: str
+    path: str
+    problem: str
+    hint: str
+    pattern: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.checkpointable}{self.keypath}" if self.keypath else self.path
+        return f"{where}: {self.problem}"
+
+
+@dataclasses.dataclass
+class Findings:
+    """What was found in one tree, or in several.
+
+    Attributes:
+      damage: what is wrong.
+      leaves: how many leaves were looked at.
+      nbytes: how many bytes of arrays were read, decoded.
+      unproven: leaves that could be read, and have no checksum that proves their values.
+    """
+
+    damage: list[Damage] = dataclasses.field(default_factory=list)
+    leaves: int = 0
+    nbytes: int = 0
+    unproven: list[str] = dataclasses.field(default_factory=list)
+
+
+async def inspect_tree(
+    name: str, directory: str, options: ambient.Context, doing: operation.Operation
+) -> Findings:
+    """Reads everything of a stored tree, under the read budget, and returns what is wrong."""
+    inspection = _Inspection(name, directory)
+    pipeline = await loop.to_worker(inspection.begin, options, doing)
+    if pipeline is not None:
+        await pipeline.run()
+        for index, error in sorted(pipeline.damaged.items()):
+            inspection.add_leaf(inspection.arrays[index].keys, error)
+        damaged = {inspection.arrays[index].keys for index in pipeline.damaged}
+        inspection.findings.unproven = [
+            f"{name}{leaf.label}"
+            for leaf in inspection.arrays.values()
+            if leaf.keys not in damaged and not zarr.has_checksum(leaf.form.document)
+        ]
+    return inspection.findings
+
+
+class _Inspection:
+    """One tree: its findings, and the arrays whose documents are whole."""
+
+    def __init__(self, name: str, directory: str) -> None:
+        self._name = name
+        self._directory = directory
+        self.findings = Findings()
+        self.arrays: dict[int, ReadableLeaf] = {}
+
+    def begin(self, options: ambient.Context, doing: operation.Operation) -> VerifyPipeline | None:
+        """Checks the documents; returns what checks the arrays. Blocks."""
+        try:
+            stored = StoredTree(self._directory)
+        except (errors.InvalidLayoutError, OSError) as error:
+            file = names.TREE_METADATA
+            if names.OCDBT_MANIFEST in str(error):
+                file = names.OCDBT_MANIFEST
+            self._add(file, error, "Nothing of this tree can be loaded without that file.")
+            return None
+        entries = [entry for entry in stored.tree.entries if not entry.is_empty]
+        self.findings.leaves = len(entries)
+        self._check_documents(stored)
+        self._check_strings(stored, [each for each in entries if each.kind == schema.STRING])
+        if not stored.arrays:
+            return None
+        store = stored.open_store()
+        documents = self._array_documents(stored, store)
+        requests = self._requests(stored, documents)
+        self.findings.nbytes = sum(request.nbytes for request in requests)
+        limit = options.memory.read_concurrent_bytes
+        return VerifyPipeline(
+            self.arrays,
+            requests,
+            store,
+            batch_nbytes=_BATCH_NBYTES if limit is None else min(limit, _BATCH_NBYTES),
+            read_budget=doing.read_budget,
+            recorder=doing.recorder,
+        )
+
+    def _check_documents(self, stored: StoredTree) -> None:
+        try:
+            stored.shardings()
+        except (errors.InvalidLayoutError, OSError) as error:
+            self._add(
+                names.SHARDINGS, error, "Loading with shardings of your own works without it."
+            )
+        folder = os.path.join(self._directory, names.ARRAY_METADATAS)
+        for found in sorted(files.scan(folder), key=lambda found: found.name):
+            try:
+                schema.load_array_metadatas(files.read_bytes(found.path) or b"")
+            except Exception as error:
+                self._add(
+                    os.path.join(names.ARRAY_METADATAS, found.name),
+                    error,
+                    "Only typed random keys need it.",
+                )
+
+    def _check_strings(self, stored: StoredTree, texts: list[schema.Entry]) -> None:
+        try:
+            stored.strings(texts)
+        except errors.LeafError:
+            for entry in texts:
+                self._attempt(entry.keys, stored.strings, [entry])
+        except (errors.InvalidLayoutError, OSError) as error:
+            self._add(names.STRINGS, error, "All leaves that are no strings load without it.")
+            for entry in texts:
+                self.add_leaf(entry.keys, error)
+
+    def _array_documents(
+        self, stored: StoredTree, store: ArrayStore
+    ) -> list[tuple[schema.Entry, dict[str, Any]]]:
+        """Reads the arrays' own documents, all of them or, if anything is damaged, each."""
+        try:
+            documents = stored.documents(store, stored.arrays)
+        except errors.CheckpointError as error:
+            if isinstance(error, errors.InvalidLayoutError):
+                self._add(names.OCDBT_MANIFEST, error, "Leaves may be readable nevertheless.")
+                store.forgo_direct()
+        else:
+            return [(entry, documents[entry.name]) for entry in stored.arrays]
+        found = []
+        for entry in stored.arrays:
+            document = self._attempt(entry.keys, stored.documents, store, [entry])
+            if document is not None:
+                found.append((entry, document[entry.name]))
+        return found
+
+    def _requests(
+        self, stored: StoredTree, documents: list[tuple[schema.Entry, dict[str, Any]]]
+    ) -> list[plan.ReadRequest]:
+        requests = []
+        forms: dict[int, tuple[ReadForm, list[plan.Region]]] = {}
+        for index, (entry, document) in enumerate(documents):
+            if id(document) not in forms:
+                prepared = self._attempt(entry.keys, _prepared, document)
+                if prepared is None:
+                    continue
+                forms[id(document)] = prepared
+            form, regions = forms[id(document)]
+            self.arrays[index] = ReadableLeaf(entry.keys, entry.name, form)
+            requests += [plan.ReadRequest(index, region, region.nbytes) for region in regions]
+        return requests
+
+    def _attempt(self, keys: KeyPath, read: Callable[..., Any], *args: Any) -> Any:
+        """Returns what `read` does; what it raises is damage of one leaf, and gives None."""
+        try:
+            return read(*args)
+        except Exception as error:
+            self.add_leaf(keys, error)
+            return None
+
+    def add_leaf(self, keys: KeyPath, error: Exception) -> None:
+        """Notes that a leaf can't be loaded."""
+        label, pattern = keypath.label(keys), selection.pattern_of(keys)
+        self.findings.damage.append(
+            Damage(
+                checkpointable=self._name,
+                keypath=label or "<root>",
+                path=self._directory,
+                problem=str(error).removeprefix(f"leaf {label or '<root>'}: "),
+                hint="Copy the checkpoint again from where it came from, or load the rest: "
+                f"load(path, select={'!' + pattern!r}).",
+                pattern=pattern,
+            )
+        )
+
+    def _add(self, file: str, error: Exception, hint: str) -> None:
+        path = os.path.join(self._directory, file)
+        self.findings.damage.append(
+            Damage(
+                checkpointable=self._name,
+                keypath="",
+                path=path,
+                problem=str(error).removeprefix(f"{path} is damaged: "),
+                hint=f"Copy the file again from where the checkpoint came from. {hint}",
+            )
+        )
+
+
+def _prepared(document: dict[str, Any]) -> tuple[ReadForm, list[plan.Region]]:
+    dtype = zarr.stored_dtype(document)
+    shape, chunk_shape = tuple(document["shape"]), zarr.chunk_shape(document)
+    regions = plan.chunk_regions(shape, chunk_shape, dtype.itemsize, _REGION_NBYTES)
+    return ReadForm(document, dtype, None, None, {}), list(regions)

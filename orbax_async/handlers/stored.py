@@ -1,0 +1,193 @@
+"""A stored tree: its documents, and what they say of each leaf."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from orbax_async import arrays, errors
+from orbax_async import context as ambient
+from orbax_async._storage import files, names, zarr
+from orbax_async._storage.kvstore import ArrayStore, holds_ocdbt
+from orbax_async.tree import keypath, rich, schema, structure
+from orbax_async.tree.keypath import KeyPath
+
+__all__ = ["StoredTree", "read_metadata"]
+
+Entries = Iterable[tuple[KeyPath, Any]]
+
+# What reading a document raises that has another form than it should.
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
+
+
+class StoredTree:
+    """The documents of a stored tree; every method blocks.
+
+    Raises:
+      InvalidLayoutError: there is no tree, or its document is damaged.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        data = files.read_bytes(os.path.join(directory, names.TREE_METADATA))
+        if data is None:
+            raise errors.InvalidLayoutError(
+                f"{directory} holds no pytree: it has no {names.TREE_METADATA}"
+            )
+        try:
+            self.tree = schema.TreeDocument.load(data)
+        except _DAMAGED as error:
+            raise errors.InvalidLayoutError(
+                f"{os.path.join(directory, names.TREE_METADATA)} is damaged: {error!r}"
+            ) from error
+        self.uses_ocdbt = self.tree.uses_ocdbt
+        if self.uses_ocdbt is None:
+            self.uses_ocdbt = holds_ocdbt(directory)
+        self.arrays = [
+            entry
+            for entry in self.tree.entries
+            if not entry.is_empty and entry.kind != schema.STRING
+        ]
+        if self.arrays and self.uses_ocdbt and not holds_ocdbt(directory):
+            raise errors.InvalidLayoutError(
+                f"{directory} is damaged: {names.OCDBT_MANIFEST} is missing"
+            )
+
+    def nest_for(self, options: ambient.Context) -> Callable[[Entries], Any]:
+        """Returns what builds the tree: of plain containers, or of those that were recorded."""
+        text = self.tree.rich
+        if text is None or not options.pytree.saving.pytree_metadata_options.support_rich_types:
+            return structure.nest
+
+        def nest(entries: Entries) -> Any:
+            try:
+                return rich.nest(text, entries)
+            except ValueError as error:
+                raise errors.InvalidLayoutError(
+                    f"the rich types in {os.path.join(self.directory, names.TREE_METADATA)} can't "
+                    f"be used: {error}. Load without support_rich_types, or with an abstract tree."
+                ) from error
+
+        return nest
+
+    def open_store(self) -> ArrayStore:
+        """Opens the store of its arrays."""
+        return ArrayStore(self.directory, ocdbt=bool(self.uses_ocdbt), zarr3=self.tree.uses_zarr3)
+
+    def documents(
+        self, store: ArrayStore, entries: list[schema.Entry]
+    ) -> dict[str, dict[str, Any]]:
+        """Reads the zarr documents of some arrays, by stored name."""
+        keys = [zarr.document_key(entry.name, zarr3=store.zarr3) for entry in entries]
+        parsed: dict[bytes, dict[str, Any]] = {}  # few differ
+        found = {}
+        for entry, value in zip(entries, self._read_many(store, keys), strict=True):
+            if value is None:
+                raise errors.ReadError(
+                    keypath.label(entry.keys),
+                    f"its array {entry.name!r} is missing from {self.directory}",
+                )
+            data = bytes(value)
+            document = parsed.get(data)
+            if document is None:
+                try:
+                    document = parsed[data] = zarr.parse_document(data)
+                except ValueError as error:
+                    raise errors.CorruptDataError(
+                        keypath.label(entry.keys),
+                        f"the metadata of its array is damaged: {error}",
+                    ) from error
+            found[entry.name] = document
+        return found
+
+    def _read_many(self, store: ArrayStore, keys: list[str]) -> list[bytes | memoryview | None]:
+        try:
+            return store.read_many(keys)
+        except Exception as error:
+            text = str(error).split(" [source locations=")[0]
+            raise errors.InvalidLayoutError(
+                f"the array store of {self.directory} is damaged: {text}"
+            ) from error
+
+    def shardings(self) -> Mapping[str, Mapping[str, Any]]:
+        """Reads where jax arrays were, by stored name."""
+        data = files.read_bytes(os.path.join(self.directory, names.SHARDINGS))
+        try:
+            return {} if data is None else schema.load_shardings(data)
+        except _DAMAGED as error:
+            raise errors.InvalidLayoutError(
+                f"{os.path.join(self.directory, names.SHARDINGS)} is damaged: {error}"
+            ) from error
+
+    def prng_impls(self) -> Mapping[str, str]:
+        """Reads the implementations of typed keys, by stored name."""
+        folder = os.path.join(self.directory, names.ARRAY_METADATAS)
+        prefix = names.PROCESS_METADATA.format("")
+        for entry in sorted(files.scan(folder), key=lambda entry: entry.name):
+            if entry.name.removeprefix(prefix).isdigit():
+                data = files.read_bytes(entry.path) or b""
+                try:
+                    return schema.load_array_metadatas(data)
+                except _DAMAGED as error:
+                    raise errors.InvalidLayoutError(f"{entry.path} is damaged: {error}") from error
+        return {}
+
+    def strings(self, wanted: list[schema.Entry]) -> dict[str, str]:
+        """Reads some strings, by stored name."""
+        path = os.path.join(self.directory, names.STRINGS)
+        data = files.read_bytes(path)
+        try:
+            found = schema.load_strings(data or b"{}", [entry.name for entry in wanted])
+        except ValueError as error:
+            raise errors.InvalidLayoutError(f"{path} is damaged: {error}") from error
+        for entry in wanted:
+            if entry.name not in found:
+                raise errors.ReadError(
+                    keypath.label(entry.keys), f"its text is missing from {path}"
+                )
+        return found
+
+
+def read_metadata(directory: str, options: ambient.Context) -> Any:
+    """Returns the stored tree of a directory with the metadata of each leaf; blocks."""
+    stored = StoredTree(directory)
+    store = stored.open_store() if stored.arrays else None
+    documents = {} if store is None else stored.documents(store, stored.arrays)
+    sizes = {} if store is None else _sizes(store, {entry.name for entry in stored.arrays})
+    shardings = stored.shardings()
+
+    def leaf(entry: schema.Entry) -> Any:
+        if entry.is_empty:
+            return entry.empty_value()
+        if entry.kind == schema.STRING:
+            return "string"
+        document = documents[entry.name]
+        dtype = zarr.stored_dtype(document)
+        shape = tuple(document["shape"])
+        if entry.kind == schema.SCALAR:
+            return {"b": False, "i": 0, "u": 0, "c": 0j}.get(dtype.kind, 0.0)
+        chunk_shape = zarr.chunk_shape(document)
+        if entry.kind != schema.JAX_ARRAY:
+            storage = arrays.StorageMetadata(chunk_shape, nbytes=sizes.get(entry.name))
+            return arrays.NumpyMetadata(shape, dtype, storage)
+        saved = shardings.get(entry.name)
+        return arrays.ArrayMetadata(
+            shape,
+            dtype,
+            None if saved is None else arrays.ShardingMetadata(saved),
+            arrays.StorageMetadata(chunk_shape, entry.write_shape, sizes.get(entry.name)),
+        )
+
+    nest = stored.nest_for(options)
+    return nest((entry.keys, leaf(entry)) for entry in stored.tree.entries)
+
+
+def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
+    """Returns the bytes that each array takes on disk, where the store's index tells."""
+    sizes = dict.fromkeys(array_names, 0)
+    for key, nbytes in store.sizes().items():
+        name = zarr.array_of(key, array_names, zarr3=store.zarr3)
+        if name is not None:
+            sizes[name] += nbytes
+    return {name: nbytes for name, nbytes in sizes.items() if nbytes}

@@ -145,7 +145,7 @@ class Engine:
     def _watch(self) -> None:
         threading.main_thread().join()
         while others := [each for each in threading.enumerate() if self._is_waited_for(each)]:
-            others[0].join()
+            threading.Thread.join(others[0])  # a subclass's own may raise, and end this watch
         self._drain()
         self._is_stopping = True
         for hook in _exit_hooks:

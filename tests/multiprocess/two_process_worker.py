@@ -335,6 +335,52 @@ def checkpointables(index: int, folder: Path) -> Report:
     return report
 
 
+def run(index: int, folder: Path) -> Report:
+    """A Checkpointer on each process; only the primary's policies have an opinion."""
+    from orbax_async import training
+
+    def decides(step: Any, previous_steps: Any, *, context: Any) -> bool:
+        return index == 0 and step.step % 2 == 0
+
+    report: Report = {"saved": [], "due": [], "listed": []}
+    with training.Checkpointer(
+        folder,
+        save_decision_policy=decides,
+        preservation_policy=training.preservation_policies.LatestN(2),
+        max_saves_in_flight=2,
+        custom_metadata={"seed": 1},
+    ) as checkpointer:
+        meet()
+        for step in range(9):
+            report["due"].append(checkpointer.should_save(step))
+            response = checkpointer.save_async(step, small(step), metrics={"loss": step})
+            report["saved"].append(response is not None)
+        checkpointer.wait()
+        report["why"] = str(checkpointer.last_decision)
+        report["exists"] = _seen(lambda: checkpointer.save(8, small(0)))
+        for culprit in (0, 1):
+            trap = Faulty(index, 2 if index == culprit else 0)
+            given = {"trap": trap}
+            report[f"failed on {culprit}"] = _seen(
+                lambda given=given: checkpointer.save_checkpointables(10, given, force=True)
+            )
+            meet()
+        report["forced"] = checkpointer.save(11, small(11), force=True)
+        report["skipped"] = checkpointer.save(13, small(13))  # both hear what is left
+        report["listed"] = [each.step for each in checkpointer.checkpoints]
+        report["metrics"] = [each.metrics for each in checkpointer.checkpoints]
+        report["root"] = checkpointer.root_metadata().custom_metadata
+        loaded = checkpointer.load(11)["w"].addressable_shards
+        right = np.arange(16, dtype=np.float32) + 11
+        report["loaded"] = all(np.array_equal(each.data, right[each.index]) for each in loaded)
+        report["deleted"] = checkpointer.delete(8)
+        meet()
+        report["closed"] = [each.step for each in checkpointer.checkpoints]
+    meet()
+    report["left"] = sorted(os.listdir(folder))
+    return report
+
+
 def failures(index: int, folder: Path) -> Report:
     """Fails in many ways, on one process at a time; each failure must end the save on both."""
     import orbax_async as ocp
@@ -423,6 +469,7 @@ def killed(index: int, folder: Path, *, victim: int) -> Report:
 SCENARIOS: dict[str, Callable[[int, Path], Report]] = {
     "saves": saves,
     "checkpointables": checkpointables,
+    "run": run,
     "failures": failures,
     "killed 0": lambda index, folder: killed(index, folder, victim=0),
     "killed 1": lambda index, folder: killed(index, folder, victim=1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import pathlib
+import signal
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, assert_type
 
@@ -401,6 +402,75 @@ def handling() -> None:
     trees = ocp.handlers.PyTreeHandler(context=context)
     assert_type(trees.is_handleable({"w": 1}), bool)
     del handler, entries
+
+
+def a_run(state: State, folder: pathlib.Path) -> None:
+    """A Checkpointer from plain code."""
+    with ocp.training.Checkpointer(
+        folder,
+        context=ocp.Context(),
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(10),
+        preservation_policy=lambda checkpoints, *, context: [True] * len(checkpoints),
+        step_name_format=ocp.path.step.standard_name_format(step_prefix="step"),
+        custom_metadata={"seed": 1},
+        cleanup_tmp_directories=True,
+        lightweight_initialize=True,
+        logger=None,
+        max_saves_in_flight=2,
+        supersede_queued=True,
+    ) as checkpointer:
+        assert_type(checkpointer, ocp.training.Checkpointer)
+        assert_type(checkpointer.directory, epath.Path)
+        assert_type(checkpointer.checkpoints, Sequence[ocp.training.CheckpointMetadata[None]])
+        latest = checkpointer.latest
+        assert_type(latest, ocp.training.CheckpointMetadata[None] | None)
+        assert_type(checkpointer.should_save(1), bool)
+        saved = checkpointer.save(
+            1,
+            state,
+            checkpointable_name="state",
+            force=True,
+            overwrite=True,
+            metrics={"loss": 0.5},
+            custom_metadata={"lr": 1e-3},
+        )
+        assert_type(saved, bool)
+        assert_type(checkpointer.save_async(2, state), ocp.AsyncResponse[bool] | None)
+        assert_type(checkpointer.save_checkpointables(3, {"a": state}, metrics=1), bool)
+        response = checkpointer.save_checkpointables_async(4, {"a": state})
+        assert_type(response, ocp.AsyncResponse[bool] | None)
+        why = checkpointer.last_decision
+        assert_type(why, ocp.training.save_decision_policies.Decision | None)
+        assert_type(checkpointer.load(latest, state, checkpointable_name="a"), Any)
+        assert_type(checkpointer.load_checkpointables(3, {"a": None}), dict[str, Any])
+        assert_type(checkpointer.metadata(), ocp.training.CheckpointMetadata[Any])
+        several = checkpointer.checkpointables_metadata(3)
+        assert_type(several, ocp.training.CheckpointMetadata[dict[str, Any]])
+        assert_type(checkpointer.root_metadata(), ocp.training.RootMetadata)
+        assert_type(checkpointer.delete(3, checkpointable_name="a", missing_ok=True), bool)
+        assert_type(checkpointer.delete_async(4), ocp.AsyncResponse[bool])
+        assert_type(checkpointer.is_saving_in_progress(), bool)
+        assert_type(checkpointer.cancel(4), bool)
+        checkpointer.reload()
+        checkpointer.wait()
+        checkpointer.close()
+
+
+async def an_async_run(state: State) -> None:
+    """A Checkpointer from a coroutine, in a job that may be preempted."""
+    async with ocp.training.Checkpointer("run") as checkpointer:
+        await checkpointer.ready()
+        response = checkpointer.save_async(0, state)
+        if response is not None:
+            assert_type(await response, bool)
+        assert_type(await checkpointer.load_async(0, state, checkpointable_name="state"), Any)
+        assert_type(await checkpointer.load_checkpointables_async(), dict[str, Any])
+        await checkpointer.wait_async()
+        await checkpointer.aclose()
+    with ocp.training.preemption.watched(signal.SIGTERM, signal.SIGUSR1):
+        assert_type(ocp.training.preemption.is_noticed(), bool)
+        assert_type(ocp.training.preemption.noticed_at(), float | None)
+        assert_type(ocp.training.preemption.reached(3), bool)
 
 
 async def together() -> None:

@@ -242,7 +242,7 @@ def _save(
     with doing.processes.telling():
         response = _start(doing, path, checkpointables, overwrite, custom_metadata, is_state)
     if doing.context.asynchronous.staging == "eager":
-        response.wait_staged()
+        response._wait_let_go()
     doing.recorder.unblock()
     return response
 

@@ -253,7 +253,10 @@ def test_w14_a_callback_is_told_all_of_each_leaf(mesh8: Mesh, tmp_path: Path) ->
     assert sorted(callback.asked) == ["key", "many", "one", "replicated"]
     for name in callback.asked:
         events = [told.split()[0] for told in callback.told if told.endswith(f" {name}")]
-        assert events == list(EVENTS), name
+        # The first pieces may be written while the last ones are transferred.
+        assert sorted(events) == sorted(EVENTS), name
+        assert events[0] == "transfer", name
+        assert events[-1] == "written", name
     assert len(callback.told) == 16
     jax.tree.map(np.testing.assert_array_equal, ocp.load(tmp_path / "c")["many"], state["many"])
 

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, final
 
 from orbax_async import errors, options, registration
+from orbax_async._trace import logger
 from orbax_async.options._checks import member_of, must_be
 from orbax_async.options._group import ACTIVE, Freeze, OptionGroup, adopt, unknown_name
 
@@ -124,6 +125,7 @@ class Context:
         if context is not None and not isinstance(context, Context):
             raise TypeError(f"Context() inherits from another Context, not from {context!r}")
         groups = _Groups() if context is None else context._groups.copied()
+        older = []
         for name, given in (
             ("pytree", pytree_options),
             ("array", array_options),
@@ -140,6 +142,13 @@ class Context:
         ):
             if given is not None:
                 setattr(groups, name, copy.deepcopy(given))
+                older += [] if name == "checkpoint_layout" else [name]
+        if older:
+            logger.warning(
+                "groups of options as arguments of Context() are deprecated; set context.%s, and "
+                "what is in it, by dots",
+                ", context.".join(older),
+            )
         self._own(groups)
 
     def _own(self, groups: _Groups) -> None:
@@ -309,7 +318,6 @@ _UNBUILT: dict[str, tuple[object, ...]] = {
     # Options whose effect does not exist yet: a field, or a group with all its fields. The values
     # listed are refused; an empty tuple refuses every value but the default.
     "pathways": (),
-    "memory.serialization_status_callback": (),
     "safetensors": (),
     "checkpoint_layout": (options.CheckpointLayout.SAFETENSORS,),
 }

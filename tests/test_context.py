@@ -735,13 +735,13 @@ BUILT: dict[str, Any] = {
         profiler="profiler",
     ),
     "memory.expected_surge_bytes": 1,
+    "memory.serialization_status_callback": "callback",
     "memory.deepcopy_host_arrays": False,
     "deletion.gcs_deletion_options.todelete_full_path": "trash",
     "checkpoint_layout": options.CheckpointLayout.AUTO,
 }
 UNBUILT: dict[str, Any] = {
     "pathways.checkpointing_impl": options.CheckpointingImpl.PERSISTENCE,
-    "memory.serialization_status_callback": "callback",
     "safetensors.max_over_read_ratio": 1.0,
     "safetensors.read_chunk_bytes": 1,
     "safetensors.ignore_load_sharding": True,

@@ -22,6 +22,7 @@ from orbax_async._storage import ocdbt, zarr
 from orbax_async._storage.direct import DirectReader
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import forms, saving
+from orbax_async.options import CheckpointingImpl
 
 StorageOptions = ocp.options.ArrayOptions.Saving.StorageOptions
 
@@ -538,3 +539,31 @@ def test_validation_finds_what_a_merge_has_lost(
         ocp.save(tmp_path / "c", mixed)
     with pytest.raises(errors.ReadError, match=leaf):
         ocp.load(tmp_path / "c")
+
+
+# ---------------------------------------------------------------------------- deprecated names
+
+
+def test_groups_as_arguments_are_deprecated(caplog: pytest.LogCaptureFixture) -> None:
+    """Passing groups to `Context()` acts, and is logged once with what to write instead."""
+    ocp.Context(ocp.Context(checkpoint_layout="orbax"))
+    assert not caplog.messages
+    context = ocp.Context(
+        array_options=ocp.options.ArrayOptions(), file_options=ocp.options.FileOptions()
+    )
+    assert context.array == ocp.options.ArrayOptions()
+    (message,) = caplog.messages
+    assert "deprecated; set context.array, context.file, and" in message
+
+
+# ---------------------------------------------------------------------------------- Pathways
+
+
+@pytest.mark.parametrize("impl", CheckpointingImpl)
+def test_pathways_options_are_refused_elsewhere(impl: CheckpointingImpl, tmp_path: Path) -> None:
+    """Off Pathways a way to checkpoint on it is refused by name, before anything is written."""
+    context = ocp.Context()
+    context.pathways.checkpointing_impl = impl
+    with context, pytest.raises(errors.UnsupportedOptionError, match="checkpointing_impl"):
+        ocp.save_async(tmp_path / "c", {"w": np.ones(2)})
+    assert not list(tmp_path.iterdir())

@@ -47,6 +47,8 @@ class AsyncResponse(Generic[T]):
         self._committed.set_running_or_notify_cancel()
         self._staged: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._staged.set_running_or_notify_cancel()
+        self._caller_let_go: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._caller_let_go.set_running_or_notify_cancel()
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], object]] = []
         self._request_cancel: Callable[[], bool] = lambda: False
@@ -173,9 +175,22 @@ class AsyncResponse(Generic[T]):
         except Exception:
             logger.exception("a callback of %s failed", self._label)
 
+    def _wait_let_go(self) -> None:
+        """Blocks until all is captured for which an eager call waits; see `wait_staged`."""
+        self._check_may_block()
+        try:
+            self._caller_let_go.result()
+        finally:
+            self._note_report(self._caller_let_go)
+
     # The operation's side.
 
+    def _let_caller_go(self) -> None:
+        if not self._caller_let_go.done():
+            self._caller_let_go.set_result(None)
+
     def _set_staged(self) -> None:
+        self._let_caller_go()
         if not self._staged.done():
             self._staged.set_result(None)
 
@@ -186,8 +201,9 @@ class AsyncResponse(Generic[T]):
                 self._set_staged()
                 self._committed.set_result(result)
             else:
-                if not self._staged.done():
-                    self._staged.set_exception(error)
+                for tier in (self._caller_let_go, self._staged):
+                    if not tier.done():
+                        tier.set_exception(error)
                 self._committed.set_exception(error)
             callbacks, self._callbacks = self._callbacks, []
         if error is None:

@@ -21,6 +21,7 @@ from orbax_async._trace import logger
 from orbax_async.handlers import resolve, tiers
 from orbax_async.handlers.documents import MetricsHandler
 from orbax_async.handlers.operation import Operation
+from orbax_async.options import AtomicityMode
 from orbax_async.path import PathLike, pathlike
 
 __all__ = [
@@ -242,7 +243,7 @@ def _save(
     with doing.processes.telling():
         response = _start(doing, path, checkpointables, overwrite, custom_metadata, is_state)
     if doing.context.asynchronous.staging == "eager":
-        response.wait_staged()
+        response._wait_let_go()
     doing.recorder.unblock()
     return response
 
@@ -274,7 +275,10 @@ def _start(
         with tiers.naming(names.METRICS):
             handler = MetricsHandler()
             parts.append(resolve.Part(names.METRICS, handler, handler.encode(of_run.metrics)))
-    if not options.file.skip_sync_file_validations:
+    # In place, the primary may have begun to write while the others are still on their way here.
+    is_in_place = layout.commit_mode(options) is AtomicityMode.COMMIT_FILE
+    may_look = doing.processes.is_primary or not is_in_place
+    if may_look and not options.file.skip_sync_file_validations:
         check_destination(final, overwrite=overwrite)
     after = None if of_run is None else of_run.may_write
     turn = Turn(final, overwrite=overwrite, after=after)

@@ -155,10 +155,20 @@ class Save:
         directory = _Awaited(Path(self._place.directory), created)
         if not self._options.asynchronous.create_directories_asynchronously:
             await self._create(created)
+        waited_for = set(self._typestrs)
+
+        def let_go(name: str) -> None:
+            waited_for.discard(name)
+            if not waited_for:
+                response._let_caller_go()
+
+        self._doing.when_let_go(let_go)
         async with anyio.create_task_group() as group:
             if not created.is_set():
                 group.start_soon(self._create, created)
-            seconds = await tiers.first([_first_tier(part, directory) for part in self._parts])
+            seconds = await tiers.first(
+                [_first_tier(part, directory) for part in self._parts], when_done=let_go
+            )
             self._parts.clear()  # all is captured: nothing here keeps the caller's objects alive
             response._set_staged()
             await tiers.second(seconds)

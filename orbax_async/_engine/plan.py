@@ -57,13 +57,23 @@ class ShardSpec:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LeafSpec:
-    """What a plan knows of a leaf; `index` is its place among the leaves."""
+    """What a plan knows of a leaf.
+
+    Attributes:
+      index: its place among the leaves.
+      shape: its global shape.
+      itemsize: bytes of an element.
+      shards: each device's part of it.
+      is_prioritized: whether it goes first, and outside the limit of transfers.
+      delay: how far behind leaves of no delay it goes.
+    """
 
     index: int
     shape: tuple[int, ...]
     itemsize: int
     shards: tuple[ShardSpec, ...]
     is_prioritized: bool = False
+    delay: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,7 +86,10 @@ class ReplicaParallel:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WriteRequest:
-    """One piece to write: `box` of leaf `leaf`, held by device `device_id` within `shard_box`."""
+    """One piece to write: `box` of leaf `leaf`, held by device `device_id` within `shard_box`.
+
+    Its priority is 0 for a prioritized leaf, 1 for most, and more for those that are delayed.
+    """
 
     leaf: int
     device_id: int
@@ -221,7 +234,7 @@ def plan_writes(
                     shard_box=box,
                     box=part,
                     nbytes=box_nbytes(part, leaf.itemsize),
-                    priority=0 if leaf.is_prioritized else 1,
+                    priority=0 if leaf.is_prioritized else 1 + leaf.delay,
                 )
                 for part, shard in zip(parts, replicas, strict=False)
                 if shard.process == process

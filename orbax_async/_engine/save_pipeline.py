@@ -14,7 +14,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import jax
@@ -25,6 +25,7 @@ from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.budget import BatchSlots, ByteBudget
 from orbax_async._engine.plan import WriteRequest
+from orbax_async._engine.status import Reporter
 from orbax_async._engine.transfer import Mode, Piece, capture
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
@@ -111,6 +112,7 @@ class WriteBatch:
       keys: of each request, the key of its chunk; None where its piece is several chunks.
       first_of: the leaves that have their first piece here, whose documents go with it.
       is_separate: whether it is written to the database of what replicas share.
+      is_delayed: whether the caller need not wait until it is captured.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class WriteBatch:
         self.requests = requests
         self.first_of = first_of
         self.is_separate = is_separate
+        self.is_delayed = bool(requests) and requests[0].priority > 1
         self.nbytes = sum(request.nbytes for request in requests)
         self.staging_nbytes = sum(
             request.nbytes
@@ -186,8 +189,8 @@ class WritePlan:
         # no piece follow in a last batch of documents alone.
         undocumented = set(range(len(leaves))) if writes_documents else set()
         self.batches = []
-        kinds = itertools.groupby(requests, lambda request: request.leaf in separate)
-        for is_separate, alike in kinds if separate else [(False, requests)]:
+        kinds = itertools.groupby(requests, lambda each: (each.leaf in separate, each.priority > 1))
+        for (is_separate, _), alike in kinds:
             for batch in plan.batches(alike, batch_nbytes):
                 here = dict.fromkeys(request.leaf for request in batch)
                 first_of = [leaf for leaf in here if leaf in undocumented]
@@ -205,7 +208,8 @@ class WritePlan:
 class SavePipeline:
     """Captures and writes the arrays of one save.
 
-    Tier 1 ends when `staged` is set, tier 2 when `run` returns.
+    Tier 1 ends when `staged` is set, tier 2 when `run` returns. `let_go` is set when all is
+    captured for which the caller has to wait: everything but what is, and may be, delayed.
     """
 
     def __init__(
@@ -216,8 +220,11 @@ class SavePipeline:
         write_budget: ByteBudget,
         transfer_budget: ByteBudget,
         recorder: Recorder,
+        reporter: Reporter | None = None,
+        may_delay: bool = False,
     ) -> None:
         self.staged = anyio.Event()
+        self.let_go = anyio.Event()
         self._plan = write_plan
         self._leaves = write_plan.leaves
         self._arrays = arrays
@@ -228,6 +235,10 @@ class SavePipeline:
             batch.staging_nbytes for batch in write_plan.batches
         )
         self._recorder = recorder
+        self._reporter = reporter
+        self._undelayed = len(write_plan.batches)
+        if may_delay:
+            self._undelayed = sum(not batch.is_delayed for batch in write_plan.batches)
         self._slots = BatchSlots()
         self._pieces_unstaged = write_plan.pieces.copy()
         self._pieces_unwritten = write_plan.pieces.copy()
@@ -259,8 +270,10 @@ class SavePipeline:
                     self._slots.of(batch.nbytes, len(batch.requests)),
                     self.write_budget.reserve(batch.nbytes),
                 ):
+                    await self._tell("start", batch)
                     with self._recorder.span("write", batch.nbytes):
                         await self._write(stores[batch.is_separate], batch, pieces)
+                    await self._tell("end", batch)
             finally:
                 pieces.clear()
                 self.transfer_budget.release(batch.staging_nbytes)
@@ -271,7 +284,9 @@ class SavePipeline:
             with errors.ungrouped():
                 async with anyio.create_task_group() as group:
                     group.start_soon(prepare_stores)
-                    for batch in self._plan.batches:
+                    for index, batch in enumerate(self._plan.batches):
+                        if index == self._undelayed:
+                            self.let_go.set()
                         await self.transfer_budget.acquire(batch.staging_nbytes)
                         try:
                             pieces = await loop.to_worker(self._capture, batch)
@@ -281,10 +296,17 @@ class SavePipeline:
                         group.start_soon(write_batch, batch, pieces)
                     self._arrays = ()  # all is captured: nothing here keeps the caller's arrays
                     self._recorder.enter("staged")
+                    self.let_go.set()
                     self.staged.set()
         finally:
             self.staged.set()
+            self.let_go.set()
         self._recorder.enter("written")
+
+    async def _tell(self, event: Literal["start", "end"], batch: WriteBatch) -> None:
+        if self._reporter is not None:
+            tell = self._reporter.start if event == "start" else self._reporter.end
+            await loop.to_worker(tell, "write", [request.leaf for request in batch.requests])
 
     def _capture(self, batch: WriteBatch) -> list[Piece]:
         """I3: takes the values of a batch; runs on a worker, in the order of the plan."""
@@ -296,6 +318,8 @@ class SavePipeline:
         ):
             for request in batch.requests:
                 leaf = self._leaves[request.leaf]
+                if self._reporter is not None:
+                    self._reporter.start("transfer", [request.leaf])
                 try:
                     piece = capture(
                         self._arrays[request.leaf],
@@ -307,6 +331,9 @@ class SavePipeline:
                 except Exception as error:
                     raise errors.StagingError(leaf.label, f"cannot be captured: {error}") from error
                 pieces.append(piece)
+                if self._reporter is not None:
+                    jax.block_until_ready(piece)
+                    self._reporter.end("transfer", [request.leaf])
         self._recorder.add(
             leaves_staged=count_off(self._pieces_unstaged, batch), bytes_staged=batch.nbytes
         )

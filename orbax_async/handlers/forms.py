@@ -68,6 +68,7 @@ class PreparedTree:
       state: the state itself.
       arrays: the arrays to store, in the order of `form.arrays`.
       stored: how each of them is stored, once that is found.
+      delays: by the index of an array how far behind the others it is captured.
       strings: the document of its strings, if it has any.
     """
 
@@ -75,6 +76,7 @@ class PreparedTree:
         self.form = form
         self.state = state
         self.stored: list[Any] = []
+        self.delays: dict[int, int] = {}
         self.arrays = [value for leaf, value in described if leaf.shape is not None]
         texts = {leaf.name: value for leaf, value in described if leaf.kind == schema.STRING}
         try:

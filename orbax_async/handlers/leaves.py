@@ -84,7 +84,13 @@ class LeafForm:
         return self.shape is not None or self.kind == schema.STRING
 
     def spec(
-        self, index: int, *, host_process: int, is_prioritized: bool, itemsize: int
+        self,
+        index: int,
+        *,
+        host_process: int,
+        is_prioritized: bool,
+        itemsize: int,
+        delay: int = 0,
     ) -> plan.LeafSpec:
         """Returns what the plan needs to know; host arrays belong to `host_process`."""
         assert self.shape is not None
@@ -92,7 +98,7 @@ class LeafForm:
             shards = shards_of(self.sharding, self.shape)
         else:
             shards = (plan.ShardSpec(-1, host_process, plan.whole(self.shape)),)
-        return plan.LeafSpec(index, self.shape, itemsize, shards, is_prioritized)
+        return plan.LeafSpec(index, self.shape, itemsize, shards, is_prioritized, delay)
 
 
 Described = tuple[LeafForm, Any]  # with its array, its text, or None

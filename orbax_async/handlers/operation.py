@@ -47,6 +47,7 @@ class Operation:
     transfer_budget: ByteBudget
     read_budget: ByteBudget
     _running: set[loop.Background] = dataclasses.field(default_factory=set, repr=False)
+    _when_let_go: list[Callable[[str], None]] = dataclasses.field(default_factory=list, repr=False)
 
     @classmethod
     def begin(cls, *, is_joint: bool = False) -> Operation:
@@ -88,6 +89,15 @@ class Operation:
             return self, None
         limit, end = memory.regulator_options.regulator.begin(memory.expected_surge_bytes)
         return dataclasses.replace(self, transfer_budget=ByteBudget(limit)), end
+
+    def let_go(self, name: str) -> None:
+        """Says that the caller need not wait any longer for the first tier of a checkpointable."""
+        for callback in self._when_let_go:
+            callback(name)
+
+    def when_let_go(self, callback: Callable[[str], None]) -> None:
+        """Calls `callback` with the name of each checkpointable that is let go."""
+        self._when_let_go.append(callback)
 
     def background(self, function: Callable[[], Awaitable[None]]) -> loop.Background:
         """Runs a coroutine beside the handler that calls this, until it is joined.

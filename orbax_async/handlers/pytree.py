@@ -16,7 +16,7 @@ import jax
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._engine import loop
-from orbax_async.handlers import forms, leaves, operation, storing, targets
+from orbax_async.handlers import forms, leaves, operation, ordering, storing, targets
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.reading import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.saving import Saving
@@ -64,6 +64,10 @@ class PyTreeHandler:
             are_several=len(processes) > 1,
         )
         prepared.stored = storing.choose(prepared, options.array.saving)
+        if options.memory.serialization_status_callback is not None:
+            prepared.delays = ordering.delays(
+                prepared, options.memory.serialization_status_callback
+            )
         return prepared
 
     def validate_leaves_handleable(self, tree: Any) -> None:
@@ -86,7 +90,10 @@ class PyTreeHandler:
         saving = Saving(prepared, self._options(), doing)
         running = doing.background(lambda: saving.run(directory))
         try:
-            await saving.pipeline.staged.wait()
+            await saving.pipeline.let_go.wait()
+            if not saving.pipeline.staged.is_set():
+                doing.let_go(directory.path.name)
+                await saving.pipeline.staged.wait()
         except BaseException:
             await running.cancel()
             raise

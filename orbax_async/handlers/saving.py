@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from orbax_async._engine import loop, plan, transfer
 from orbax_async._engine.save_pipeline import SavePipeline, WritableLeaf, WritePlan, encoding_of
 from orbax_async._storage import files, names, ocdbt, zarr
 from orbax_async._storage.kvstore import ArrayStore
-from orbax_async.handlers import operation, storing
+from orbax_async.handlers import operation, ordering, storing
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.storing import Stored
 from orbax_async.path import PathAwaitingCreation
@@ -40,12 +39,13 @@ class _Plan:
     ) -> None:
         form = prepared.form
         saving, memory = options.array.saving, options.memory
-        prioritized = _prioritized(prepared, memory.is_prioritized_key_fn)
+        prioritized = ordering.prioritized(prepared, memory.is_prioritized_key_fn)
         specs = [
             leaf.spec(
                 index,
                 host_process=processes.primary or 0,
                 is_prioritized=index in prioritized,
+                delay=prepared.delays.get(index, 0),
                 # A cast may need more bytes than the values that it starts from, or fewer.
                 itemsize=max(leaf.dtype.itemsize, how.dtype.itemsize),
             )
@@ -159,7 +159,11 @@ def _planned(prepared: PreparedTree, options: ambient.Context, doing: operation.
     ]
     batch_nbytes = min([_BATCH_NBYTES, *(limit for limit in limits if limit is not None)])
     stored = prepared.stored or storing.choose(prepared, saving)
-    if memory.is_prioritized_key_fn or saving.scoped_storage_options_creator:
+    if (
+        memory.is_prioritized_key_fn is not None
+        or saving.scoped_storage_options_creator is not None
+        or memory.serialization_status_callback is not None
+    ):
         return _Plan(prepared, stored, options, processes, batch_nbytes)
     key = (
         (processes.index, processes.primary, processes.are_several, processes.is_primary),
@@ -192,6 +196,10 @@ class Saving:
             write_budget=doing.write_budget,
             transfer_budget=doing.transfer_budget,
             recorder=doing.recorder,
+            reporter=ordering.reporter(
+                prepared, options.memory.serialization_status_callback, self._plan.arrays.pieces
+            ),
+            may_delay=ordering.may_delay(options.memory),
         )
 
     async def run(self, directory: PathAwaitingCreation) -> None:
@@ -267,16 +275,6 @@ class Saving:
 
 def _supports_rich_types(options: ambient.Context) -> bool:
     return options.pytree.saving.pytree_metadata_options.support_rich_types
-
-
-def _prioritized(
-    prepared: PreparedTree, is_prioritized: Callable[[tuple[Any, ...]], Any] | None
-) -> set[int]:
-    """Returns the indices of the arrays that are transferred first."""
-    if is_prioritized is None:
-        return set()
-    leaves = prepared.array_leaves()
-    return {index for index, (path, _) in enumerate(leaves) if is_prioritized(path)}
 
 
 def _replica_parallel(options: ambient.Context) -> plan.ReplicaParallel | None:

@@ -53,8 +53,14 @@ def naming(name: str) -> Iterator[None]:
         raise
 
 
-async def first(tiers: Sequence[Tier]) -> list[Tier]:
+async def first(
+    tiers: Sequence[Tier], *, when_done: Callable[[str], None] = lambda name: None
+) -> list[Tier]:
     """Runs the first tiers, and returns the second ones.
+
+    Args:
+      tiers: of all checkpointables.
+      when_done: called with the name of each that has ended well.
 
     Raises:
       HandlerError: a handler does not keep to its protocol.
@@ -68,6 +74,7 @@ async def first(tiers: Sequence[Tier]) -> list[Tier]:
             with naming(tier.name):
                 foreign.checked(awaitable, tier.code)
         seconds[tier.name] = Tier(tier.name, lambda: awaitable, tier.code)
+        when_done(tier.name)
 
     try:
         await _all(run, tiers)

@@ -21,10 +21,14 @@ from orbax_async.options._memory_regulator import MemoryRegulator
 class TransferPriority(enum.Enum):
     """When the values of a leaf are copied from its device.
 
+    Where transfers are limited (`MemoryOptions.transfer_concurrent_bytes`, `regulator_options`),
+    `save_async` returns before asynchronous leaves are copied; leave them as they are until the
+    response is `staged`. Without a limit the priorities are an order alone.
+
     Attributes:
       SYNCHRONOUS: before `save_async` returns.
-      ASYNCHRONOUS_PRIORITIZED: in the background, first.
-      ASYNCHRONOUS_DEPRIORITIZED: in the background, last.
+      ASYNCHRONOUS_PRIORITIZED: after those, in the background.
+      ASYNCHRONOUS_DEPRIORITIZED: last, in the background.
       UNKNOWN: undecided, which is an error.
     """
 
@@ -35,7 +39,10 @@ class TransferPriority(enum.Enum):
 
 
 class SerializationStatusCallback(Protocol):
-    """Orders the leaves of a save, and is told how far each is. Calls may come from any thread."""
+    """Orders the jax arrays of a save, and is told how far each is.
+
+    Calls may come from any thread. What they raise fails the save.
+    """
 
     def key_priority(self, keypath: tuple[Any, ...]) -> TransferPriority:
         """Choose when the leaf at a key path is copied from its device."""

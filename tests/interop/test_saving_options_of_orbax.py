@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -461,3 +462,29 @@ def test_the_classes_of_orbax_stand_for_its_modes(kind: type, mode: str) -> None
     context = ocp.Context()
     with pytest.warns(DeprecationWarning, match=f"atomicity.mode = '{mode}'"):
         context.file.temporary_path_class = kind
+
+
+def test_orbaxs_own_priorities_are_understood(tmp_path: Path) -> None:
+    """A callback written for Orbax, with its members, orders a save of ours."""
+    hints = typing.get_type_hints(v1.options.MemoryOptions)
+    theirs = typing.get_args(hints["serialization_status_callback"])[0]
+    priorities = typing.get_type_hints(theirs.key_priority)["return"]
+    told: list[str] = []
+
+    class Callback:
+        def key_priority(self, keypath: Any) -> Any:
+            """Puts `a` last."""
+            late, now = priorities.ASYNCHRONOUS_DEPRIORITIZED, priorities.SYNCHRONOUS
+            return late if keypath[0].key == "a" else now
+
+        def on_transfer_end(self, keypath: Any) -> None:
+            """Notes it."""
+            told.append(keypath[0].key)
+
+        on_transfer_start = on_write_start = on_write_end = lambda *_: None
+
+    context = ocp.Context()
+    context.memory.serialization_status_callback = Callback()
+    with context:
+        ocp.save(tmp_path / "c", {"a": jnp.ones(2), "b": jnp.ones(2)})
+    assert told == ["b", "a"]

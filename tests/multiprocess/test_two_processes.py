@@ -138,6 +138,24 @@ def test_plain_files_of_two_processes(saved: Outcome) -> None:
     assert not list((saved.folder / "files").rglob("*ocdbt*"))
 
 
+def test_shared_writes_have_folders_of_their_own(saved: Outcome) -> None:
+    """Each process writes its part of what replicas share, in small chunks, beside its own."""
+    assert [report["separate"] for report in saved.reports] == [[], []]
+    directory = saved.folder / "separate" / "state"
+    for index in (0, 1):
+        own = {key.split("/")[0] for key in stored_keys(directory / f"ocdbt.process_{index}")}
+        shared = stored_keys(directory / f"ocdbt.process_replica_{index}")
+        assert "replicated" in {key.split("/")[0] for key in shared}
+        assert not own & {key.split("/")[0] for key in shared}
+        assert any(key.startswith("narrow/c/") for key in shared)
+    assert len([key for key in chunk_keys(directory) if key.startswith("large/")]) > 8
+
+
+def test_processes_write_in_place_together(saved: Outcome) -> None:
+    """COMMIT_FILE: an overwrite of both processes replaces the checkpoint at its own place."""
+    assert [report["in place"] for report in saved.reports] == [[], []]
+
+
 def test_another_process_can_be_the_primary(saved: Outcome) -> None:
     """With primary_host = 1 process 1 stores what only one may, and commits."""
     assert [report["led by 1"] for report in saved.reports] == [[], []]
@@ -165,11 +183,14 @@ def test_host_local_arrays_are_refused(saved: Outcome) -> None:
 def test_no_temporary_is_left(saved: Outcome) -> None:
     """The saves leave checkpoints only."""
     made = {"seed", "first", "replaced", "flight 4", "flight 5", "files", "led by 1", "last"}
+    made |= {"separate", "in place"}
     assert set(os.listdir(saved.folder)) == made | {"alone 0", "alone 1"}
 
 
 @pytest.mark.leaves_threads
-@pytest.mark.parametrize("name, seed", [("first", 1), ("replaced", 3), ("files", 6)])
+@pytest.mark.parametrize(
+    "name, seed", [("first", 1), ("replaced", 3), ("files", 6), ("separate", 9), ("in place", 11)]
+)
 def test_one_process_and_stock_orbax_read_it(saved: Outcome, name: str, seed: int) -> None:
     """Bit for bit, as NumPy and on the eight devices of one process, by us and by Orbax."""
     from orbax.checkpoint import v1

@@ -230,6 +230,21 @@ def saves(index: int, folder: Path) -> Report:
     report["files"] = differences(ocp.load(folder / "files"), 6)
 
     context = ocp.Context()
+    context.array.saving.enable_replica_parallel_separate_folder = True
+    context.array.saving.storage_options.chunk_byte_size = 500_000
+    with context:
+        ocp.save(folder / "separate", state(9))
+    report["separate"] = differences(ocp.load(folder / "separate"), 9)
+
+    context = ocp.Context()
+    context.atomicity.mode = "commit_file"
+    with context:
+        ocp.save(folder / "in place", state(10))
+        meet()
+        ocp.save(folder / "in place", state(11), overwrite=True)
+        report["in place"] = differences(ocp.load(folder / "in place"), 11)
+
+    context = ocp.Context()
     context.multiprocessing.primary_host = 1
     with context:
         ocp.save(folder / "led by 1", state(8))

@@ -172,3 +172,18 @@ def test_a_logger_hears_of_each_save(run: Path) -> None:
         assert entry["wait_for_prev_start_time"] <= entry["checkpointer_blocking_start_time"]
     assert entries[0]["time_between_consecutive_saves_sec"] is None
     assert entries[1]["time_between_consecutive_saves_sec"] > 0
+
+
+def test_a_step_without_its_proof_is_none_where_steps_are_written_in_place(run: Path) -> None:
+    """COMMIT_FILE: a directory whose save is under way, or was interrupted, is no step yet."""
+    context = ocp.Context()
+    context.atomicity.mode = "commit_file"
+    with Checkpointer(run, context=context) as checkpointer:
+        checkpointer.save(1, state(1))
+    (run / "2" / "state").mkdir(parents=True)
+    with Checkpointer(run, context=context) as checkpointer:
+        assert steps(checkpointer) == [1]
+        assert checkpointer.latest is not None
+        assert checkpointer.latest.step == 1
+        with pytest.raises(errors.StepNotFoundError, match=r"2.*interrupted"):
+            checkpointer.load(2)

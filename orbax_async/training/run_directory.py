@@ -103,11 +103,16 @@ class RunDirectory:
     Args:
       path: the directory.
       name_format: how its steps are named.
+      needs_proof: whether steps are written in place, so that only one that says it is committed
+        is one.
     """
 
-    def __init__(self, path: str, name_format: NameFormat[Any]) -> None:
+    def __init__(
+        self, path: str, name_format: NameFormat[Any], *, needs_proof: bool = False
+    ) -> None:
         self.path = path
         self._name_format = name_format
+        self._needs_proof = needs_proof
 
     def create(self) -> None:
         """Makes the directory, if it is not there.
@@ -126,7 +131,11 @@ class RunDirectory:
     def steps(self) -> list[ListedCheckpoint]:
         """Lists the steps, in ascending order."""
         found = [self._listed(each) for each in self._name_format.find_all(Path(self.path))]
-        return sorted(found, key=lambda each: each.step)
+        return sorted(filter(self._is_committed, found), key=lambda each: each.step)
+
+    def _is_committed(self, listed: ListedCheckpoint) -> bool:
+        proof = os.path.join(listed.path, names.COMMIT_MARKER)
+        return not self._needs_proof or os.path.exists(proof)
 
     def step(self, step: int) -> ListedCheckpoint:
         """Looks for one step.
@@ -137,11 +146,17 @@ class RunDirectory:
         if step < 0:
             raise errors.StepNotFoundError(f"no checkpoint of step {step}: no step is negative")
         try:
-            return self._listed(self._name_format.find_step(Path(self.path), step))
+            found = self._listed(self._name_format.find_step(Path(self.path), step))
         except errors.StepNotFoundError:
             raise
         except (ValueError, FileNotFoundError) as error:  # a name format of the user, or of Orbax
             raise errors.StepNotFoundError(f"no checkpoint of step {step}: {error}") from error
+        if not self._is_committed(found):
+            raise errors.StepNotFoundError(
+                f"no checkpoint of step {step}: {found.path} has no {names.COMMIT_MARKER}, so its "
+                "save is under way or was interrupted"
+            )
+        return found
 
     def path_of(self, step: int) -> str:
         """Returns where a step is saved to."""

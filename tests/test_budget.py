@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orbax_async._engine.budget import BudgetStatistics, ByteBudget
+from orbax_async._engine.budget import BatchSlots, BudgetStatistics, ByteBudget
 
 
 async def settle() -> None:
@@ -244,3 +244,21 @@ async def test_i2_a_budget_behaves_like_its_model(steps: list[tuple[object, bool
         group.cancel_scope.cancel()
     assert budget.statistics().reserved_nbytes == 0
     assert budget.statistics().waiting == 0
+
+
+async def test_batches_of_small_pieces_go_one_at_a_time() -> None:
+    """Of large pieces three batches are under way at once, of small ones a single one."""
+    slots, under_way, peak = BatchSlots(), {"small": 0, "large": 0}, {"small": 0, "large": 0}
+
+    async def work(kind: str, nbytes: int, count: int) -> None:
+        async with slots.of(nbytes, count):
+            under_way[kind] += 1
+            peak[kind] = max(peak[kind], under_way[kind])
+            await settle()
+            under_way[kind] -= 1
+
+    async with anyio.create_task_group() as group:
+        for _ in range(6):
+            group.start_soon(work, "small", 4096 << 10, 4096)
+            group.start_soon(work, "large", 64 << 20, 16)
+    assert peak == {"small": 1, "large": 3}

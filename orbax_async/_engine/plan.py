@@ -14,6 +14,9 @@ Theory of operation
   replicas divides, and each replica writes one part. Every piece of a leaf has the same shape;
   it is a whole number of the leaf's chunks on disk, most often one.
 
+  A load reads regions. A region is the box of one shard; or, where several shards would have to
+  read and decode the same chunks, one box around them all, of which each takes its part.
+
   Requests are put into batches: the unit that is staged, written and committed together. Batches
   keep the order of the requests, prioritized leaves first.
 """

@@ -1,7 +1,8 @@
 """Turning objects into files, and files into objects.
 
 Does:
-  - describe each kind of leaf for the plan, and refuse what can't be held (`leaves`);
+  - describe each kind of leaf for the plan, and refuse what can't be held (`leaves`); keep what a
+    structure decides for its later saves (`forms`), with each leaf's options (`storing`);
   - resolve what each leaf should be loaded as (`targets`);
   - save and load pytrees in two tiers (`pytree`, with `saving`, `stored` and `reading` behind
     it), and look for damage in them (`inspection`);

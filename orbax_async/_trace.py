@@ -7,12 +7,11 @@ snapshots. It is the one seam for logs, metrics and tests.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = ["Phase", "Progress", "Recorder", "Span", "logger"]
 
@@ -21,8 +20,7 @@ logger = logging.getLogger("orbax_async")
 Phase = Literal["planned", "staged", "written", "committed", "failed"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """A snapshot of an operation.
 
     Attributes:
@@ -48,8 +46,7 @@ class Progress:
     elapsed_secs: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One piece of work: seconds since the operation was called, and the bytes it moved."""
 
     name: str
@@ -73,12 +70,12 @@ class Recorder:
         with self._lock:
             now = self._progress
             sums = {name: getattr(now, name) + count for name, count in increments.items()}
-            self._progress = dataclasses.replace(now, **sums)
+            self._progress = now._replace(**sums)
 
     def enter(self, phase: Phase) -> None:
         """Notes that a phase was reached as a whole; the last ones stop the clock."""
         with self._lock:
-            self._progress = dataclasses.replace(self._progress, phase=phase)
+            self._progress = self._progress._replace(phase=phase)
             if phase in ("committed", "failed"):
                 self._ended = time.perf_counter()
 
@@ -86,7 +83,7 @@ class Recorder:
         """Notes that the caller goes on."""
         with self._lock:
             blocked = time.perf_counter() - self._began
-            self._progress = dataclasses.replace(self._progress, blocked_secs=blocked)
+            self._progress = self._progress._replace(blocked_secs=blocked)
 
     @contextlib.contextmanager
     def span(self, name: str, nbytes: int = 0) -> Iterator[None]:
@@ -103,7 +100,7 @@ class Recorder:
         """Returns a snapshot of the counters."""
         with self._lock:
             elapsed = (self._ended or time.perf_counter()) - self._began
-            return dataclasses.replace(self._progress, elapsed_secs=elapsed)
+            return self._progress._replace(elapsed_secs=elapsed)
 
     def timeline(self) -> tuple[Span, ...]:
         """Returns the spans that have ended, in the order in which they began."""

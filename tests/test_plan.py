@@ -261,7 +261,7 @@ def test_w14_prioritized_leaves_are_planned_first() -> None:
 
 def _requests(sizes: list[int]) -> list[plan.ReadRequest]:
     return [
-        plan.ReadRequest(i, plan.Region(((0, size),), (), size), size)
+        plan.ReadRequest(i, plan.Region(((0, size),), (), size, not size), size)
         for i, size in enumerate(sizes)
     ]
 

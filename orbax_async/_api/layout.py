@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 
@@ -45,8 +44,7 @@ _LOOKS = 50  # times that a reader looks for a checkpoint that is just being exc
 _LOOK_SECS = 0.02
 
 
-@dataclasses.dataclass(frozen=True)
-class Located:
+class Located(NamedTuple):
     """A checkpointable inside a checkpoint.
 
     Attributes:
@@ -62,8 +60,15 @@ class Located:
     document: dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Contents:
+class Problem(NamedTuple):
+    """Something wrong with a checkpoint as a whole: where, what, and what to do."""
+
+    path: str
+    problem: str
+    hint: str
+
+
+class Contents(NamedTuple):
     """All checkpointables of a checkpoint.
 
     Attributes:
@@ -72,6 +77,7 @@ class Contents:
       typestrs: by name the handler that saved each, None where the checkpoint does not say.
       pytrees: the names of those that look like pytrees.
       hidden: the name whose deletion was begun and not finished, if there is one.
+      problems: what a survey found wrong with the checkpoint as a whole.
     """
 
     root: str
@@ -79,6 +85,7 @@ class Contents:
     typestrs: dict[str, str | None]
     pytrees: frozenset[str]
     hidden: str | None
+    problems: tuple[Problem, ...] = ()
 
     def directory(self, name: str) -> str:
         """Returns where a checkpointable lies."""
@@ -178,28 +185,10 @@ def contents(path: str) -> Contents:
     return Contents(path, document, known, frozenset(pytrees & known.keys()), hidden)
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Something wrong with a checkpoint as a whole: where, what, and what to do."""
+def survey(path: str) -> Contents:
+    """Looks at a checkpoint that may be damaged, and lists all that it holds or should hold.
 
-    path: str
-    problem: str
-    hint: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Survey(Contents):
-    """All that a checkpoint holds or should hold, and what is wrong with it as a whole.
-
-    Attributes:
-      problems: what is wrong.
-    """
-
-    problems: tuple[Problem, ...] = ()
-
-
-def survey(path: str) -> Survey:
-    """Looks at a checkpoint that may be damaged; a flat, older one has the name ''. Blocks.
+    A flat, older checkpoint has the name ''. Blocks.
 
     Raises:
       InvalidLayoutError: there is none, not even a damaged one.
@@ -240,7 +229,7 @@ def survey(path: str) -> Survey:
         directories = [""]
     pytrees = {name for name in directories if _is_checkpointable(os.path.join(path, name))}
     typestrs = {name: recorded.get(name) for name in directories if name != hidden}
-    return Survey(path, document, typestrs, frozenset(pytrees), hidden, tuple(problems))
+    return Contents(path, document, typestrs, frozenset(pytrees), hidden, tuple(problems))
 
 
 def check_deletable(path: str) -> None:

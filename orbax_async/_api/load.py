@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -118,7 +117,7 @@ def load_async(
         located = await layout.when_settled(
             where, lambda path: layout.locate(path, checkpointable_name)
         )
-        found = dataclasses.replace(part, name=located.name)
+        found = part._replace(name=located.name)
         (state,) = (await _load([(found, located.directory)], response)).values()
         return state
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import json
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 
@@ -181,8 +180,7 @@ def save_checkpointables_async(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class OfRun:
+class OfRun(NamedTuple):
     """What the save of a step has besides: its place among the saves of its run.
 
     Attributes:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -34,6 +33,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from orbax_async import errors
 from orbax_async._storage import files, names
@@ -93,8 +93,7 @@ def temporary_path(final: str, use: str = "new") -> str:
     return f"{final}{names.TEMPORARY_MARK}-{owner}-{use}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leftover:
+class _Leftover(NamedTuple):
     """A temporary directory, and what its name and its owner tell of it."""
 
     path: str

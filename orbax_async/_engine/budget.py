@@ -18,6 +18,7 @@ import dataclasses
 import heapq
 import itertools
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 import anyio
 
@@ -27,8 +28,7 @@ _LARGE_AT_ONCE = 3
 _LARGE_PIECE_NBYTES = 64 << 10
 
 
-@dataclasses.dataclass(frozen=True)
-class BudgetStatistics:
+class BudgetStatistics(NamedTuple):
     """A snapshot of a budget: its limit, the bytes reserved now and at most, and who waits."""
 
     limit_nbytes: int | None

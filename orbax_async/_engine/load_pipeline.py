@@ -6,12 +6,11 @@ share of the read budget from before it is read until its values are placed.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import jax
@@ -81,8 +80,7 @@ class ReadForm:
             )
 
 
-@dataclasses.dataclass(slots=True)
-class ReadableLeaf:
+class ReadableLeaf(NamedTuple):
     """A leaf on its way in: where it is in the tree and in storage, and how it is read."""
 
     keys: KeyPath
@@ -95,8 +93,7 @@ class ReadableLeaf:
         return keypath.label(self.keys)
 
 
-@dataclasses.dataclass(slots=True)
-class _Copy:
+class _Copy(NamedTuple):
     """A piece to send to another device, and the list of its leaf's pieces."""
 
     pieces: list[Piece]

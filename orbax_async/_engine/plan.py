@@ -27,7 +27,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 __all__ = [
     "LeafSpec",
@@ -49,8 +49,7 @@ __all__ = [
 Box = tuple[tuple[int, int], ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ShardSpec:
+class ShardSpec(NamedTuple):
     """One device's part of an array: `box` is (start, stop) for each axis."""
 
     device_id: int
@@ -79,16 +78,14 @@ class LeafSpec:
     delay: int = 0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ReplicaParallel:
+class ReplicaParallel(NamedTuple):
     """How replicas share the writing of what they all hold."""
 
     min_slice_nbytes: int | None = None
     max_replicas: int | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class WriteRequest:
+class WriteRequest(NamedTuple):
     """One piece to write: `box` of leaf `leaf`, held by device `device_id` within `shard_box`.
 
     Its priority is 0 for a prioritized leaf, 1 for most, and more for those that are delayed.
@@ -102,21 +99,16 @@ class WriteRequest:
     priority: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """A box of a leaf to read once; each part of it goes to the local devices that hold it."""
 
     box: Box
     parts: tuple[tuple[Box, tuple[int, ...]], ...]
     nbytes: int
-    is_empty: bool = dataclasses.field(init=False)  # nothing of it is stored
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "is_empty", any(start == stop for start, stop in self.box))
+    is_empty: bool  # nothing of it is stored
 
 
-@dataclasses.dataclass(slots=True)
-class ReadRequest:
+class ReadRequest(NamedTuple):
     """One region to read of leaf `leaf`."""
 
     leaf: int
@@ -271,13 +263,18 @@ def read_regions(
             boxes[shard.box] = (*boxes.get(shard.box, ()), shard.device_id)
     parts = tuple(boxes.items())
     if len(parts) < 2 or all(_is_separate(box, shape, chunk_shape, is_raw) for box in boxes):
-        return tuple(Region(part[0], (part,), box_nbytes(part[0], itemsize)) for part in parts)
+        return tuple(_region(part[0], (part,), itemsize) for part in parts)
     # Several would have to read, and decode, the same chunks.
     around = tuple(
         (min(start for start, _ in axis), max(stop for _, stop in axis))
         for axis in zip(*boxes, strict=True)
     )
-    return (Region(around, parts, box_nbytes(around, itemsize)),)
+    return (_region(around, parts, itemsize),)
+
+
+def _region(box: Box, parts: tuple[tuple[Box, tuple[int, ...]], ...], itemsize: int) -> Region:
+    nbytes = box_nbytes(box, itemsize)
+    return Region(box, parts, nbytes, is_empty=not nbytes)
 
 
 def _is_separate(box: Box, shape: Sequence[int], chunk_shape: Sequence[int], is_raw: bool) -> bool:
@@ -310,7 +307,7 @@ def chunk_regions(
         for side, piece in zip(shape, sides, strict=True)
     ]
     for box in itertools.product(*axes):
-        yield Region(box, ((box, ()),), box_nbytes(box, itemsize))
+        yield _region(box, ((box, ()),), itemsize)
 
 
 class _Sized(Protocol):

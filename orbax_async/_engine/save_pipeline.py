@@ -9,12 +9,11 @@ returns every reservation.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import anyio
 import jax
@@ -37,8 +36,7 @@ _LARGE_NBYTES = 16 << 20  # batches from this size on begin to be synced at once
 _STORED_NBYTES = 64 << 10  # pieces up to this size are encoded here, without opening an array
 
 
-@dataclasses.dataclass(slots=True)
-class WritableLeaf:
+class WritableLeaf(NamedTuple):
     """A leaf on its way out, apart from its values.
 
     Attributes:

@@ -112,8 +112,7 @@ class Loading:
                 for entry in entries
             ]
         if selection is not None:
-            flat = dataclasses.replace(
-                flat,
+            flat = flat._replace(
                 entries=tuple(
                     (keys, leaf)
                     if keys in selected or structure.empty_kind(leaf) or selection.has(keys)

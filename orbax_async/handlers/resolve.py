@@ -14,9 +14,8 @@ Rules, of Orbax and in this order
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -42,8 +41,7 @@ _PREPARE_TO_SAVE: dict[type, Callable[[Any, Any], Any]] = {
 _REFUSALS = (errors.LeafError, errors.NotJsonError)
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One checkpointable of an operation.
 
     Attributes:

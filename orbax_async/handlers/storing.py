@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,7 @@ _StorageOptions = ArrayOptions.Saving.StorageOptions
 _DATA_FILE_NBYTES = 2 << 30  # as much as one data file of OCDBT holds unless another size is set
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """How one array is stored.
 
     Attributes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,7 @@ __all__ = ["Broadcast", "Target", "Terms", "Wanted", "is_for_jax", "resolve", "w
 Form = Literal["stored", "jax", "numpy", "scalar", "string", "skip"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """An abstract leaf, understood.
 
     Attributes:
@@ -139,16 +138,14 @@ def concrete(label: str, sharding: jax.sharding.Sharding | None) -> jax.sharding
     return jax.sharding.NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
-@dataclasses.dataclass(frozen=True)
-class Broadcast:
+class Broadcast(NamedTuple):
     """Which replica reads, where one reads for all: its axis of the mesh, and its index there."""
 
     axis: int
     primary: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """What holds for all leaves of a load.
 
     Attributes:
@@ -166,8 +163,7 @@ class Terms:
     broadcast: Broadcast | None = None
 
 
-@dataclasses.dataclass(slots=True)
-class Target:
+class Target(NamedTuple):
     """What leaves become that are stored alike and asked for alike.
 
     Attributes:
@@ -265,9 +261,7 @@ def resolve(
     if piece_shape is not None and regions:  # what is filled up takes memory, too
         count = sum(len(devices) for region in regions for _, devices in region.parts)
         nbytes = math.prod(piece_shape) * dtype.itemsize * count // len(regions)
-        regions = tuple(
-            dataclasses.replace(region, nbytes=max(region.nbytes, nbytes)) for region in regions
-        )
+        regions = tuple(region._replace(nbytes=max(region.nbytes, nbytes)) for region in regions)
     is_weak = wanted.is_weak or (wanted.form == "stored" and "weak_type" in entry.private)
 
     def finish(entry: schema.Entry, pieces: Sequence[Any]) -> Any:
@@ -299,8 +293,7 @@ class _Placing:
     def clip(self, shape: tuple[int, ...]) -> None:
         """Leaves only what lies inside a shape to be read."""
         self.shards = tuple(
-            dataclasses.replace(
-                shard,
+            shard._replace(
                 box=tuple(
                     (min(start, side), min(stop, side))
                     for (start, stop), side in zip(shard.box, shape, strict=True)

@@ -7,9 +7,8 @@ more. It leaves with a note that names its checkpointable; its class and message
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 
@@ -19,8 +18,7 @@ from orbax_async.handlers import foreign
 __all__ = ["Tier", "first", "naming", "second"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Tier:
+class Tier(NamedTuple):
     """One tier of one checkpointable.
 
     Attributes:

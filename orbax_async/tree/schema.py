@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from orbax_async.tree import rich
 from orbax_async.tree.keypath import Key, KeyPath, stored_name
@@ -76,8 +76,7 @@ class Entry:
         return _EMPTY[self.kind]()
 
 
-@dataclasses.dataclass(frozen=True)
-class TreeDocument:
+class TreeDocument(NamedTuple):
     """The `_METADATA` document: every entry in flatten order, and how the arrays are stored."""
 
     entries: tuple[Entry, ...]

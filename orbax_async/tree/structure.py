@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,8 +49,7 @@ def is_empty(value: Any) -> bool:
     return empty_kind(value) is not None
 
 
-@dataclasses.dataclass(frozen=True)
-class FlatTree:
+class FlatTree(NamedTuple):
     """A tree taken apart: its leaves and empty nodes by key path, and its definition."""
 
     entries: tuple[tuple[KeyPath, Any], ...]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.tree_util as jtu
 
-__all__ = ["JaxKeyPath", "Key", "KeyPath", "jax_path", "keys_of", "label", "stored_name"]
+__all__ = ["JaxKeyPath", "Key", "KeyPath", "jax_path", "key", "keys_of", "label", "stored_name"]
 
 JaxKeyPath = tuple[Any, ...]
 
@@ -21,23 +22,29 @@ class Key(NamedTuple):
 KeyPath = tuple[Key, ...]
 
 
+@functools.lru_cache(maxsize=4096)
+def key(name: str, is_index: bool = False) -> Key:
+    """Returns a step; most trees have few different ones, which their leaves then share."""
+    return Key(name, is_index)
+
+
 def _key(entry: Any) -> Key:
     if isinstance(entry, jtu.DictKey):
-        return Key(str(entry.key), False)
+        return key(str(entry.key))
     if isinstance(entry, jtu.GetAttrKey):
-        return Key(entry.name, False)
+        return key(entry.name)
     if isinstance(entry, jtu.SequenceKey):
-        return Key(str(entry.idx), True)
+        return key(str(entry.idx), True)
     if isinstance(entry, jtu.FlattenedIndexKey):
-        return Key(str(entry.key), True)
+        return key(str(entry.key), True)
     # A pytree registered with its own key class: whatever names it best.
     named = getattr(entry, "key", getattr(entry, "name", entry))
-    return Key(str(named), False)
+    return key(str(named))
 
 
 def keys_of(path: JaxKeyPath) -> KeyPath:
     """Returns a jax key path in its stored form."""
-    return tuple(_key(entry) for entry in path)
+    return tuple([_key(entry) for entry in path])
 
 
 def jax_path(keys: KeyPath) -> JaxKeyPath:

@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from orbax_async.tree import rich
-from orbax_async.tree.keypath import Key, KeyPath, stored_name
+from orbax_async.tree import keypath, rich
+from orbax_async.tree.keypath import KeyPath, stored_name
 
 __all__ = [
     "Entry",
@@ -128,8 +128,10 @@ class TreeDocument(NamedTuple):
             entries.append(
                 Entry(
                     keys=tuple(
-                        Key(key["key"], key["key_type"] == _SEQUENCE_KEY)
-                        for key in item["key_metadata"]
+                        [
+                            keypath.key(each["key"], each["key_type"] == _SEQUENCE_KEY)
+                            for each in item["key_metadata"]
+                        ]
                     ),
                     kind=value["value_type"],
                     write_shape=None if shape is None else tuple(shape),

@@ -156,7 +156,7 @@ async def test_statistics_are_a_snapshot() -> None:
     before = budget.statistics()
     await budget.acquire(3)
     assert before == BudgetStatistics(10, 0, 0, 0)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         before.peak_nbytes = 1  # type: ignore[misc]
 
 

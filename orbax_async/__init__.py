@@ -6,7 +6,10 @@
     await response                                       # or response.result()
     state = ocp.load("/checkpoints/7", abstract_state)
 
-A name is imported when it is first used, so that importing the package costs next to nothing.
+A name is imported when it is first used, so that importing the package costs next to nothing. Where
+a running event loop must not wait for that once, import the names at the top of the module:
+
+    from orbax_async import load_async, save_async
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
+import importlib
 import os
 import queue
 import sys
@@ -38,8 +39,18 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, TypeVarTuple
 
 import anyio
+from anyio.from_thread import start_blocking_portal
 
 from orbax_async import errors
+
+if sys.platform == "win32":
+    from asyncio import new_event_loop
+else:
+    from uvloop import new_event_loop
+
+# What anyio imports as its first loop starts: here, the first operation does not wait for it.
+with contextlib.suppress(ImportError):
+    importlib.import_module("anyio._backends._asyncio")
 
 __all__ = ["Background", "Engine", "call_soon", "is_engine_thread", "spawn", "to_worker"]
 
@@ -89,10 +100,8 @@ class Engine:
         ]
         for worker in self._workers:
             worker.start()
-        from anyio.from_thread import start_blocking_portal  # slow to import
-
         self._portal_manager = start_blocking_portal(
-            "asyncio", {"use_uvloop": sys.platform != "win32"}, name="orbax_async loop"
+            "asyncio", {"loop_factory": new_event_loop}, name="orbax_async loop"
         )
         self.portal = self._portal_manager.__enter__()
         self.loop, self.thread_id = self.portal.call(self._describe_loop)

@@ -38,25 +38,36 @@ def longest(gaps: list[tuple[float, float]]) -> float:
 def test_the_callers_loop_goes_on(
     loop: str, staging: str, leaves: int, tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
-    """No gap above 25 ms while 256 MiB of jax arrays are saved and loaded, round for round."""
-    mebibytes, count, is_full = soak(32, 256), soak(3, 12), bool(soak(0, 1))
-    output = children.output(
-        "heartbeat.py", tmp_path, loop, staging, mebibytes, leaves, count, timeout=500
-    )
-    first, *others = rounds = cast("list[Gaps]", json.loads(output))
+    """No gap above 25 ms while 256 MiB of jax arrays are saved and loaded, from the first save on.
+
+    What programs import at their top is imported then: a name's first use imports its parts.
+    """
+    mebibytes, count, is_full = soak(32, 256), soak(3, 5), bool(soak(0, 1))
+    programs = [
+        cast("list[Gaps]", json.loads(output))
+        for output in (
+            children.output(
+                "heartbeat.py", tmp_path, loop, staging, mebibytes, leaves, count, timeout=150
+            )
+            for _ in range(soak(1, 3))
+        )
+    ]
+    firsts = [program[0] for program in programs]
+    others = [one for program in programs for one in program[1:]]
     quiet = [one for one in others if longest(one["before"] + one["after"]) <= BUSY_MS]
     print(f"\n{loop}, {staging}, {mebibytes} MiB in {leaves} leaves, {len(quiet)} quiet rounds:")
-    medians = {}
+    medians, of_firsts = {}, {}
     for phase in ("before", "save", "load"):
         p50, p99 = np.percentile(
-            [gap for one in quiet or rounds for gap, _ in one[phase]], [50, 99]
+            [gap for one in quiet or others for gap, _ in one[phase]], [50, 99]
         )
-        tops = sorted(longest(one[phase]) for one in quiet or rounds)
+        tops = sorted(longest(one[phase]) for one in quiet or others)
         medians[phase] = statistics.median(tops)
+        of_firsts[phase] = statistics.median(longest(one[phase]) for one in firsts)
         print(
             f"  {phase}: p50 {p50:.1f} ms, p99 {p99:.1f} ms; longest of a round: at best "
             f"{tops[0]:.1f}, median {medians[phase]:.1f}, at worst {tops[-1]:.1f} ms; "
-            f"of the first, which starts the engine, {longest(first[phase]):.1f} ms"
+            f"of the first, which starts the engine, {of_firsts[phase]:.1f} ms"
         )
         assert p50 < 50 and tops[0] < 1000, phase
     if is_full and len(quiet) < ROUNDS:
@@ -64,8 +75,9 @@ def test_the_callers_loop_goes_on(
     # An eager save captures every leaf before it returns, and that takes its time for each.
     allowed = max(LIMIT_MS, leaves * EAGER_LEAF_MS) if staging == "eager" else LIMIT_MS
     # Something that blocks the loop shows in every round; what else the machine does, in some.
-    assert medians["save"] <= soak(1000, 1) * allowed
-    assert medians["load"] <= soak(1000, 1) * LIMIT_MS
+    for figures in (medians, of_firsts):
+        assert figures["save"] <= soak(1000, 1) * allowed
+        assert figures["load"] <= soak(1000, 1) * LIMIT_MS
 
 
 async def test_a_steady_state_save_starts_no_thread_and_no_loop(

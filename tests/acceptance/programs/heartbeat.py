@@ -2,9 +2,10 @@
 
     heartbeat.py DIRECTORY LOOP STAGING MEBIBYTES LEAVES ROUNDS
 
-LOOP is asyncio or uvloop. Each round looks at the idle loop, saves, loads, and looks at the idle
-loop again. The output is JSON: for each round, by phase, the gaps in milliseconds, each with how
-long the thread was ready to run and no core was free for it (0 where the system does not say).
+The names it uses are imported before, as at the top of any program. LOOP is asyncio or uvloop.
+Each round looks at the idle loop, saves, loads, and looks at the idle loop again. The output is
+JSON: for each round, by phase, the gaps in milliseconds, each with how long the thread was ready
+to run and no core was free for it (0 where the system does not say).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import uvloop
 
-import orbax_async as ocp
+from orbax_async import Context, load_async, save_async
 
 
 def make_state(mebibytes: int, leaves: int) -> dict[str, jax.Array]:
@@ -67,7 +68,7 @@ async def main(directory: str, staging: str, mebibytes: int, leaves: int, rounds
     """Measures every round."""
     state = make_state(mebibytes, leaves)
     abstract = jax.eval_shape(lambda: state)
-    options = ocp.Context()
+    options = Context()
     options.asynchronous.staging = staging
     # The collector's pauses grow with the program's own objects, and are its own.
     gc.collect()
@@ -80,10 +81,10 @@ async def main(directory: str, staging: str, mebibytes: int, leaves: int, rounds
             await asyncio.sleep(0.2)
         async with heartbeat(gaps["save"]):
             with options:
-                response = ocp.save_async(f"{directory}/{index % 2}", state, overwrite=True)
+                response = save_async(f"{directory}/{index % 2}", state, overwrite=True)
             await response
         async with heartbeat(gaps["load"]):
-            loaded = await ocp.load_async(f"{directory}/{index % 2}", abstract)
+            loaded = await load_async(f"{directory}/{index % 2}", abstract)
         async with heartbeat(gaps["after"]):
             await asyncio.sleep(0.2)
         for name, array in state.items():

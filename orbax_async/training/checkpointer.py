@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, final
@@ -11,6 +10,7 @@ from orbax_async import context as ambient
 from orbax_async._api import layout
 from orbax_async._api import load as loading
 from orbax_async._api import metadata as describing
+from orbax_async._api.older_names import warn_of_new_name
 from orbax_async._api.response import AsyncResponse
 from orbax_async._storage import names
 from orbax_async._trace import logger as package_logger
@@ -544,27 +544,27 @@ class Checkpointer:
 
     def save_pytree(self, *args: Any, **kwargs: Any) -> bool:
         """Does what `save` does; deprecated."""
-        _warn_of_new_name("save")
+        warn_of_new_name("save")
         return self.save(*args, **kwargs)
 
     def save_pytree_async(self, *args: Any, **kwargs: Any) -> AsyncResponse[bool] | None:
         """Does what `save_async` does; deprecated."""
-        _warn_of_new_name("save_async")
+        warn_of_new_name("save_async")
         return self.save_async(*args, **kwargs)
 
     def load_pytree(self, *args: Any, **kwargs: Any) -> Any:
         """Does what `load` does; deprecated."""
-        _warn_of_new_name("load")
+        warn_of_new_name("load")
         return self.load(*args, **kwargs)
 
     def load_pytree_async(self, *args: Any, **kwargs: Any) -> AsyncResponse[Any]:
         """Does what `load_async` does; deprecated."""
-        _warn_of_new_name("load_async")
+        warn_of_new_name("load_async")
         return self.load_async(*args, **kwargs)
 
     def pytree_metadata(self, *args: Any, **kwargs: Any) -> CheckpointMetadata[Any]:
         """Does what `metadata` does; deprecated."""
-        _warn_of_new_name("metadata")
+        warn_of_new_name("metadata")
         return self.metadata(*args, **kwargs)
 
 
@@ -574,7 +574,3 @@ def _tell_unless_replaced(error: Exception, first: BaseException | None) -> None
         raise error
     package_logger.error("a save failed, too: %s", error, exc_info=error)
     first.add_note(f"a save failed, too: {type(error).__name__}: {error}")
-
-
-def _warn_of_new_name(name: str) -> None:
-    warnings.warn(f"Use `{name}` instead.", DeprecationWarning, stacklevel=3)

@@ -1,0 +1,54 @@
+"""The verbs by their older names, which Orbax has deprecated too."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from orbax_async._api import load, metadata, save
+from orbax_async._api.metadata import CheckpointMetadata, PyTreeMetadata
+from orbax_async._api.response import AsyncResponse
+
+__all__ = [
+    "load_pytree",
+    "load_pytree_async",
+    "pytree_metadata",
+    "save_pytree",
+    "save_pytree_async",
+    "warn_of_new_name",
+]
+
+
+def save_pytree(*args: Any, **kwargs: Any) -> None:
+    """Does what `save` does; deprecated."""
+    warn_of_new_name("save")
+    save.save(*args, **kwargs)
+
+
+def save_pytree_async(*args: Any, **kwargs: Any) -> AsyncResponse[None]:
+    """Does what `save_async` does; deprecated."""
+    warn_of_new_name("save_async")
+    return save.save_async(*args, **kwargs)
+
+
+def load_pytree(*args: Any, **kwargs: Any) -> Any:
+    """Does what `load` does; deprecated."""
+    warn_of_new_name("load")
+    return load.load(*args, **kwargs)
+
+
+def load_pytree_async(*args: Any, **kwargs: Any) -> AsyncResponse[Any]:
+    """Does what `load_async` does; deprecated."""
+    warn_of_new_name("load_async")
+    return load.load_async(*args, **kwargs)
+
+
+def pytree_metadata(*args: Any, **kwargs: Any) -> CheckpointMetadata[PyTreeMetadata]:
+    """Does what `metadata` does; deprecated."""
+    warn_of_new_name("metadata")
+    return metadata.metadata(*args, **kwargs)
+
+
+def warn_of_new_name(name: str) -> None:
+    """Tells the caller of the caller that what was called has another name now."""
+    warnings.warn(f"Use `{name}` instead.", DeprecationWarning, stacklevel=3)

@@ -232,6 +232,8 @@ def public_objects() -> Iterator[tuple[str, Any]]:
         yield module.__name__, module
         for name in getattr(module, "__all__", ()):
             value = getattr(module, name)
+            if getattr(value, "__module__", "").startswith("numpy"):
+                continue  # documented elsewhere
             if inspect.isclass(value) or inspect.isfunction(value):
                 yield f"{module.__name__}.{name}", value
             if not inspect.isclass(value) or not value.__module__.startswith("orbax_async"):

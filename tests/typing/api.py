@@ -315,6 +315,27 @@ def abstracting(state: State, array: jax.Array) -> None:
     del values, scalars, abstract, path, shape, dtype
 
 
+def trees(state: State, path: ocp.tree.PyTreeKeyPath) -> None:
+    """Names for trees and their parts; to a checker a pytree is anything."""
+    params: ocp.tree.PyTreeOf[jax.Array] = state["params"]
+    merged: ocp.tree.PyTree = ocp.tree.merge(params, {"head": 0}, overwrite=True, is_leaf=callable)
+    leaves: list[ocp.tree.Leaf] = [jnp.ones(3), np.zeros(3), 1, "text"]
+    asked: list[ocp.tree.AbstractLeaf] = [jax.ShapeDtypeStruct((2,), jnp.float32), 0, ""]
+    keys: list[ocp.tree.PyTreeKey] = [*path, jax.tree_util.DictKey("w")]
+    document: ocp.tree.JsonType = {"layers": [1, {"dropout": None}]}
+    assert_type(merged["head"], Any)
+    del leaves, asked, keys, document
+
+
+def older_names(state: State) -> None:
+    """What Orbax has deprecated."""
+    ocp.save_pytree("run/7", state)
+    assert_type(ocp.save_pytree_async("run/8", state), ocp.AsyncResponse[None])
+    assert_type(ocp.load_pytree("run/7"), Any)
+    assert_type(ocp.load_pytree_async("run/7"), ocp.AsyncResponse[Any])
+    ocp.pytree_metadata("run/7").metadata["params"]
+
+
 class Point:
     """An object that a handler saves."""
 

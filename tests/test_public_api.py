@@ -27,7 +27,10 @@ DEPARTURES = {
 }
 
 # What ours take beyond those of Orbax, by keyword only and None by default.
-ADDED = {"load": ["select", "sharding"], "load_async": ["select", "sharding"]}
+ADDED = dict.fromkeys(
+    ["load", "load_async", "load_checkpointables", "load_checkpointables_async"],
+    ["select", "sharding"],
+)
 
 FUNCTIONS = [
     *("save", "save_async", "save_checkpointables", "save_checkpointables_async"),

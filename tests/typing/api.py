@@ -48,6 +48,11 @@ def several(state: State, iterator: ocp.StatefulCheckpointable) -> None:
     assert_type(response, ocp.AsyncResponse[None])
     assert_type(ocp.load_checkpointables("run/7"), dict[str, Any])
     assert_type(ocp.load_checkpointables("run/7", {"data": iterator}), dict[str, Any])
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    ocp.load_checkpointables("run/7", select="params/**", sharding=where)
+    ocp.load_checkpointables_async(
+        "run/7", select={"state": ["params", "!**/bias"]}, sharding={"state": where}
+    )
     described = ocp.checkpointables_metadata("run/7")
     assert_type(described, ocp.CheckpointMetadata[dict[str, Any]])
     loading = ocp.load_checkpointables_async("run/7", described)

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from orbax_async._api.metadata import PyTreeMetadata as PyTreeMetadata
     from orbax_async._api.metadata import checkpointables_metadata as checkpointables_metadata
     from orbax_async._api.metadata import metadata as metadata
+    from orbax_async._api.older_names import load_pytree as load_pytree
+    from orbax_async._api.older_names import load_pytree_async as load_pytree_async
+    from orbax_async._api.older_names import pytree_metadata as pytree_metadata
+    from orbax_async._api.older_names import save_pytree as save_pytree
+    from orbax_async._api.older_names import save_pytree_async as save_pytree_async
     from orbax_async._api.response import AsyncResponse as AsyncResponse
     from orbax_async._api.save import save as save
     from orbax_async._api.save import save_async as save_async
@@ -76,14 +81,19 @@ __all__ = [
     "load_async",
     "load_checkpointables",
     "load_checkpointables_async",
+    "load_pytree",
+    "load_pytree_async",
     "metadata",
     "multihost",
     "options",
     "path",
+    "pytree_metadata",
     "save",
     "save_async",
     "save_checkpointables",
     "save_checkpointables_async",
+    "save_pytree",
+    "save_pytree_async",
     "training",
     "tree",
     "verify",
@@ -110,11 +120,16 @@ _HOMES = {
     "load_async": "_api.load",
     "load_checkpointables": "_api.load",
     "load_checkpointables_async": "_api.load",
+    "load_pytree": "_api.older_names",
+    "load_pytree_async": "_api.older_names",
     "metadata": "_api.metadata",
+    "pytree_metadata": "_api.older_names",
     "save": "_api.save",
     "save_async": "_api.save",
     "save_checkpointables": "_api.save",
     "save_checkpointables_async": "_api.save",
+    "save_pytree": "_api.older_names",
+    "save_pytree_async": "_api.older_names",
     "verify": "_api.verify",
     "verify_async": "_api.verify",
 }

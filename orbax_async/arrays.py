@@ -23,9 +23,8 @@ __all__ = [
 ]
 
 Shape = tuple[int, ...]
-DType = np.dtype[Any]
-ArrayLike = jax.Array | np.ndarray[Any, Any]
-Scalar = int | float | np.number[Any]
+DType = np.dtype
+Scalar = int | float | np.number | bytes | bool
 AbstractScalar = Scalar
 
 
@@ -52,6 +51,9 @@ class AbstractShardedArray(AbstractArray, Protocol):
     def sharding(self) -> jax.sharding.Sharding | None:
         """The sharding, or None where it is left open."""
         ...
+
+
+ArrayLike = AbstractArray | AbstractShardedArray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -442,13 +442,16 @@ def test_broadcasts_leave_a_share_of_free_memory(
         assert broadcast_spans(ocp.load_async(tmp_path / "c", abstract)) == [200] * 7
 
 
-def test_the_primary_replica_is_the_one_that_reads(tmp_path: Path, mesh8: Mesh) -> None:
-    """Which devices get their values from the host is decided by the options."""
+@pytest.mark.parametrize(("axis", "spec"), [(0, P("y")), (1, P("x"))])
+def test_the_primary_replica_is_the_one_that_reads(
+    axis: int, spec: P, tmp_path: Path, mesh8: Mesh
+) -> None:
+    """Which devices get their values from the host is decided by the options: axis and index."""
     from orbax_async._engine import transfer
 
     ocp.save(tmp_path / "c", {"a": np.arange(8.0)})
-    abstract = {"a": Sds((8,), np.float32, sharding=NamedSharding(mesh8, P("y")))}
-    for primary in range(4):
+    abstract = {"a": Sds((8,), np.float32, sharding=NamedSharding(mesh8, spec))}
+    for primary in range(mesh8.devices.shape[axis]):
         placed: list[Any] = []
         with pytest.MonkeyPatch.context() as patch:
             put = transfer._put
@@ -458,9 +461,9 @@ def test_the_primary_replica_is_the_one_that_reads(tmp_path: Path, mesh8: Mesh) 
                 return put(array, where)
 
             patch.setattr(transfer, "_put", watched)
-            with broadcasting(primary_replica_id=primary):
+            with broadcasting(replica_axis_index=axis, primary_replica_id=primary):
                 ocp.load(tmp_path / "c", abstract)
-        assert sorted(placed, key=str) == sorted(mesh8.devices[primary], key=str)
+        assert sorted(placed, key=str) == sorted(mesh8.devices.take(primary, axis), key=str)
 
 
 @pytest.mark.parametrize(

@@ -556,6 +556,23 @@ def test_groups_as_arguments_are_deprecated(caplog: pytest.LogCaptureFixture) ->
     assert "deprecated; set context.array, context.file, and" in message
 
 
+# ------------------------------------------------------------------------------------ layout
+
+
+def test_the_layout_is_found_out_or_asked_for(tmp_path: Path) -> None:
+    """`checkpoint_layout`: AUTO saves as ORBAX does, and finds out what it loads."""
+    for name in ("orbax", "auto"):
+        with ocp.Context(checkpoint_layout=name):
+            ocp.save(tmp_path / name, {"w": np.arange(3)})
+            assert ocp.load(tmp_path / name)["w"].tolist() == [0, 1, 2]
+    names = [
+        sorted(each.name for each in (tmp_path / name).iterdir()) for name in ("orbax", "auto")
+    ]
+    assert names[0] == names[1]
+    with ocp.Context(checkpoint_layout="auto"), pytest.raises(errors.InvalidLayoutError):
+        ocp.load(tmp_path)
+
+
 # ---------------------------------------------------------------------------------- Pathways
 
 

@@ -11,6 +11,7 @@ from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._api import layout, perform
 from orbax_async._api.metadata import CheckpointMetadata
+from orbax_async._api.narrowing import Narrowing, Selects, Shardings
 from orbax_async._api.response import AsyncResponse
 from orbax_async._engine import loop
 from orbax_async._storage import names
@@ -127,6 +128,9 @@ def load_async(
 def load_checkpointables(
     path: PathLike,
     abstract_checkpointables: dict[str, Any] | CheckpointMetadata[dict[str, Any]] | None = None,
+    *,
+    select: Selects | None = None,
+    sharding: Shardings | None = None,
 ) -> dict[str, Any]:
     """Loads several checkpointables of one checkpoint, and returns them by name.
 
@@ -138,12 +142,17 @@ def load_checkpointables(
         loaded = ocp.load_checkpointables("/checkpoints/7", {"state": abstract, "data": iterator})
         state = loaded["state"]
     """
-    return load_checkpointables_async(path, abstract_checkpointables).result()
+    return load_checkpointables_async(
+        path, abstract_checkpointables, select=select, sharding=sharding
+    ).result()
 
 
 def load_checkpointables_async(
     path: PathLike,
     abstract_checkpointables: dict[str, Any] | CheckpointMetadata[dict[str, Any]] | None = None,
+    *,
+    select: Selects | None = None,
+    sharding: Shardings | None = None,
 ) -> AsyncResponse[dict[str, Any]]:
     """Loads several checkpointables of one checkpoint in the background.
 
@@ -153,6 +162,9 @@ def load_checkpointables_async(
       ::
 
         loaded = await ocp.load_checkpointables_async("/checkpoints/7", {"config": None})
+        loaded = await ocp.load_checkpointables_async(
+            "/checkpoints/7", select={"state": "params/**"}, sharding=replicated
+        )
 
     Args:
       path: the checkpoint.
@@ -160,12 +172,19 @@ def load_checkpointables_async(
         the class for a protobuf message, the object itself for one that loads itself, None for
         what is stored as it is. Names that are left out are not loaded. Without it, or with an
         empty dict, all are. What `checkpointables_metadata` returns is accepted.
+      select: which leaves of pytrees to load, as for `load_async`: for all pytrees alike, or a dict
+        by name. What it does not name is loaded whole, and so is all that is no pytree.
+      sharding: where jax arrays go of which the abstract trees say nothing, as for `load_async`:
+        for all pytrees alike, or a dict by name.
 
     Returns:
       A response whose result is a dict of what was loaded.
 
     Raises:
-      ValueError: `abstract_checkpointables` is no dict, or has a name that can't be one.
+      ValueError: `abstract_checkpointables` is no dict, or has a name that can't be one; or
+        (when awaited) `select` or `sharding` names what is not loaded or is no pytree, or is given
+        where nothing is.
+      TypeError, ValueError: `select` or `sharding` is something else.
       InvalidLayoutError: (when awaited, as all below) there is no such checkpoint, or it is a flat
         one of older Orbax versions.
       UnknownCheckpointableError: the checkpoint has no checkpointable of that name.
@@ -179,13 +198,15 @@ def load_checkpointables_async(
     ambient.refuse_unbuilt(doing.context, operation="load")
     where = pathlike.absolute(path, doing.context.file.path_class)
     wanted = _wanted(abstract_checkpointables)
+    narrowing = Narrowing(select, sharding)
     registry = doing.context.checkpointables.registry
 
     def resolved(contents: layout.Contents) -> list[_Found]:
-        found = []
-        for name, abstract in _chosen(contents, wanted).items():
+        parts = {}
+        chosen = _chosen(contents, wanted)
+        for name, abstract in chosen.items():
             with tiers.naming(name):
-                part = resolve.for_loading(
+                parts[name] = resolve.for_loading(
                     name,
                     abstract,
                     registry,
@@ -193,8 +214,8 @@ def load_checkpointables_async(
                     is_pytree=name in contents.pytrees,
                     path=where,
                 )
-            found.append((part, contents.directory(name)))
-        return found
+        narrowed = narrowing.of(parts, chosen)
+        return [(part, contents.directory(name)) for name, part in narrowed.items()]
 
     async def take(response: AsyncResponse[dict[str, Any]]) -> dict[str, Any]:
         contents = await layout.when_settled(where, layout.contents)

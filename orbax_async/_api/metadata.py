@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from orbax_async import context as ambient
 from orbax_async import registration
@@ -15,11 +15,12 @@ from orbax_async.handlers import foreign, resolve, tiers
 from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike, pathlike
+from orbax_async.tree import AbstractLeaf, PyTreeOf
 
 __all__ = ["CheckpointMetadata", "PyTreeMetadata", "checkpointables_metadata", "metadata"]
 
 T = TypeVar("T")
-PyTreeMetadata = Any
+PyTreeMetadata: TypeAlias = PyTreeOf[AbstractLeaf]
 
 
 class CheckpointMetadata(Generic[T]):

@@ -70,9 +70,9 @@ class PyTreeHandler:
             )
         return prepared
 
-    def validate_leaves_handleable(self, tree: Any) -> None:
+    def validate_leaves_handleable(self, checkpointable: Any) -> None:
         """Raises what `save` would raise for a tree; returns None for a good one."""
-        self.flatten(tree)
+        self.flatten(checkpointable)
 
     async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
         """Captures a state (tier 1) and returns what writes it (tier 2).
@@ -103,9 +103,9 @@ class PyTreeHandler:
 
     # Loading.
 
-    def validate_abstract_leaves_handleable(self, tree: Any) -> None:
+    def validate_abstract_leaves_handleable(self, abstract_checkpointable: Any) -> None:
         """Raises AbstractLeafError for a tree that can't be asked for; returns None otherwise."""
-        self.read_abstract(tree)
+        self.read_abstract(abstract_checkpointable)
 
     def read_abstract(
         self,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, final
+
+import jax
 
 from orbax_async import context as ambient
 from orbax_async._api import layout
 from orbax_async._api import load as loading
 from orbax_async._api import metadata as describing
+from orbax_async._api.narrowing import Selects, Shardings
+from orbax_async._api.older_names import older_method
 from orbax_async._api.response import AsyncResponse
 from orbax_async._storage import names
 from orbax_async._trace import logger as package_logger
+from orbax_async.handlers.reading import ShardingFunction
 from orbax_async.options._checks import flag
 from orbax_async.path import Path, PathLike
 from orbax_async.path.step import NameFormat, as_step
@@ -23,6 +27,7 @@ from orbax_async.training.entry_log import EntryLogger
 from orbax_async.training.run import Run, StepToSave
 from orbax_async.training.run_steps import step_number
 from orbax_async.training.save_decision_policies import Decision
+from orbax_async.tree.selection import Select
 
 __all__ = ["Checkpointer"]
 
@@ -356,13 +361,19 @@ class Checkpointer:
         abstract_state: Any | None = None,
         *,
         checkpointable_name: str = names.DEFAULT_CHECKPOINTABLE,
+        select: Select | None = None,
+        sharding: jax.sharding.Sharding | ShardingFunction | None = None,
     ) -> Any:
         """Loads the state of a step and returns it.
 
         Takes and raises what `load_async` does.
         """
         return self.load_async(
-            step, abstract_state, checkpointable_name=checkpointable_name
+            step,
+            abstract_state,
+            checkpointable_name=checkpointable_name,
+            select=select,
+            sharding=sharding,
         ).result()
 
     def load_async(
@@ -371,6 +382,8 @@ class Checkpointer:
         abstract_state: Any | None = None,
         *,
         checkpointable_name: str = names.DEFAULT_CHECKPOINTABLE,
+        select: Select | None = None,
+        sharding: jax.sharding.Sharding | ShardingFunction | None = None,
     ) -> AsyncResponse[Any]:
         """Loads the state of a step in the background.
 
@@ -378,6 +391,8 @@ class Checkpointer:
           step: its number, or what `checkpoints` has of it; None for the latest.
           abstract_state: as for `ocp.load_async`.
           checkpointable_name: which pytree of the step.
+          select: which leaves to load, as for `ocp.load_async`.
+          sharding: where jax arrays go of which the abstract tree says nothing, likewise.
 
         Returns:
           A response whose result is the state.
@@ -393,27 +408,45 @@ class Checkpointer:
             "load",
             step,
             lambda path: loading.load_async(
-                path, abstract_state, checkpointable_name=checkpointable_name
+                path,
+                abstract_state,
+                checkpointable_name=checkpointable_name,
+                select=select,
+                sharding=sharding,
             ),
         )
 
     def load_checkpointables(
-        self, step: Step | None = None, abstract_checkpointables: dict[str, Any] | None = None
+        self,
+        step: Step | None = None,
+        abstract_checkpointables: dict[str, Any] | None = None,
+        *,
+        select: Selects | None = None,
+        sharding: Shardings | None = None,
     ) -> dict[str, Any]:
         """Loads several objects of a step, and returns them by name.
 
         Takes and raises what `load_checkpointables_async` does.
         """
-        return self.load_checkpointables_async(step, abstract_checkpointables).result()
+        return self.load_checkpointables_async(
+            step, abstract_checkpointables, select=select, sharding=sharding
+        ).result()
 
     def load_checkpointables_async(
-        self, step: Step | None = None, abstract_checkpointables: dict[str, Any] | None = None
+        self,
+        step: Step | None = None,
+        abstract_checkpointables: dict[str, Any] | None = None,
+        *,
+        select: Selects | None = None,
+        sharding: Shardings | None = None,
     ) -> AsyncResponse[dict[str, Any]]:
         """Loads several objects of a step in the background; metrics are none of them.
 
         Args:
           step: its number, or what `checkpoints` has of it; None for the latest.
           abstract_checkpointables: as for `ocp.load_checkpointables_async`.
+          select: which leaves of pytrees to load: for all alike, or a dict by name.
+          sharding: where jax arrays go of which the abstract trees say nothing, likewise.
 
         Returns:
           A response whose result is a dict of what was loaded. Errors are as of `load_async`.
@@ -422,7 +455,9 @@ class Checkpointer:
             self._run,
             "load_checkpointables",
             step,
-            lambda path: loading.load_checkpointables_async(path, abstract_checkpointables),
+            lambda path: loading.load_checkpointables_async(
+                path, abstract_checkpointables, select=select, sharding=sharding
+            ),
         )
 
     def metadata(self, step: Step | None = None) -> CheckpointMetadata[Any]:
@@ -542,30 +577,11 @@ class Checkpointer:
 
     # The older names.
 
-    def save_pytree(self, *args: Any, **kwargs: Any) -> bool:
-        """Does what `save` does; deprecated."""
-        _warn_of_new_name("save")
-        return self.save(*args, **kwargs)
-
-    def save_pytree_async(self, *args: Any, **kwargs: Any) -> AsyncResponse[bool] | None:
-        """Does what `save_async` does; deprecated."""
-        _warn_of_new_name("save_async")
-        return self.save_async(*args, **kwargs)
-
-    def load_pytree(self, *args: Any, **kwargs: Any) -> Any:
-        """Does what `load` does; deprecated."""
-        _warn_of_new_name("load")
-        return self.load(*args, **kwargs)
-
-    def load_pytree_async(self, *args: Any, **kwargs: Any) -> AsyncResponse[Any]:
-        """Does what `load_async` does; deprecated."""
-        _warn_of_new_name("load_async")
-        return self.load_async(*args, **kwargs)
-
-    def pytree_metadata(self, *args: Any, **kwargs: Any) -> CheckpointMetadata[Any]:
-        """Does what `metadata` does; deprecated."""
-        _warn_of_new_name("metadata")
-        return self.metadata(*args, **kwargs)
+    save_pytree = older_method("save")
+    save_pytree_async = older_method("save_async")
+    load_pytree = older_method("load")
+    load_pytree_async = older_method("load_async")
+    pytree_metadata = older_method("metadata")
 
 
 def _tell_unless_replaced(error: Exception, first: BaseException | None) -> None:
@@ -574,7 +590,3 @@ def _tell_unless_replaced(error: Exception, first: BaseException | None) -> None
         raise error
     package_logger.error("a save failed, too: %s", error, exc_info=error)
     first.add_note(f"a save failed, too: {type(error).__name__}: {error}")
-
-
-def _warn_of_new_name(name: str) -> None:
-    warnings.warn(f"Use `{name}` instead.", DeprecationWarning, stacklevel=3)

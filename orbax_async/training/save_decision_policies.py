@@ -115,8 +115,12 @@ def decide(
                 return asked[-1]
         return Decision(not policy._decisive, ", ".join(one.why for one in asked) or "no policies")
     check_policy("policy", policy)
-    ask: Any = getattr(policy, "should_save", policy)
-    answer = ask(step, previous_steps, context=context)
+    method: Any = getattr(policy, "should_save", None)
+    if method is not None:  # as Orbax calls it: users' policies may take it by keyword alone
+        answer = method(step, previous_steps=previous_steps, context=context)
+    else:
+        function: Any = policy
+        answer = function(step, previous_steps, context=context)
     if inspect.isawaitable(answer):
         if inspect.iscoroutine(answer):
             answer.close()

@@ -1,6 +1,7 @@
 """Pytrees and their description on disk.
 
 Does:
+  - name what trees are made of (`treelike`), and merge trees (`merging`);
   - spell key paths, for people and for the format (`keypath`);
   - flatten trees, rebuild them, and match an abstract tree to what is stored (`structure`);
   - select leaves by patterns of their key paths (`selection`);
@@ -10,3 +11,25 @@ Does:
 Does not:
   - look at the values of leaves, or know how arrays are stored.
 """
+
+from orbax_async.tree.merging import merge
+from orbax_async.tree.treelike import (
+    AbstractLeaf,
+    JsonType,
+    Leaf,
+    PyTree,
+    PyTreeKey,
+    PyTreeKeyPath,
+    PyTreeOf,
+)
+
+__all__ = [
+    "AbstractLeaf",
+    "JsonType",
+    "Leaf",
+    "PyTree",
+    "PyTreeKey",
+    "PyTreeKeyPath",
+    "PyTreeOf",
+    "merge",
+]

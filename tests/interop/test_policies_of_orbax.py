@@ -259,6 +259,42 @@ def test_policies_written_for_orbax_work_unchanged() -> None:
     assert training.plan(range(5), save_decision_policy=EvenSteps()).saved == (0, 2, 4)
 
 
+class Spaced:
+    """A policy that takes what Orbax passes by keyword, by keyword alone; of no base class."""
+
+    def should_save(self, step: Any, *, previous_steps: Any, context: Any) -> bool:
+        del context
+        return not previous_steps or step.step - previous_steps[-1].step >= 3
+
+
+class KeepLastTwo:
+    """The like for preservation."""
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        del context
+        return [len(checkpoints) - index <= 2 for index in range(len(checkpoints))]
+
+
+@pytest.mark.parametrize("library", [OURS, THEIRS], ids=["ours", "orbax"])
+def test_policies_that_take_keywords_only_serve_both_libraries(
+    library: Any, tmp_path: Path
+) -> None:
+    """`previous_steps` may be keyword-only: alone, and in AnySavePolicy, as Orbax calls them."""
+    save = library.save_decision_policies
+    for name, policy in {
+        "alone": Spaced(),
+        "among others": save.AnySavePolicy([save.SpecificStepsPolicy([0]), Spaced()]),
+    }.items():
+        with library.Checkpointer(
+            tmp_path / name, save_decision_policy=policy, preservation_policy=KeepLastTwo()
+        ) as checkpointer:
+            saved = [step for step in range(8) if checkpointer.save(step, {"a": np.arange(2)})]
+            assert saved == [0, 3, 6]
+            assert not checkpointer.should_save(8)
+            assert checkpointer.should_save(9)
+        assert sorted(int(each.name) for each in (tmp_path / name).iterdir()) == [3, 6]
+
+
 RUNS: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
     "defaults": lambda save, keep: (None, None),
     "intervals": lambda save, keep: (

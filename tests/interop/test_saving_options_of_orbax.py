@@ -350,8 +350,28 @@ def test_separate_folders_hold_what_those_of_orbax_hold(mesh8: Mesh, tmp_path: P
 # -------------------------------------------------------------------------------- regulation
 
 
-def test_the_regulator_computes_what_that_of_orbax_computes() -> None:
+REGULATOR = {"max_memory_limit_gib": 80, "min_memory_limit_gib": 2, "ki": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("ki", 0.01), ("kp", 0.7), ("kd", 0.3), ("target_ratio", 0.6)),
+        *(("max_memory_limit_gib", 60), ("min_memory_limit_gib", 5)),
+    ],
+)
+def test_each_parameter_of_the_regulator_acts_as_in_orbax(name: str, value: float) -> None:
     """Over many saves, with surges and with nonsense in between, both limits are the same."""
+    usual = limits_of_regulators(**REGULATOR)
+    assert usual[0] == pytest.approx(usual[1], rel=1e-9)
+    assert len(set(usual[0])) > 50
+    changed = limits_of_regulators(**REGULATOR | {name: value})
+    assert changed[0] == pytest.approx(changed[1], rel=1e-9)
+    assert changed[0] != usual[0]
+
+
+def limits_of_regulators(**parameters: Any) -> list[list[int]]:
+    """The limits that our regulator and Orbax's set for a row of saves."""
     rng = np.random.default_rng(0)
     readings = [
         (int(rng.uniform(0, 150)) << 30, float(rng.choice([0, 0, 0, 5, 40, np.inf])))
@@ -381,9 +401,7 @@ def test_the_regulator_computes_what_that_of_orbax_computes() -> None:
     limits: list[list[int]] = []
     for library in LIBRARIES.values():
         profiler = Profiler()
-        options = library.options.MemoryOptions.RegulatorOptions(
-            max_memory_limit_gib=80, min_memory_limit_gib=2, profiler=profiler, ki=0.02
-        )
+        options = library.options.MemoryOptions.RegulatorOptions(profiler=profiler, **parameters)
         limits.append([options.regulator.current_limit_bytes])
         for reading in readings:
             profiler.reading = reading
@@ -393,8 +411,7 @@ def test_the_regulator_computes_what_that_of_orbax_computes() -> None:
                 _, end = options.regulator.begin()
                 end()
             limits[-1].append(options.regulator.current_limit_bytes)
-    assert limits[0] == pytest.approx(limits[1], rel=1e-9)
-    assert len(set(limits[0])) > 50
+    return limits
 
 
 # --------------------------------------------------------------------------------- atomicity

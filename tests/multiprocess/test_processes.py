@@ -16,6 +16,7 @@ import pytest
 
 import orbax_async as ocp
 from orbax_async import errors, multihost
+from orbax_async._engine import loop
 from orbax_async.handlers.operation import Operation
 
 
@@ -269,6 +270,27 @@ def test_groups_and_prefixes_are_counted_apart(job_of: JobOf) -> None:
     everyone = names_of(job.begin_all())
     assert len(pair) == len(other) == len(everyone) == 1
     assert len(pair | other | everyone) == 3
+
+
+async def test_the_prefix_and_the_group_come_from_the_options(
+    job_of: JobOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`barrier_sync_key_prefix` begins every key, and `active_processes` are all that meet."""
+    monkeypatch.setattr(loop, "to_worker", multihost._in_place)  # this loop is not the engine's
+    job = job_of(3)
+    context = ocp.Context()
+    context.multiprocessing.barrier_sync_key_prefix = "eval"
+    context.multiprocessing.active_processes = {0, 2}
+    with context:
+        meeting = []
+        for index in (0, 2):
+            job.become(index)
+            meeting.append(Operation.begin(is_joint=True).processes)
+        async with anyio.create_task_group() as group:
+            for each in meeting:
+                group.start_soon(each.gather, "looked")
+    assert job.service.values
+    assert all(key.startswith("eval/") for key in job.service.values)
 
 
 async def test_keys_are_removed_once_all_have_left(job_of: JobOf) -> None:

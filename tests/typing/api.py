@@ -48,6 +48,11 @@ def several(state: State, iterator: ocp.StatefulCheckpointable) -> None:
     assert_type(response, ocp.AsyncResponse[None])
     assert_type(ocp.load_checkpointables("run/7"), dict[str, Any])
     assert_type(ocp.load_checkpointables("run/7", {"data": iterator}), dict[str, Any])
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    ocp.load_checkpointables("run/7", select="params/**", sharding=where)
+    ocp.load_checkpointables_async(
+        "run/7", select={"state": ["params", "!**/bias"]}, sharding={"state": where}
+    )
     described = ocp.checkpointables_metadata("run/7")
     assert_type(described, ocp.CheckpointMetadata[dict[str, Any]])
     loading = ocp.load_checkpointables_async("run/7", described)
@@ -313,6 +318,27 @@ def abstracting(state: State, array: jax.Array) -> None:
     shape: ocp.arrays.Shape = array.shape
     dtype: ocp.arrays.DType = host.dtype
     del values, scalars, abstract, path, shape, dtype
+
+
+def trees(state: State, path: ocp.tree.PyTreeKeyPath) -> None:
+    """Names for trees and their parts; to a checker a pytree is anything."""
+    params: ocp.tree.PyTreeOf[jax.Array] = state["params"]
+    merged: ocp.tree.PyTree = ocp.tree.merge(params, {"head": 0}, overwrite=True, is_leaf=callable)
+    leaves: list[ocp.tree.Leaf] = [jnp.ones(3), np.zeros(3), 1, "text"]
+    asked: list[ocp.tree.AbstractLeaf] = [jax.ShapeDtypeStruct((2,), jnp.float32), 0, ""]
+    keys: list[ocp.tree.PyTreeKey] = [*path, jax.tree_util.DictKey("w")]
+    document: ocp.tree.JsonType = {"layers": [1, {"dropout": None}]}
+    assert_type(merged["head"], Any)
+    del leaves, asked, keys, document
+
+
+def older_names(state: State) -> None:
+    """What Orbax has deprecated."""
+    ocp.save_pytree("run/7", state)
+    assert_type(ocp.save_pytree_async("run/8", state), ocp.AsyncResponse[None])
+    assert_type(ocp.load_pytree("run/7"), Any)
+    assert_type(ocp.load_pytree_async("run/7"), ocp.AsyncResponse[Any])
+    ocp.pytree_metadata("run/7").metadata["params"]
 
 
 class Point:

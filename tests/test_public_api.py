@@ -157,6 +157,7 @@ BUILTINS = {
     "StepNotFoundError": (ValueError, FileNotFoundError),
     "TreeMismatchError": ValueError,
     "UnknownCheckpointableError": KeyError,
+    "UnknownTensorError": (ValueError, KeyError),
     "UnsupportedLeafError": ValueError,
     "UnsupportedOptionError": NotImplementedError,
     "WriteError": OSError,

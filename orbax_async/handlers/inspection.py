@@ -12,10 +12,10 @@ from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import ReadableLeaf, ReadForm
 from orbax_async._engine.verify_pipeline import VerifyPipeline
-from orbax_async._storage import files, names, zarr
+from orbax_async._storage import files, names, safetensors, zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import operation
-from orbax_async.handlers.stored import StoredTree
+from orbax_async.handlers.tensors import AnyTree, TensorTree, is_of_tensors, open_tree
 from orbax_async.tree import keypath, schema, selection
 from orbax_async.tree.keypath import KeyPath
 
@@ -97,15 +97,20 @@ class _Inspection:
 
     def begin(self, options: ambient.Context, doing: operation.Operation) -> VerifyPipeline | None:
         """Checks the documents; returns what checks the arrays. Blocks."""
+        if is_of_tensors(self._directory, options):
+            for path, problem in safetensors.find_damage(self._directory):
+                self._add(path, problem, "Nothing can be loaded from here without it.")
+            if self.findings.damage:
+                return None
         try:
-            stored = StoredTree(self._directory)
+            stored = open_tree(self._directory, options)
         except (errors.InvalidLayoutError, OSError) as error:
             file = names.TREE_METADATA
             if names.OCDBT_MANIFEST in str(error):
                 file = names.OCDBT_MANIFEST
             self._add(file, error, "Nothing of this tree can be loaded without that file.")
             return None
-        entries = [entry for entry in stored.tree.entries if not entry.is_empty]
+        entries = [entry for entry in stored.entries if not entry.is_empty]
         self.findings.leaves = len(entries)
         self._check_documents(stored)
         self._check_strings(stored, [each for each in entries if each.kind == schema.STRING])
@@ -125,7 +130,7 @@ class _Inspection:
             recorder=doing.recorder,
         )
 
-    def _check_documents(self, stored: StoredTree) -> None:
+    def _check_documents(self, stored: AnyTree) -> None:
         try:
             stored.shardings()
         except (errors.InvalidLayoutError, OSError) as error:
@@ -143,7 +148,7 @@ class _Inspection:
                     "Only typed random keys need it.",
                 )
 
-    def _check_strings(self, stored: StoredTree, texts: list[schema.Entry]) -> None:
+    def _check_strings(self, stored: AnyTree, texts: list[schema.Entry]) -> None:
         try:
             stored.strings(texts)
         except errors.LeafError:
@@ -155,7 +160,7 @@ class _Inspection:
                 self.add_leaf(entry.keys, error)
 
     def _array_documents(
-        self, stored: StoredTree, store: ArrayStore
+        self, stored: AnyTree, store: ArrayStore
     ) -> list[tuple[schema.Entry, dict[str, Any]]]:
         """Reads the arrays' own documents, all of them or, if anything is damaged, each."""
         try:
@@ -174,13 +179,14 @@ class _Inspection:
         return found
 
     def _requests(
-        self, stored: StoredTree, documents: list[tuple[schema.Entry, dict[str, Any]]]
+        self, stored: AnyTree, documents: list[tuple[schema.Entry, dict[str, Any]]]
     ) -> list[plan.ReadRequest]:
         requests = []
         forms: dict[int, tuple[ReadForm, list[plan.Region]]] = {}
         for index, (entry, document) in enumerate(documents):
             if id(document) not in forms:
-                prepared = self._attempt(entry.keys, _prepared, document)
+                is_divisible = isinstance(stored, TensorTree)
+                prepared = self._attempt(entry.keys, _prepared, document, is_divisible)
                 if prepared is None:
                     continue
                 forms[id(document)] = prepared
@@ -219,14 +225,16 @@ class _Inspection:
                 checkpointable=self._name,
                 keypath="",
                 path=path,
-                problem=str(error).removeprefix(f"{path} is damaged: "),
+                problem=str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path}: "),
                 hint=f"Copy the file again from where the checkpoint came from. {hint}",
             )
         )
 
 
-def _prepared(document: dict[str, Any]) -> tuple[ReadForm, list[plan.Region]]:
+def _prepared(document: dict[str, Any], is_divisible: bool) -> tuple[ReadForm, list[plan.Region]]:
+    """Returns how an array is read; `is_divisible` says that chunks need not be read whole."""
     dtype = zarr.stored_dtype(document)
-    shape, chunk_shape = tuple(document["shape"]), zarr.chunk_shape(document)
+    shape = tuple(document["shape"])
+    chunk_shape = (1,) * len(shape) if is_divisible else zarr.chunk_shape(document)
     regions = plan.chunk_regions(shape, chunk_shape, dtype.itemsize, _REGION_NBYTES)
     return ReadForm(document, dtype, None, None, {}), list(regions)

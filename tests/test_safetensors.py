@@ -242,6 +242,10 @@ def test_auto_takes_what_is_there(tmp_path: Path, model: Path) -> None:
         assert ocp.verify(tmp_path / "orbax").leaves == 1
         with pytest.raises(errors.InvalidLayoutError, match=r"auto-detect.*no such directory"):
             ocp.load(tmp_path / "nothing")
+        (tmp_path / "orbax" / "more.safetensors").unlink()
+        (tmp_path / "orbax" / "state" / "_METADATA").unlink()
+        (found,) = ocp.verify(tmp_path / "orbax").damage
+        assert found.path.endswith("_METADATA")
 
 
 def test_the_layout_is_asked_for(tmp_path: Path, model: Path) -> None:
@@ -529,6 +533,7 @@ BAD_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "bool side": (entry("b", shape=[True, 4]), "'b': .*shape"),
     "no shape": (lambda header: header["b"].pop("shape"), "'b': .*shape"),
     "one offset": (entry("b", data_offsets=[16]), "'b': .*data_offsets"),
+    "sides by name": (entry("b", shape={}), "'b': .*shape"),
     "no entry": (lambda header: header.update(b=7), "'b': 7 is no dtype"),
 }
 
@@ -551,7 +556,7 @@ def test_bad_headers(what: str, tmp_path: Path) -> None:
     [
         (b"", "it has 0 bytes, fewer than"),
         (b"\x10\0\0", "it has 3 bytes, fewer than"),
-        (b"\x10" + b"\0" * 7 + b"{}", "it has 10 bytes, and its header should end at byte 24"),
+        (b"\x10" + b"\0" * 7 + b"{}", "it has 10 bytes; its header should end at byte 24"),
         (b"\xff" * 64, "should end at byte 18446744073709551623"),
         (b"\x02" + b"\0" * 7 + b"[]", "its header is a list"),
         (b"\x02" + b"\0" * 7 + b"{x", "its header can't be read"),
@@ -565,6 +570,25 @@ def test_no_safetensors_files(content: bytes, message: str, tmp_path: Path) -> N
     path.write_bytes(content)
     with pytest.raises(errors.InvalidLayoutError, match=rf"m\.safetensors: .*{message}"):
         load(path)
+
+
+@given(data=st.data())
+def test_any_damage_of_a_header_is_an_error_of_ours(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Bytes of a header that change or go missing: it is refused, or read, and nothing else."""
+    path = write(tmp_path_factory.getbasetemp() / "damaged.safetensors", TENSORS, {"a": "b"})
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, 300))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        contents = safetensors.read_headers(str(path))
+    except errors.InvalidLayoutError as error:
+        assert str(path) in str(error)
+    else:
+        ends = [each.extent.offset + each.extent.nbytes for each in contents.tensors.values()]
+        assert max(ends) <= path.stat().st_size
 
 
 def test_a_header_beyond_measure_is_not_read(tmp_path: Path) -> None:

@@ -145,13 +145,10 @@ def _read_header(file: str) -> tuple[list[Tensor], dict[str, Any]]:
     with open(file, "rb") as opened:
         size = os.fstat(opened.fileno()).st_size
         start = _LENGTH_NBYTES + int.from_bytes(opened.read(_LENGTH_NBYTES), "little")
-        if size < _LENGTH_NBYTES or start > min(size, _LENGTH_NBYTES + _HEADER_NBYTES):
-            raise _damaged(
-                file,
-                f"it has {size} bytes, and its header should end at byte {start}"
-                if size >= _LENGTH_NBYTES
-                else f"it has {size} bytes, fewer than the length of its header takes",
-            )
+        if size < _LENGTH_NBYTES:
+            raise _damaged(file, f"it has {size} bytes, fewer than the length of its header takes")
+        if start > min(size, _LENGTH_NBYTES + _HEADER_NBYTES):
+            raise _damaged(file, f"it has {size} bytes; its header should end at byte {start}")
         data = opened.read(start - _LENGTH_NBYTES)
     try:
         header = json.loads(data, object_pairs_hook=_unique)
@@ -179,7 +176,9 @@ def _tensor(name: str, entry: Any, file: str, start: int, size: int) -> Tensor:
     """Reads a tensor's entry; raises ValueError where it is not what it should be."""
     try:
         kind, shape, (first, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        is_sound = all(type(each) is int and each >= 0 for each in (*shape, first, end - first))
+        is_sound = isinstance(shape, list) and all(
+            type(each) is int and each >= 0 for each in (*shape, first, end - first)
+        )
     except (TypeError, KeyError, ValueError):
         is_sound = False
     if not is_sound:

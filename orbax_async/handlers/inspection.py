@@ -15,7 +15,8 @@ from orbax_async._engine.verify_pipeline import VerifyPipeline
 from orbax_async._storage import files, names, safetensors, zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import operation
-from orbax_async.handlers.tensors import AnyTree, TensorTree, is_of_tensors, open_tree
+from orbax_async.handlers.stored import StoredTree
+from orbax_async.handlers.tensors import TensorTree, is_of_tensors, open_tree
 from orbax_async.tree import keypath, schema, selection
 from orbax_async.tree.keypath import KeyPath
 
@@ -110,7 +111,7 @@ class _Inspection:
                 file = names.OCDBT_MANIFEST
             self._add(file, error, "Nothing of this tree can be loaded without that file.")
             return None
-        entries = [entry for entry in stored.entries if not entry.is_empty]
+        entries = [entry for entry in stored.tree.entries if not entry.is_empty]
         self.findings.leaves = len(entries)
         self._check_documents(stored)
         self._check_strings(stored, [each for each in entries if each.kind == schema.STRING])
@@ -130,7 +131,7 @@ class _Inspection:
             recorder=doing.recorder,
         )
 
-    def _check_documents(self, stored: AnyTree) -> None:
+    def _check_documents(self, stored: StoredTree) -> None:
         try:
             stored.shardings()
         except (errors.InvalidLayoutError, OSError) as error:
@@ -148,7 +149,7 @@ class _Inspection:
                     "Only typed random keys need it.",
                 )
 
-    def _check_strings(self, stored: AnyTree, texts: list[schema.Entry]) -> None:
+    def _check_strings(self, stored: StoredTree, texts: list[schema.Entry]) -> None:
         try:
             stored.strings(texts)
         except errors.LeafError:
@@ -160,7 +161,7 @@ class _Inspection:
                 self.add_leaf(entry.keys, error)
 
     def _array_documents(
-        self, stored: AnyTree, store: ArrayStore
+        self, stored: StoredTree, store: ArrayStore
     ) -> list[tuple[schema.Entry, dict[str, Any]]]:
         """Reads the arrays' own documents, all of them or, if anything is damaged, each."""
         try:
@@ -179,7 +180,7 @@ class _Inspection:
         return found
 
     def _requests(
-        self, stored: AnyTree, documents: list[tuple[schema.Entry, dict[str, Any]]]
+        self, stored: StoredTree, documents: list[tuple[schema.Entry, dict[str, Any]]]
     ) -> list[plan.ReadRequest]:
         requests = []
         forms: dict[int, tuple[ReadForm, list[plan.Region]]] = {}

@@ -16,7 +16,8 @@ from orbax_async._engine.load_pipeline import LoadPipeline, ReadableLeaf
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import leaves, operation, targets
-from orbax_async.handlers.tensors import AnyTree, TensorTree, open_tree, replicated
+from orbax_async.handlers.stored import StoredTree
+from orbax_async.handlers.tensors import TensorTree, open_tree, replicated
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.selection import Selection
 from orbax_async.tree.structure import FlatTree
@@ -63,7 +64,7 @@ class Loading:
         stored = open_tree(directory, doing.context, is_for_jax=abstract.sharding is not None)
         self._is_of_tensors = isinstance(stored, TensorTree)
         self._nest = stored.nest_for(options)
-        pairs = self._matched(stored.entries, is_partial=options.pytree.loading.partial_load)
+        pairs = self._matched(stored.tree.entries, is_partial=options.pytree.loading.partial_load)
         to_load = self._without_data(stored, pairs)
         self._targets: dict[int, targets.Target] = {}
         store = stored.open_store() if to_load else None
@@ -137,7 +138,7 @@ class Loading:
         return list(zip(self._entries, self._abstract.wanted, strict=True))
 
     def _without_data(
-        self, stored: AnyTree, pairs: list[tuple[schema.Entry | None, targets.Wanted]]
+        self, stored: StoredTree, pairs: list[tuple[schema.Entry | None, targets.Wanted]]
     ) -> list[tuple[int, schema.Entry, targets.Wanted]]:
         """Sets the values that are in the documents; returns the leaves that are not."""
         to_load: list[tuple[int, schema.Entry, targets.Wanted]] = []
@@ -165,7 +166,7 @@ class Loading:
 
     def _resolve(
         self,
-        stored: AnyTree,
+        stored: StoredTree,
         store: ArrayStore,
         to_load: list[tuple[int, schema.Entry, targets.Wanted]],
         terms: targets.Terms,

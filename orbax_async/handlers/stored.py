@@ -41,7 +41,6 @@ class StoredTree:
             raise errors.InvalidLayoutError(
                 f"{os.path.join(directory, names.TREE_METADATA)} is damaged: {error!r}"
             ) from error
-        self.entries = self.tree.entries
         self.uses_ocdbt = self.tree.uses_ocdbt
         if self.uses_ocdbt is None:
             self.uses_ocdbt = holds_ocdbt(directory)

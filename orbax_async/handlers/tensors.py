@@ -13,14 +13,14 @@ from orbax_async._storage import names, safetensors, zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers.stored import StoredTree
 from orbax_async.options import CheckpointLayout, SafetensorsOptions
-from orbax_async.tree import schema, structure
+from orbax_async.tree import schema
 from orbax_async.tree.keypath import Key
 
-__all__ = ["AnyTree", "TensorTree", "is_of_tensors", "open_tree", "replicated"]
+__all__ = ["TensorTree", "is_of_tensors", "open_tree", "replicated"]
 
 
-class TensorTree:
-    """What `StoredTree` is of a directory, of the safetensors files at a path; building it blocks.
+class TensorTree(StoredTree):
+    """The safetensors files at a path; they have no document but their headers.
 
     Args:
       path: a file, or a directory of files.
@@ -35,12 +35,8 @@ class TensorTree:
         self.directory = path
         self._options = options
         self.contents = safetensors.read_headers(path)
-        self._documents = {
-            name: zarr.plain_document(tensor.shape, tensor.dtype)
-            for name, tensor in self.contents.tensors.items()
-        }
         # With a dtype of its own, a leaf is read as it is stored and cast thereafter.
-        self.entries = tuple(
+        entries = tuple(
             schema.Entry(
                 (Key(name, False),),
                 schema.JAX_ARRAY if is_for_jax else schema.NUMPY_ARRAY,
@@ -48,11 +44,9 @@ class TensorTree:
             )
             for name, tensor in self.contents.tensors.items()
         )
-        self.arrays = list(self.entries)
-
-    def nest_for(self, options: ambient.Context) -> Any:
-        """Returns what builds the dict."""
-        return structure.nest
+        self.uses_ocdbt = False
+        self.tree = schema.TreeDocument(entries, uses_zarr3=True, uses_ocdbt=False)
+        self.arrays = list(entries)
 
     def open_store(self) -> ArrayStore:
         """Opens the files as a store of arrays."""
@@ -66,20 +60,9 @@ class TensorTree:
     def documents(
         self, store: ArrayStore, entries: list[schema.Entry]
     ) -> dict[str, dict[str, Any]]:
-        """Returns what a zarr document would say of each tensor."""
-        return self._documents
-
-    def shardings(self) -> dict[str, dict[str, Any]]:
-        """Returns nothing: the files say nothing of it."""
-        return {}
-
-    def prng_impls(self) -> dict[str, str]:
-        """Returns nothing, likewise."""
-        return {}
-
-    def strings(self, wanted: list[schema.Entry]) -> dict[str, str]:
-        """Returns nothing: there are none."""
-        return {}
+        """Returns what a zarr document would say of some tensors, by name."""
+        found = [self.contents.tensors[entry.name] for entry in entries]
+        return {each.name: zarr.plain_document(each.shape, each.dtype) for each in found}
 
     def metadata(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shape and dtype of each tensor."""
@@ -89,10 +72,7 @@ class TensorTree:
         }
 
 
-AnyTree = StoredTree | TensorTree
-
-
-def open_tree(path: str, options: ambient.Context, *, is_for_jax: bool = False) -> AnyTree:
+def open_tree(path: str, options: ambient.Context, *, is_for_jax: bool = False) -> StoredTree:
     """Opens what is stored at a path, under the layout of the operation; blocks.
 
     Raises:
@@ -107,7 +87,8 @@ def is_of_tensors(path: str, options: ambient.Context) -> bool:
     """Says whether what lies at a path is read as safetensors files."""
     layout = options.checkpoint_layout
     if layout is CheckpointLayout.AUTO:
-        return not os.path.exists(os.path.join(path, names.TREE_METADATA))
+        is_orbax = os.path.exists(os.path.join(path, names.TREE_METADATA))
+        return not is_orbax and bool(safetensors.find(path))
     return layout is CheckpointLayout.SAFETENSORS
 
 

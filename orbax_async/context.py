@@ -314,13 +314,9 @@ def snapshot(default: Context | None = None) -> Context:
     return private
 
 
-_UNBUILT: dict[str, tuple[object, ...]] = {
-    # Options whose effect does not exist yet: a field, or a group with all its fields. The values
-    # listed are refused; an empty tuple refuses every value but the default.
-    "pathways": (),
-    "safetensors": (),
-    "checkpoint_layout": (options.CheckpointLayout.SAFETENSORS,),
-}
+# Options whose effect does not exist: a field, or a group with all its fields. Every value but the
+# default is refused.
+_UNBUILT = ("pathways", "safetensors.ignore_load_sharding")
 
 
 def refuse_unbuilt(context: Context, *, operation: Literal["save", "load", "metadata"]) -> None:
@@ -336,9 +332,9 @@ def refuse_unbuilt(context: Context, *, operation: Literal["save", "load", "meta
     """
     found = [
         f"context.{path} = {value!r}; leave it at its default, {default!r}"
-        for path, refused in _UNBUILT.items()
-        for path, value, default in _fields(path, *_resolve(path, context))
-        if (value in refused if refused else not (value is default or value == default))
+        for unbuilt in _UNBUILT
+        for path, value, default in _fields(unbuilt, *_resolve(unbuilt, context))
+        if not (value is default or value == default)
     ]
     if found:
         raise errors.UnsupportedOptionError(

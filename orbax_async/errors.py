@@ -15,6 +15,7 @@
       NotJsonError (TypeError, ValueError)       a value that JSON can't hold
       HandlerError (TypeError, ValueError)       a handler does not keep to its protocol
       TreeMismatchError (ValueError)             every mismatch in one report
+        UnknownTensorError (KeyError)            files of tensors don't hold what is asked for
       LeafError                                  carries .keypath
         UnsupportedLeafError (ValueError)
         AbstractLeafError (TypeError)            what can't be asked for
@@ -79,6 +80,7 @@ __all__ = [
     "StepNotFoundError",
     "TreeMismatchError",
     "UnknownCheckpointableError",
+    "UnknownTensorError",
     "UnsupportedLeafError",
     "UnsupportedOptionError",
     "WriteError",
@@ -154,6 +156,12 @@ class TreeMismatchError(CheckpointError, ValueError):
     def __init__(self, message: str, mismatches: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.mismatches = mismatches
+
+
+class UnknownTensorError(TreeMismatchError, KeyError):
+    """Safetensors files hold no tensor of a name that was asked for."""
+
+    __str__ = Exception.__str__
 
 
 class LeafError(CheckpointError):

@@ -646,12 +646,12 @@ def test_an_option_without_effect_starts_nothing(tmp_path: Path) -> None:
     """An option without effect is refused by its path, before anything is written."""
     context = ocp.Context()
     context.pathways.checkpointing_impl = ocp.options.CheckpointingImpl.PERSISTENCE
-    context.safetensors.max_over_read_ratio = 1.0
+    context.safetensors.ignore_load_sharding = True
     with context, pytest.raises(errors.UnsupportedOptionError) as caught:
         ocp.save_async(tmp_path / "checkpoint", STATE)
     assert isinstance(caught.value, NotImplementedError)
     assert "pathways.checkpointing_impl" in str(caught.value)
-    assert "safetensors.max_over_read_ratio" in str(caught.value)
+    assert "safetensors.ignore_load_sharding" in str(caught.value)
     assert os.listdir(tmp_path) == []
 
 

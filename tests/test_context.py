@@ -738,14 +738,13 @@ BUILT: dict[str, Any] = {
     "memory.serialization_status_callback": "callback",
     "memory.deepcopy_host_arrays": False,
     "deletion.gcs_deletion_options.todelete_full_path": "trash",
-    "checkpoint_layout": options.CheckpointLayout.AUTO,
+    "safetensors.max_over_read_ratio": 1.0,
+    "safetensors.read_chunk_bytes": 1,
+    "checkpoint_layout": options.CheckpointLayout.SAFETENSORS,
 }
 UNBUILT: dict[str, Any] = {
     "pathways.checkpointing_impl": options.CheckpointingImpl.PERSISTENCE,
-    "safetensors.max_over_read_ratio": 1.0,
-    "safetensors.read_chunk_bytes": 1,
     "safetensors.ignore_load_sharding": True,
-    "checkpoint_layout": options.CheckpointLayout.SAFETENSORS,
 }
 ALTERED = BUILT | UNBUILT
 

@@ -177,9 +177,9 @@ def test_i12_a_part_of_a_chunk_is_verified_and_no_more_is_read(
     reader = DirectReader(str(tmp_path / "checkpoint" / "state"))
     layout = zarr.RawLayout((3072, 1024), True, True)
     read: list[int] = []
-    original = direct._read
+    original = direct.read_into
     monkeypatch.setattr(
-        direct, "_read", lambda *args: (read.append(len(args[2])), original(*args))[1]
+        direct, "read_into", lambda *args: (read.append(len(args[2])), original(*args))[1]
     )
     target = np.empty((1000, 1024), np.float32)
     assert reader.read_region("w", layout, ((100, 1100), (0, 1024)), target)
@@ -196,9 +196,9 @@ def test_i1_resharding_reads_each_byte_once(
     """An array saved on one device and loaded on eight is read once, however it is divided."""
     ocp.save(tmp_path / "checkpoint", {"w": jnp.asarray(LARGE)})
     read: list[int] = []
-    original = direct._read
+    original = direct.read_into
     monkeypatch.setattr(
-        direct, "_read", lambda *args: (read.append(len(args[2])), original(*args))[1]
+        direct, "read_into", lambda *args: (read.append(len(args[2])), original(*args))[1]
     )
     sharding = NamedSharding(mesh8, PartitionSpec(*spec))
     abstract = {"w": jax.ShapeDtypeStruct(LARGE.shape, LARGE.dtype, sharding=sharding)}

@@ -79,6 +79,7 @@ BUILTINS = {
     "StepNotFoundError": (ValueError, FileNotFoundError),
     "TreeMismatchError": ValueError,
     "UnknownCheckpointableError": KeyError,
+    "UnknownTensorError": (ValueError, KeyError),
     "UnsupportedLeafError": ValueError,
     "UnsupportedOptionError": NotImplementedError,
     "WriteError": OSError,

@@ -13,9 +13,9 @@ from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit import atomicity
 from orbax_async._engine import loop
-from orbax_async._storage import files, names
+from orbax_async._storage import files, names, safetensors
 from orbax_async._trace import logger
-from orbax_async.options import AtomicityMode
+from orbax_async.options import AtomicityMode, CheckpointLayout
 from orbax_async.options._file_options import mode_of_temporary_path
 from orbax_async.path import pathlike
 
@@ -52,12 +52,14 @@ class Located(NamedTuple):
       name: the checkpointable's name, None where the root itself is a flat, older checkpoint.
       directory: where it lies.
       document: the checkpoint's own metadata; empty where there is none.
+      is_of_tensors: whether safetensors files lie there, and no Orbax checkpoint.
     """
 
     root: str
     name: str | None
     directory: str
     document: dict[str, Any]
+    is_of_tensors: bool = False
 
 
 class Problem(NamedTuple):
@@ -89,7 +91,7 @@ class Contents(NamedTuple):
 
     def directory(self, name: str) -> str:
         """Returns where a checkpointable lies."""
-        return os.path.join(self.root, name)
+        return os.path.join(self.root, name) if name else self.root
 
 
 def check_name(name: Any, *, is_saved: bool) -> None:
@@ -139,10 +141,34 @@ def _directories(path: str) -> list[str]:
     """Returns the directories of a checkpoint that may be checkpointables, by name."""
     problem = _problem(path)
     if problem is not None:
+        if ambient.current().checkpoint_layout is CheckpointLayout.AUTO:
+            raise errors.InvalidLayoutError(
+                f"Could not auto-detect the layout of the checkpoint at {path}: there are no "
+                f"{names.SAFETENSORS} files; and as an Orbax checkpoint: {problem}"
+            )
+        if safetensors.find(path):
+            problem += " It holds safetensors files: set context.checkpoint_layout = 'safetensors'."
         raise errors.InvalidLayoutError(
             f"Could not recognize the checkpoint at {path} as a valid Orbax checkpoint: {problem}"
         )
     return _scanned(path)
+
+
+def _is_of_tensors(path: str) -> bool:
+    """Says whether what lies at a path is to be read as safetensors files."""
+    layout = ambient.current().checkpoint_layout
+    if layout is CheckpointLayout.ORBAX:
+        return False
+    is_there = bool(safetensors.find(path))
+    if layout is CheckpointLayout.AUTO:
+        return is_there and _problem(path) is not None
+    if not is_there:
+        raise errors.InvalidLayoutError(
+            f"Could not recognize the checkpoint at {path} as a valid Safetensors checkpoint: it "
+            f"is no {names.SAFETENSORS} file, and no directory with such in it. Check the path, or "
+            "leave context.checkpoint_layout at 'orbax'."
+        )
+    return True
 
 
 def _scanned(path: str) -> list[str]:
@@ -164,7 +190,13 @@ def contents(path: str) -> Contents:
 
     Raises:
       InvalidLayoutError: there is no checkpoint, or a flat, older one.
+      UnsupportedOptionError: safetensors files are to be read, which hold none.
     """
+    if _is_of_tensors(path):
+        raise errors.UnsupportedOptionError(
+            f"{path} is read as safetensors files, which hold no checkpointables: use `load` and "
+            "`metadata`, or leave context.checkpoint_layout at 'orbax'"
+        )
     directories = _directories(path)
     if _is_checkpointable(path) and not _has(path, names.CHECKPOINT_MARKER):
         raise errors.InvalidLayoutError(
@@ -193,6 +225,8 @@ def survey(path: str) -> Contents:
     Raises:
       InvalidLayoutError: there is none, not even a damaged one.
     """
+    if _is_of_tensors(path):
+        return Contents(path, {}, {"": None}, frozenset({""}), None)
     problems = []
     file = os.path.join(path, names.CHECKPOINT_METADATA)
     is_there = _has(path, names.CHECKPOINT_METADATA)
@@ -334,6 +368,8 @@ def locate(path: str, name: str | None) -> Located:
       InvalidLayoutError: there is no checkpoint, or no such pytree in it.
       DeletionInProgressError: its deletion was begun and not finished.
     """
+    if _is_of_tensors(path):
+        return Located(path, None, path, {}, is_of_tensors=True)
     found = find(path)
     document = _read_document(path)
     hidden = name_in_deletion(path)

@@ -69,15 +69,17 @@ def load_async(
         state = await ocp.load_async("/checkpoints/7", abstract)
 
     Args:
-      path: the checkpoint.
+      path: the checkpoint; with `context.checkpoint_layout = "safetensors"` such a file, or a
+        directory with such files.
       abstract_state: what to load: a tree with the containers wanted back, whose leaves say what
         each leaf becomes. `jax.ShapeDtypeStruct` or an array gives shape, dtype (values are cast)
         and sharding (values are resharded; the saved sharding where none is given); `np.ndarray`
         values and types give NumPy; Python types give scalars; None and `...` skip the leaf. What
         `metadata` returns is accepted. Without it, everything is loaded as it was saved, into
-        plain dicts and lists, on one device where the devices that saved it are not here.
+        plain dicts and lists, on one device where the devices that saved it are not here. Of
+        safetensors files, a flat dict of some of the tensors; without it, NumPy arrays.
       checkpointable_name: which pytree of the checkpoint; `AUTO` takes `state` or the first, None
-        a flat checkpoint of older Orbax versions.
+        a flat checkpoint of older Orbax versions. Safetensors files have no names for it.
       select: which leaves to load: patterns of key paths such as `"params/*/kernel"`, where `*`
         stands for any part of a key and `**` for any keys, and what lies below counts; with a `!`
         before it, a pattern takes away. Or a function of the key path. Only the bytes of these
@@ -85,7 +87,9 @@ def load_async(
         is an abstract tree.
       sharding: where jax arrays go of which the abstract tree says nothing: one sharding for all,
         or a function of key path, shape and dtype, called on a thread of the engine; where it
-        returns None the saved sharding is used.
+        returns None the saved sharding is used. Safetensors files say nothing of shardings: with
+        one here, all of their tensors become jax arrays, and without any, those that do are
+        replicated on all devices.
 
     Returns:
       A response whose result is the state.
@@ -96,6 +100,7 @@ def load_async(
       InvalidLayoutError: (when awaited, as all below) there is no such checkpoint.
       TreeMismatchError: the trees differ, or a pattern matches nothing; every difference is
         listed, those of shapes and dtypes too.
+      UnknownTensorError: likewise, of safetensors files.
       ShapeMismatchError: a leaf has another shape.
       DtypeMismatchError: a leaf can't be had in that dtype without losing values.
       ShardingMismatchError: a sharding does not fit its array.

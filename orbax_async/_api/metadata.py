@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from orbax_async import context as ambient
@@ -14,6 +15,7 @@ from orbax_async._trace import logger
 from orbax_async.handlers import foreign, resolve, tiers
 from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.pytree import PyTreeHandler
+from orbax_async.handlers.tensors import TensorTree
 from orbax_async.path import Path, PathLike, pathlike
 from orbax_async.tree import AbstractLeaf, PyTreeOf
 
@@ -121,7 +123,9 @@ def metadata(
     Returns:
       Metadata whose tree has an `arrays.ArrayMetadata` for each jax array, an
       `arrays.NumpyMetadata` for each NumPy array, 0, 0.0 or False for scalars, and `'string'`. Its
-      `nbytes` are those of the checkpoint's files, `storage_metadata.nbytes` those of an array.
+      `nbytes` are those of the checkpoint's files, `storage_metadata.nbytes` those of an array. Of
+      safetensors files it is a `jax.ShapeDtypeStruct` for each tensor, the texts beside them as
+      custom metadata, and the time when the files were last changed.
 
     Raises:
       InvalidLayoutError: there is no such checkpoint, or its documents are damaged.
@@ -135,6 +139,8 @@ def metadata(
         located = await layout.when_settled(
             where, lambda path: layout.locate(path, checkpointable_name)
         )
+        if located.is_of_tensors:
+            return await loop.to_worker(_of_tensors, where, doing.context)
         tree = await PyTreeHandler().metadata(Path(located.directory))
         return await _described(where, tree, located.document)
 
@@ -216,6 +222,20 @@ async def _described(path: str, metadata: T, document: dict[str, Any]) -> Checkp
         custom_metadata=document.get("custom_metadata") or {},
     )
     described._nbytes = sum((await loop.to_worker(files.sizes, path)).values())
+    return described
+
+
+def _of_tensors(path: str, options: ambient.Context) -> CheckpointMetadata[PyTreeMetadata]:
+    """Returns what the headers of safetensors files say; blocks."""
+    tree = TensorTree(path, options.safetensors)
+    stats = [os.stat(file) for file in tree.contents.files]
+    described = CheckpointMetadata(
+        path,
+        metadata=tree.metadata(),
+        commit_timestamp_nsecs=max(stat.st_mtime_ns for stat in stats),
+        custom_metadata=tree.contents.metadata,
+    )
+    described._nbytes = sum(stat.st_size for stat in stats)
     return described
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,7 +66,7 @@ class Narrowing:
             }
             if any(each is not None for each in options.values()):
                 abstract = parts[name].handler.read_abstract(abstracts[name], **options)
-                narrowed[name] = dataclasses.replace(parts[name], value=abstract)
+                narrowed[name] = parts[name]._replace(value=abstract)
         return narrowed
 
 

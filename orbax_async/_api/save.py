@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import anyio
 
 from orbax_async import context as ambient
+from orbax_async import errors
 from orbax_async._api import layout, perform
 from orbax_async._api.response import AsyncResponse
 from orbax_async._api.turns import Turn
@@ -20,7 +21,7 @@ from orbax_async._trace import logger
 from orbax_async.handlers import resolve, tiers
 from orbax_async.handlers.documents import MetricsHandler
 from orbax_async.handlers.operation import Operation
-from orbax_async.options import AtomicityMode
+from orbax_async.options import AtomicityMode, CheckpointLayout
 from orbax_async.path import PathLike, pathlike
 
 __all__ = [
@@ -238,6 +239,11 @@ def _save(
 ) -> AsyncResponse[None]:
     """Begins a joint operation of all processes, in which everything else happens."""
     doing = Operation.begin(is_joint=True)
+    if doing.context.checkpoint_layout is CheckpointLayout.SAFETENSORS:
+        raise errors.UnsupportedOptionError(
+            "save does not start: context.checkpoint_layout = CheckpointLayout.SAFETENSORS is for "
+            "loading alone; leave it at CheckpointLayout.ORBAX, or at AUTO to load both"
+        )
     with doing.processes.telling():
         response = _start(doing, path, checkpointables, overwrite, custom_metadata, is_state)
     if doing.context.asynchronous.staging == "eager":

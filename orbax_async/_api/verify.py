@@ -100,6 +100,8 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
 
     Every document is parsed, every chunk of every array is read and decoded, and every checksum is
     checked, under `memory.read_concurrent_bytes`. Nothing is kept, and nothing is put on devices.
+    Safetensors files have no checksums: their headers are checked, their sizes, and that every byte
+    can be read; all of their tensors are `unproven`.
 
     Example:
       ::
@@ -107,7 +109,7 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
         assert (await ocp.verify_async("/checkpoints/7")).is_intact
 
     Args:
-      path: the checkpoint.
+      path: the checkpoint; under another `context.checkpoint_layout`, safetensors files.
 
     Returns:
       A response whose result is the report. Damage raises nothing.

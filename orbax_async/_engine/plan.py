@@ -246,6 +246,7 @@ def read_regions(
     shape: Sequence[int],
     chunk_shape: Sequence[int],
     is_raw: bool,
+    is_tight: bool = False,
 ) -> tuple[Region, ...]:
     """Returns what a process reads of a leaf for its own devices.
 
@@ -256,20 +257,25 @@ def read_regions(
       shape: of the whole array.
       chunk_shape: of the smallest piece that is stored, and encoded, by itself.
       is_raw: whether a run of bytes can be read out of the middle of a chunk.
+      is_tight: whether nothing may be read that no device needs.
     """
     boxes: dict[Box, tuple[int, ...]] = {}
     for shard in sorted(shards, key=lambda shard: shard.device_id):
         if shard.process == process:
             boxes[shard.box] = (*boxes.get(shard.box, ()), shard.device_id)
     parts = tuple(boxes.items())
+    regions = tuple(_region(part[0], (part,), itemsize) for part in parts)
     if len(parts) < 2 or all(_is_separate(box, shape, chunk_shape, is_raw) for box in boxes):
-        return tuple(_region(part[0], (part,), itemsize) for part in parts)
+        return regions
     # Several would have to read, and decode, the same chunks.
-    around = tuple(
+    box = tuple(
         (min(start for start, _ in axis), max(stop for _, stop in axis))
         for axis in zip(*boxes, strict=True)
     )
-    return (_region(around, parts, itemsize),)
+    around = _region(box, parts, itemsize)
+    if is_tight and around.nbytes > sum(region.nbytes for region in regions):
+        return regions
+    return (around,)
 
 
 def _region(box: Box, parts: tuple[tuple[Box, tuple[int, ...]], ...], itemsize: int) -> Region:

@@ -20,7 +20,7 @@ import tensorstore as ts
 
 from orbax_async._storage import zarr
 
-__all__ = ["DirectReader", "Extent"]
+__all__ = ["DirectReader", "Extent", "bytes_of", "read_into"]
 
 _GAP_NBYTES = 64 << 10  # values closer to each other are read in one go
 _RUN_NBYTES = 8 << 20
@@ -82,7 +82,7 @@ class DirectReader:
             end = run[-1][1] + run[-1][2]
             data = bytearray(end - first)
             with self._open(path) as file:
-                _read(file, first, memoryview(data))
+                read_into(file, first, memoryview(data))
             view = memoryview(data).toreadonly()
             for _, offset, nbytes, index in run:
                 values[index] = view[offset - first : offset - first + nbytes]
@@ -161,11 +161,11 @@ class DirectReader:
         with self._open(extent.path) as file:
             if stop - start != into.nbytes:  # not one run: the whole chunk, and the box out of it
                 whole = np.empty(chunk_shape, dtype)
-                _read_run(file, extent.offset, (0, nbytes, nbytes), sums, _bytes_of(whole))
+                _read_run(file, extent.offset, (0, nbytes, nbytes), sums, bytes_of(whole))
                 into[...] = whole[box]
                 return
             run = into if into.flags.c_contiguous else np.empty(into.shape, dtype)
-            _read_run(file, extent.offset, (start, stop, nbytes), sums, _bytes_of(run))
+            _read_run(file, extent.offset, (start, stop, nbytes), sums, bytes_of(run))
             if run is not into:
                 into[...] = run
 
@@ -187,7 +187,7 @@ def _read_run(
     """
     start, stop, nbytes = run
     if sums is None:
-        _read(file, offset + start, into)
+        read_into(file, offset + start, into)
         return
     block = zarr.CHECKSUM_BLOCK
     expected = np.frombuffer(sums, "<u4")
@@ -197,7 +197,7 @@ def _read_run(
         data = (
             into[first - start : last - start] if is_inside else memoryview(bytearray(last - first))
         )
-        _read(file, offset + first, data)
+        read_into(file, offset + first, data)
         if zarr.checksum(data) != expected[index]:
             raise ValueError(f"bytes {first} to {last} of a chunk do not match their checksum")
         if not is_inside:
@@ -205,7 +205,8 @@ def _read_run(
             into[low - start : high - start] = data[low - first : high - first]
 
 
-def _read(file: io.FileIO, offset: int, into: memoryview) -> None:
+def read_into(file: io.FileIO, offset: int, into: memoryview) -> None:
+    """Reads as many bytes as fit; raises ValueError where the file ends before."""
     file.seek(offset)
     done = 0
     while done < len(into):
@@ -265,6 +266,7 @@ def _parts(
         )
 
 
-def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+    """Returns the bytes of an array that lies in C order."""
     flat: Any = array.reshape(-1).view(np.uint8)
     return memoryview(flat)

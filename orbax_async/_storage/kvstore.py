@@ -19,6 +19,7 @@ import tensorstore as ts
 from orbax_async import errors
 from orbax_async._storage import files, names, zarr
 from orbax_async._storage.direct import DirectReader
+from orbax_async._storage.safetensors import TensorReader
 
 __all__ = ["ArrayStore"]
 
@@ -70,6 +71,7 @@ class ArrayStore:
         create: bool = False,
         syncs: bool = False,
         target_data_file_nbytes: int | None = None,
+        direct: DirectReader | TensorReader | None = None,
     ) -> None:
         _check_process()
         base = pathlib.Path(os.path.abspath(directory)).as_uri() + "/"
@@ -88,6 +90,7 @@ class ArrayStore:
         else:
             self._spec = {"driver": "file", "path": os.path.abspath(directory) + "/"}
         self._creates = create
+        self._given = direct
         self._synced: set[str] = set()
 
     @functools.cached_property
@@ -95,8 +98,10 @@ class ArrayStore:
         return ts.KvStore.open(self._spec, context=self._context).result()
 
     @functools.cached_property
-    def direct(self) -> DirectReader | None:
-        """The database's values without TensorStore; None where there is no database."""
+    def direct(self) -> DirectReader | TensorReader | None:
+        """What reads values without TensorStore; None where nothing does."""
+        if self._given is not None:
+            return self._given
         return DirectReader(self.directory) if self.is_ocdbt and not self._creates else None
 
     def forgo_direct(self) -> None:

@@ -24,6 +24,12 @@ PROCESS_DATABASE = "ocdbt.process_{}"
 PROCESS_REPLICA_DATABASE = "ocdbt.process_replica_{}"
 PROCESS_METADATA = "process_{}"
 
+# Beside Orbax's own format: files of tensors, and what says which file holds which tensor.
+SAFETENSORS = ".safetensors"
+SAFETENSORS_INDEX = ".safetensors.index.json"
+# The axis over which Orbax spreads tensors of which nothing else is asked.
+SAFETENSORS_AXIS = "_safetensors_replica"
+
 # Names that a checkpointable cannot have.
 DEFAULT_CHECKPOINTABLE = "state"
 AUTO_CHECKPOINTABLE = "AUTO"

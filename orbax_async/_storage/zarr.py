@@ -41,6 +41,7 @@ __all__ = [
     "has_checksum",
     "is_storable",
     "parse_document",
+    "plain_document",
     "raw_layout",
     "whole_layout",
 ]
@@ -142,6 +143,20 @@ def array_document(
             "zarr_format": 3,
         }
     return json.dumps(document, separators=(",", ":")).encode()
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_document(shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Describes an array whose elements lie somewhere in one piece, as they are."""
+    chunk_shape = tuple(max(1, side) for side in shape)
+    return {
+        "chunk_grid": {"configuration": {"chunk_shape": chunk_shape}, "name": "regular"},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "bytes"}],
+        "data_type": dtype.name,
+        "shape": shape,
+        "zarr_format": 3,
+    }
 
 
 _KEY_V2 = re.compile(r"\.z\w+|\d+([./]\d+)*")

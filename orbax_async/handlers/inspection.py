@@ -12,10 +12,11 @@ from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import ReadableLeaf, ReadForm
 from orbax_async._engine.verify_pipeline import VerifyPipeline
-from orbax_async._storage import files, names, zarr
+from orbax_async._storage import files, names, safetensors, zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import operation
 from orbax_async.handlers.stored import StoredTree
+from orbax_async.handlers.tensors import TensorTree, is_of_tensors, open_tree
 from orbax_async.tree import keypath, schema, selection
 from orbax_async.tree.keypath import KeyPath
 
@@ -97,8 +98,13 @@ class _Inspection:
 
     def begin(self, options: ambient.Context, doing: operation.Operation) -> VerifyPipeline | None:
         """Checks the documents; returns what checks the arrays. Blocks."""
+        if is_of_tensors(self._directory, options):
+            for path, problem in safetensors.find_damage(self._directory):
+                self._add(path, problem, "Nothing can be loaded from here without it.")
+            if self.findings.damage:
+                return None
         try:
-            stored = StoredTree(self._directory)
+            stored = open_tree(self._directory, options)
         except (errors.InvalidLayoutError, OSError) as error:
             file = names.TREE_METADATA
             if names.OCDBT_MANIFEST in str(error):
@@ -180,7 +186,8 @@ class _Inspection:
         forms: dict[int, tuple[ReadForm, list[plan.Region]]] = {}
         for index, (entry, document) in enumerate(documents):
             if id(document) not in forms:
-                prepared = self._attempt(entry.keys, _prepared, document)
+                is_divisible = isinstance(stored, TensorTree)
+                prepared = self._attempt(entry.keys, _prepared, document, is_divisible)
                 if prepared is None:
                     continue
                 forms[id(document)] = prepared
@@ -219,14 +226,16 @@ class _Inspection:
                 checkpointable=self._name,
                 keypath="",
                 path=path,
-                problem=str(error).removeprefix(f"{path} is damaged: "),
+                problem=str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path}: "),
                 hint=f"Copy the file again from where the checkpoint came from. {hint}",
             )
         )
 
 
-def _prepared(document: dict[str, Any]) -> tuple[ReadForm, list[plan.Region]]:
+def _prepared(document: dict[str, Any], is_divisible: bool) -> tuple[ReadForm, list[plan.Region]]:
+    """Returns how an array is read; `is_divisible` says that chunks need not be read whole."""
     dtype = zarr.stored_dtype(document)
-    shape, chunk_shape = tuple(document["shape"]), zarr.chunk_shape(document)
+    shape = tuple(document["shape"])
+    chunk_shape = (1,) * len(shape) if is_divisible else zarr.chunk_shape(document)
     regions = plan.chunk_regions(shape, chunk_shape, dtype.itemsize, _REGION_NBYTES)
     return ReadForm(document, dtype, None, None, {}), list(regions)

@@ -17,6 +17,7 @@ from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import leaves, operation, targets
 from orbax_async.handlers.stored import StoredTree
+from orbax_async.handlers.tensors import TensorTree, open_tree, replicated
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.selection import Selection
 from orbax_async.tree.structure import FlatTree
@@ -60,14 +61,16 @@ class Loading:
         self._abstract = abstract
         self._problems: list[str] = []
         self._refused: list[errors.LeafError] = []
-        stored = StoredTree(directory)
+        stored = open_tree(directory, doing.context, is_for_jax=abstract.sharding is not None)
+        self._is_of_tensors = isinstance(stored, TensorTree)
         self._nest = stored.nest_for(options)
         pairs = self._matched(stored.tree.entries, is_partial=options.pytree.loading.partial_load)
         to_load = self._without_data(stored, pairs)
         self._targets: dict[int, targets.Target] = {}
         store = stored.open_store() if to_load else None
         if store is not None:
-            self._resolve(stored, store, to_load, _terms(options, doing))
+            terms = _terms(options, doing, is_tight=self._is_of_tensors)
+            self._resolve(stored, store, to_load, terms)
         self._raise_problems(directory)
         self._pipeline: LoadPipeline | None = None
         if store is None:
@@ -120,6 +123,9 @@ class Loading:
                     for keys, leaf in flat.entries
                 ),
             )
+        if self._is_of_tensors:  # of which any may be left out
+            asked = {keys for keys, _ in flat.entries}
+            selected = {keys: entry for keys, entry in selected.items() if keys in asked}
         self._entries, problems = structure.match(
             flat,
             selected,
@@ -169,6 +175,7 @@ class Loading:
         given = self._abstract.sharding
         function = given if callable(given) else None
         for_all = None if callable(given) else given
+        default = replicated() if self._is_of_tensors else None
         needs_shardings = for_all is None and any(
             wanted.form == "stored" or (wanted.form == "jax" and wanted.sharding is None)
             for _, _, wanted in to_load
@@ -186,6 +193,7 @@ class Loading:
             sharding = for_all
             if function is not None and wanted.sharding is None:
                 sharding = _asked_of(function, entry, document, wanted)
+            sharding = sharding or default
             key = (id(document), id(wanted), id(saved), entry.kind, impl, private, sharding)
             target = alike.get(key)
             if target is None:
@@ -220,10 +228,17 @@ class Loading:
             *(str(error).removeprefix("leaf ") for error in self._refused),
         ]
         listing = "\n  ".join(lines)
-        raise errors.TreeMismatchError(
-            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
-            "Give a tree with the same keys; `...` or None as a leaf skips that leaf, and "
-            "pytree.loading.partial_load or `select` whole parts.",
+        kind, hint = (
+            (errors.UnknownTensorError, "Tensors lie in one flat dict: ask for some, by name.")
+            if self._is_of_tensors
+            else (
+                errors.TreeMismatchError,
+                "Give a tree with the same keys; `...` or None as a leaf skips that leaf, and "
+                "pytree.loading.partial_load or `select` whole parts.",
+            )
+        )
+        raise kind(
+            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n{hint}",
             tuple(lines),
         )
 
@@ -251,7 +266,9 @@ class Loading:
         )
 
 
-def _terms(options: ambient.Context, doing: operation.Operation) -> targets.Terms:
+def _terms(
+    options: ambient.Context, doing: operation.Operation, *, is_tight: bool
+) -> targets.Terms:
     loading = options.array.loading
     broadcast = loading.load_and_broadcast_options
     return targets.Terms(
@@ -264,6 +281,7 @@ def _terms(options: ambient.Context, doing: operation.Operation) -> targets.Term
         )
         if loading.use_load_and_broadcast
         else None,
+        is_tight=is_tight,
     )
 
 

@@ -154,6 +154,7 @@ class Terms(NamedTuple):
       pads: whether arrays are padded and cut to the shape that is asked for.
       fills_missing: whether chunks that are missing read as zeros.
       broadcast: how one replica reads for all; None where each gets its values from the host.
+      is_tight: whether nothing may be read that no device needs.
     """
 
     process: int
@@ -161,6 +162,7 @@ class Terms(NamedTuple):
     pads: bool = False
     fills_missing: bool = False
     broadcast: Broadcast | None = None
+    is_tight: bool = False
 
 
 class Target(NamedTuple):
@@ -250,13 +252,15 @@ def resolve(
         copies=placing.copies,
         fills_missing=terms.fills_missing,
     )
+    is_cast = view_dtype is not None and view_dtype != dtype
     regions = plan.read_regions(
         placing.shards,
-        dtype.itemsize,
+        dtype.itemsize + (stored.itemsize if is_cast else 0),  # both are there at once
         process=terms.process,
         shape=stored_shape,
         chunk_shape=zarr.chunk_shape(document),
         is_raw=form.raw is not None,
+        is_tight=terms.is_tight,
     )
     if piece_shape is not None and regions:  # what is filled up takes memory, too
         count = sum(len(devices) for region in regions for _, devices in region.parts)

@@ -128,8 +128,8 @@ class CheckpointLayout(enum.Enum):
 
     Attributes:
       ORBAX: Orbax's own format.
-      SAFETENSORS: safetensors files, for loading.
-      AUTO: found out when loading, ORBAX when saving.
+      SAFETENSORS: safetensors files, for `load` and `metadata` alone.
+      AUTO: whichever is there when loading, ORBAX when saving.
     """
 
     ORBAX = "orbax"
@@ -148,9 +148,10 @@ class SafetensorsOptions(OptionGroup):
 
     Attributes:
       max_over_read_ratio: bytes read for each byte needed, at most, where nearby ranges are read in
-        one piece; 1.0 reads nothing that is not needed, None chooses for each file.
-      read_chunk_bytes: bytes that one read asks for; None means 128 MiB.
-      ignore_load_sharding: the older option to load without the shardings asked for.
+        one piece; 1.0 reads nothing that is not needed, None reads on over gaps of up to 16 KiB.
+      read_chunk_bytes: bytes that one read asks for, at most. None means 256 KiB where ranges are
+        read in one piece and then divided, and no limit for what goes straight into its place.
+      ignore_load_sharding: an option of older Orbax versions, which is refused when it is set.
     """
 
     max_over_read_ratio: float | None = field(default=None, metadata=must_be(number(at_least=1)))

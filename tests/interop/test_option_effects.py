@@ -184,6 +184,10 @@ EFFECTS: dict[str, list[str]] = {
     "atomicity.allow_legacy_atomic_rename": [
         "test_commit_in_place.py::test_readers_in_the_same_mode_ask_for_the_proof",
     ],
+    "safetensors.max_over_read_ratio": [
+        "test_safetensors.py::test_options_act_through_the_context"
+    ],
+    "safetensors.read_chunk_bytes": ["test_safetensors.py::test_options_act_through_the_context"],
     "checkpoint_layout": ["test_saving_options.py::test_the_layout_is_found_out_or_asked_for"],
 }
 # What is refused by name, and the tests that show that.
@@ -195,14 +199,8 @@ REFUSED: dict[str, list[str]] = {
         "test_deletion.py::test_moving_instead_of_deleting",
         "test_opening_a_run.py::test_moving_steps_away_is_refused",
     ],
-    "safetensors.max_over_read_ratio": [
-        "test_context.py::test_an_option_without_effect_is_refused_by_name",
-    ],
-    "safetensors.read_chunk_bytes": [
-        "test_context.py::test_an_option_without_effect_is_refused_by_name",
-    ],
     "safetensors.ignore_load_sharding": [
-        "test_context.py::test_an_option_without_effect_is_refused_by_name",
+        "test_safetensors.py::test_an_option_of_older_versions_is_refused",
     ],
 }
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 import two_process_worker as worker
+from tensor_files import write
 
 import orbax_async as ocp
 from orbax_async._commit import atomicity
@@ -353,6 +354,21 @@ def test_two_processes_delete(together: Outcome) -> None:
         assert report["whole"] is True
         assert report["is gone"]
     assert os.listdir(together.folder) == ["all"]
+
+
+def test_each_process_reads_only_the_tensors_bytes_of_its_devices(tmp_path: Path) -> None:
+    """However a safetensors file is divided over two processes, neither reads of the other's."""
+    large = worker.values(0)["large"]
+    write(tmp_path / "checkpoints" / "m.safetensors", {"large": large})
+    outcome = play("tensors", tmp_path)
+    halved = 0
+    for report in outcome.reports:
+        assert report is not None
+        assert report.pop("devices") == 8
+        for spec, (read, needed) in report.items():
+            assert read == needed, spec
+            halved += needed == large.nbytes // 2
+    assert halved >= 4
 
 
 def test_a_killed_process_is_named_in_time(tmp_path: Path) -> None:

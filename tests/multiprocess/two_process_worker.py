@@ -481,10 +481,45 @@ def killed(index: int, folder: Path, *, victim: int) -> Report:
     return {"killed": seen}
 
 
+def tensors(index: int, folder: Path) -> Report:
+    """Both load one safetensors file, each for its own devices."""
+    import jax
+
+    import orbax_async as ocp
+    from orbax_async._storage import safetensors
+
+    read = 0
+    original = safetensors.read_into
+
+    def read_into(file: Any, offset: int, into: memoryview) -> None:
+        nonlocal read
+        read += len(into)
+        original(file, offset, into)
+
+    report: Report = {}
+    context = ocp.Context(checkpoint_layout="safetensors")
+    context.safetensors.max_over_read_ratio = 1.0
+    large = values(0)["large"]
+    with mock.patch.object(safetensors, "read_into", read_into), context:
+        for spec in ((), ("x",), ("y",), (None, "x"), ("x", "y"), (("y", "x"),)):
+            read = 0
+            wanted = jax.ShapeDtypeStruct(large.shape, large.dtype, sharding=_sharding(spec))
+            loaded = ocp.load(folder / "m.safetensors", {"large": wanted})["large"]
+            own = np.zeros(large.shape, bool)
+            for shard in loaded.addressable_shards:
+                np.testing.assert_array_equal(shard.data, large[shard.index])
+                own[shard.index] = True
+            report[str(spec)] = (read, int(own.sum()) * large.itemsize)
+        loaded = ocp.load(folder / "m.safetensors", ocp.metadata(folder / "m.safetensors"))
+        report["devices"] = len(loaded["large"].sharding.device_set)
+    return report
+
+
 SCENARIOS: dict[str, Callable[[int, Path], Report]] = {
     "saves": saves,
     "checkpointables": checkpointables,
     "run": run,
+    "tensors": tensors,
     "failures": failures,
     "killed 0": lambda index, folder: killed(index, folder, victim=0),
     "killed 1": lambda index, folder: killed(index, folder, victim=1),

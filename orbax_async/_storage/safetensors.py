@@ -1,0 +1,334 @@
+"""Safetensors files: their headers, and their tensors, read straight from them.
+
+A file is the length of its header, eight bytes, little endian; the header, JSON that says of each
+tensor its dtype, its shape, and where after the header its bytes begin and end; and those bytes,
+in C order and little endian, without any checksum. A model may be divided over several files of one
+directory; then an index, if there is one, says which file holds which tensor.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orbax_async import errors
+from orbax_async._storage import files, names, zarr
+from orbax_async._storage.direct import Extent, bytes_of, read_into
+
+__all__ = ["Contents", "Tensor", "TensorReader", "find", "find_damage", "read_headers"]
+
+_LENGTH_NBYTES = 8
+_HEADER_NBYTES = 100 << 20  # the most that other readers accept, too
+_GAP_NBYTES = 16 << 10  # to read on over a gap costs less, up to here, than to begin again
+_SPAN_NBYTES = 256 << 10  # of memory for what is read together
+
+_DTYPES = {
+    name: zarr.dtype_named(dtype)
+    for name, dtype in {
+        **{"BOOL": "bool", "C64": "complex64", "BF16": "bfloat16"},
+        **{"F16": "float16", "F32": "float32", "F64": "float64"},
+        **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+        **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+        **{"F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz"},
+        **{"F8_E5M2": "float8_e5m2", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+        "F8_E8M0": "float8_e8m0fnu",
+    }.items()
+}
+
+
+class Tensor(NamedTuple):
+    """One tensor, and where its bytes lie."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    extent: Extent
+
+
+class Contents(NamedTuple):
+    """What lies in some files: tensors by name, and the texts that were saved beside them."""
+
+    files: list[str]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
+def find(path: str) -> list[str]:
+    """Returns the safetensors files at a path: the file itself, or those in the directory."""
+    if os.path.isfile(path):
+        return [path] if path.endswith(names.SAFETENSORS) else []
+    return sorted(
+        entry.path
+        for entry in files.scan(path)
+        if entry.name.endswith(names.SAFETENSORS) and entry.is_file()
+    )
+
+
+def read_headers(path: str) -> Contents:
+    """Reads and checks what the files at a path say that they hold; blocks.
+
+    Raises:
+      InvalidLayoutError: there are none, one is damaged, two hold a tensor of one name and no
+        index says which counts, or the index names what is not there.
+    """
+    contents = Contents(find(path), {}, {})
+    if not contents.files:
+        raise errors.InvalidLayoutError(f"{path} holds no {names.SAFETENSORS} files")
+    index = _read_index(path)
+    for file in contents.files:
+        tensors, metadata = _read_header(file)
+        contents.metadata.update(metadata)
+        for tensor in tensors:
+            other = contents.tensors.setdefault(tensor.name, tensor)
+            if other is tensor:
+                continue
+            if index.get(tensor.name) == os.path.basename(file):
+                contents.tensors[tensor.name] = tensor
+            elif tensor.name not in index:
+                raise errors.InvalidLayoutError(
+                    f"Duplicate tensor {tensor.name!r} found in multiple files: "
+                    f"{other.extent.path} and {file}. Move away the file that does not belong "
+                    "here, or load one by its own path."
+                )
+    for name, file in index.items():
+        found = contents.tensors.get(name)
+        if found is None or os.path.basename(found.extent.path) != file:
+            what = (
+                f"has no tensor {name!r}"
+                if os.path.join(path, file) in contents.files
+                else (f"is missing, and with it the tensor {name!r}")
+            )
+            raise errors.InvalidLayoutError(
+                f"{os.path.join(path, file)} {what}, which the index of the files says it holds"
+            )
+    return contents
+
+
+def find_damage(path: str) -> list[tuple[str, Exception]]:
+    """Returns what keeps the headers at a path from being read: by file, or else by the path."""
+    damage: list[tuple[str, Exception]] = []
+    for file in find(path):
+        try:
+            _read_header(file)
+        except (errors.InvalidLayoutError, OSError) as error:
+            damage.append((file, error))
+    if not damage:
+        try:
+            read_headers(path)
+        except errors.InvalidLayoutError as error:
+            damage.append((path, error))
+    return damage
+
+
+def _read_index(path: str) -> dict[str, str]:
+    """Returns which file holds which tensor, where a directory has an index."""
+    merged: dict[str, str] = {}
+    for entry in sorted(files.scan(path), key=lambda entry: entry.name):
+        if entry.name.endswith(names.SAFETENSORS_INDEX):
+            try:
+                found = json.loads(files.read_bytes(entry.path) or b"")["weight_map"]
+                merged.update({str(name): os.path.basename(found[name]) for name in found})
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise errors.InvalidLayoutError(f"{entry.path} is damaged: {error!r}") from error
+    return merged
+
+
+def _read_header(file: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Returns the tensors of one file in the order of its header, and its metadata."""
+    with open(file, "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        start = _LENGTH_NBYTES + int.from_bytes(opened.read(_LENGTH_NBYTES), "little")
+        if size < _LENGTH_NBYTES:
+            raise _damaged(file, f"it has {size} bytes, fewer than the length of its header takes")
+        if start > min(size, _LENGTH_NBYTES + _HEADER_NBYTES):
+            raise _damaged(file, f"it has {size} bytes; its header should end at byte {start}")
+        data = opened.read(start - _LENGTH_NBYTES)
+    try:
+        header = json.loads(data, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"its header can't be read: {error}") from error
+    if not isinstance(header, dict):
+        raise _damaged(file, f"its header is a {type(header).__name__}, not a dict")
+    metadata = header.pop("__metadata__", None)
+    tensors = []
+    for name, entry in header.items():
+        try:
+            tensors.append(_tensor(name, entry, file, start, size))
+        except ValueError as error:
+            raise _damaged(file, f"tensor {name!r}: {error}") from None
+    by_place = sorted(
+        (tensor for tensor in tensors if tensor.extent.nbytes), key=lambda each: each.extent
+    )
+    for before, after in itertools.pairwise(by_place):
+        if before.extent.offset + before.extent.nbytes > after.extent.offset:
+            raise _damaged(file, f"the tensors {before.name!r} and {after.name!r} overlap")
+    return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def _tensor(name: str, entry: Any, file: str, start: int, size: int) -> Tensor:
+    """Reads a tensor's entry; raises ValueError where it is not what it should be."""
+    try:
+        kind, shape, (first, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        is_sound = isinstance(shape, list) and all(
+            type(each) is int and each >= 0 for each in (*shape, first, end - first)
+        )
+    except (TypeError, KeyError, ValueError):
+        is_sound = False
+    if not is_sound:
+        raise ValueError(f"{json.dumps(entry):.200} is no dtype, shape and data_offsets")
+    dtype = _DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        raise ValueError(f"its dtype {kind!r} is unknown; known are {', '.join(_DTYPES)}")
+    nbytes = math.prod(shape) * dtype.itemsize
+    if end - first != nbytes:
+        raise ValueError(f"{kind}{shape} takes {nbytes} bytes, and it has {end - first}")
+    if start + end > size:
+        raise ValueError(
+            f"it should end at byte {start + end}, and the file is truncated at {size}"
+        )
+    return Tensor(name, dtype, tuple(shape), Extent(file, start + first, nbytes))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"it has two entries {counts.most_common(1)[0][0]!r}")
+    return found
+
+
+def _damaged(file: str, problem: str) -> errors.InvalidLayoutError:
+    return errors.InvalidLayoutError(f"{file}: {problem}")
+
+
+class TensorReader:
+    """Reads tensors as a `DirectReader` reads arrays; for one operation, on any thread.
+
+    Args:
+      tensors: by name.
+      max_over_read_ratio: how many bytes are read, at most, for each byte that is needed; None to
+        read on over small gaps.
+      read_chunk_nbytes: the most that one read asks for; None for no limit but on what is read
+        together.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        max_over_read_ratio: float | None = None,
+        read_chunk_nbytes: int | None = None,
+    ) -> None:
+        self._tensors = tensors
+        self._keys = {
+            zarr.chunk_key(name, [0] * len(tensor.shape), zarr3=True): tensor
+            for name, tensor in tensors.items()
+        }
+        self._ratio = max_over_read_ratio
+        self._chunk_nbytes = read_chunk_nbytes
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of each tensor, by the key of its only chunk."""
+        return {key: tensor.extent.nbytes for key, tensor in self._keys.items()}
+
+    def values(self, keys: Sequence[str]) -> list[bytes | memoryview | None]:
+        """Returns the bytes of whole tensors; neighbours are read together."""
+        wanted = sorted((self._keys[key].extent, index) for index, key in enumerate(keys))
+        values = [memoryview(b"")] * len(keys)
+        for path, of_file in itertools.groupby(wanted, key=lambda each: each[0].path):
+            pieces = []
+            for extent, index in of_file:
+                values[index] = memoryview(bytearray(extent.nbytes))
+                pieces.append((extent.offset, values[index]))
+            self._read(path, pieces)
+        return list(values)
+
+    def has_region(
+        self, name: str, layout: zarr.RawLayout, region: Sequence[tuple[int, int]]
+    ) -> bool:
+        """Says that a region is there, as the header has been checked."""
+        return True
+
+    def read_region(
+        self,
+        name: str,
+        layout: zarr.RawLayout,
+        region: Sequence[tuple[int, int]],
+        target: np.ndarray[Any, Any],
+    ) -> bool:
+        """Reads a box of a tensor into an array of its shape and dtype, in C order.
+
+        Raises:
+          ValueError: the file has become shorter.
+        """
+        tensor, into = self._tensors[name], bytes_of(target)
+        offsets, nbytes = _runs(tensor, region)
+        places = range(0, len(into), nbytes)
+        pieces = [
+            (offset, into[at : at + nbytes]) for offset, at in zip(offsets, places, strict=True)
+        ]
+        self._read(tensor.extent.path, pieces)
+        return True
+
+    def _read(self, path: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Reads pieces of a file, in the order in which they lie there, each into its place."""
+        with open(path, "rb", buffering=0) as file:
+            for span in self._spans(pieces):
+                first, into = span[0]
+                if len(span) == 1:
+                    step = self._chunk_nbytes or len(into)
+                    for start in range(0, len(into), step):
+                        read_into(file, first + start, into[start : start + step])
+                    continue
+                last, end = span[-1]
+                data = memoryview(bytearray(last + len(end) - first))
+                read_into(file, first, data)
+                for offset, into in span:
+                    into[:] = data[offset - first : offset - first + len(into)]
+
+    def _spans(
+        self, pieces: Sequence[tuple[int, memoryview]]
+    ) -> Iterator[list[tuple[int, memoryview]]]:
+        """Groups pieces that are read together."""
+        limit = self._chunk_nbytes or _SPAN_NBYTES
+        span: list[tuple[int, memoryview]] = []
+        needed = end = 0
+        for offset, into in pieces:
+            if span:
+                nbytes = offset + len(into) - span[0][0]
+                is_near = (
+                    offset - end <= _GAP_NBYTES
+                    if self._ratio is None
+                    else nbytes <= self._ratio * (needed + len(into))
+                )
+                if not is_near or nbytes > limit:
+                    yield span
+                    span, needed = [], 0
+            span.append((offset, into))
+            needed += len(into)
+            end = offset + len(into)
+        if span:
+            yield span
+
+
+def _runs(tensor: Tensor, region: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+    """Returns where the runs of bytes that make up a box begin in the file, and their length."""
+    nbytes = stride = tensor.dtype.itemsize
+    starts = np.array([tensor.extent.offset])
+    is_run = True  # whether the axes that are yet to come divide what is one run so far
+    for (start, stop), side in zip(reversed(region), reversed(tensor.shape), strict=True):
+        if is_run:
+            starts = starts + start * stride
+            nbytes = (stop - start) * stride
+        else:
+            starts = (np.arange(start, stop)[:, None] * stride + starts).reshape(-1)
+        is_run = is_run and (start, stop) == (0, side)
+        stride *= side
+    return starts.tolist(), nbytes

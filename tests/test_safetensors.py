@@ -1,0 +1,790 @@
+"""Safetensors files: what is read of them and how, and every way in which they can be bad."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from tensor_files import DTYPES, layout, write, write_index, write_raw
+
+import orbax_async as ocp
+from orbax_async import errors
+from orbax_async._engine import load_pipeline, plan
+from orbax_async._storage import safetensors, zarr
+from orbax_async.handlers import operation
+
+TENSORS = {
+    "layers.0.weight": np.arange(32, dtype=np.float32).reshape(8, 4),
+    "layers.0.bias": np.arange(4, dtype=np.int32),
+    "scale": np.array(3.5, np.float32),
+    "empty": np.zeros((0, 3), np.float32),
+    "half": np.arange(6).astype(ml_dtypes.bfloat16),
+}
+LARGE = np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """One file of small tensors."""
+    return write(tmp_path / "model.safetensors", TENSORS, {"format": "pt"})
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Where each read of tensors begins, and how many bytes it asks for."""
+    seen: list[tuple[int, int]] = []
+    original = safetensors.read_into
+
+    def read_into(file: Any, offset: int, into: memoryview) -> None:
+        seen.append((offset, len(into)))
+        original(file, offset, into)
+
+    monkeypatch.setattr(safetensors, "read_into", read_into)
+    return seen
+
+
+def load(path: Path, abstract: Any = None, *, context: Any = None, **how: Any) -> Any:
+    """Loads under the layout, or under a context."""
+    with context or layout():
+        return ocp.load(path, abstract, **how)
+
+
+def same(loaded: Any, expected: Any) -> bool:
+    """Says whether two dicts hold the same arrays, bit for bit."""
+    return loaded.keys() == expected.keys() and all(
+        (loaded[name].dtype, loaded[name].shape, np.asarray(loaded[name]).tobytes())
+        == (each.dtype, each.shape, each.tobytes())
+        for name, each in expected.items()
+    )
+
+
+def sds(array: np.ndarray[Any, Any], dtype: Any = None, **how: Any) -> jax.ShapeDtypeStruct:
+    """The abstract form of an array."""
+    return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, **how)
+
+
+# What is loaded.
+
+
+def test_everything_is_loaded_as_writable_numpy_arrays(model: Path) -> None:
+    """Without an abstract tree: a flat dict in the file's order, that its owner may change."""
+    loaded = load(model)
+    assert same(loaded, TENSORS)
+    assert list(loaded) == list(TENSORS)
+    for array in loaded.values():
+        array[...] = 1
+    assert same(load(model), TENSORS)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype(name: str, tmp_path: Path) -> None:
+    """Each dtype of the format that takes whole bytes comes back bit for bit, large or small."""
+    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
+    small = np.arange(24).reshape(4, 6).astype(dtype)
+    tensors = {"small": small, "large": np.resize(small, (300, 301))}
+    path = write(tmp_path / "m.safetensors", tensors)
+    assert same(load(path), tensors)
+
+
+def test_jax_targets(model: Path, mesh8: Mesh) -> None:
+    """Shardings are kept; where none is given, the array is replicated on all devices."""
+    sharding = NamedSharding(mesh8, P("x", "y"))
+    abstract = {
+        "layers.0.weight": sds(TENSORS["layers.0.weight"], sharding=sharding),
+        "layers.0.bias": sds(TENSORS["layers.0.bias"]),
+        "half": jax.Array,
+    }
+    loaded = load(model, abstract)
+    assert same(loaded, {name: TENSORS[name] for name in abstract})
+    assert loaded["layers.0.weight"].sharding == sharding
+    for name in ("layers.0.bias", "half"):
+        assert loaded[name].sharding.is_fully_replicated
+        assert loaded[name].sharding.device_set == set(jax.devices())
+
+
+def test_other_targets(model: Path) -> None:
+    """NumPy templates, types and scalars are understood, and what is skipped comes back."""
+    abstract = {
+        "layers.0.weight": np.zeros((8, 4), np.float64),
+        "layers.0.bias": np.ndarray,
+        "scale": float,
+        "half": ...,
+        "empty": None,
+    }
+    loaded = load(model, abstract)
+    assert type(loaded["layers.0.weight"]) is np.ndarray
+    assert loaded["layers.0.weight"].dtype == np.float64
+    assert np.array_equal(loaded["layers.0.weight"], TENSORS["layers.0.weight"])
+    assert np.array_equal(loaded["layers.0.bias"], TENSORS["layers.0.bias"])
+    assert (loaded["scale"], loaded["half"], loaded["empty"]) == (3.5, ..., None)
+    assert load(model, {}) == {}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.int8, jnp.float8_e4m3fn, np.bool_])
+@pytest.mark.parametrize("is_large", [False, True])
+def test_casting(dtype: Any, is_large: bool, tmp_path: Path, mesh8: Mesh) -> None:
+    """Values are cast as NumPy casts them, on the way to NumPy, to one device, and to shards."""
+    array = (LARGE if is_large else LARGE[:8, :8]) * 10
+    path = write(tmp_path / "m.safetensors", {"w": array})
+    expected = {"w": array.astype(dtype)}
+    for target in (
+        np.zeros(array.shape, dtype),
+        sds(array, dtype, sharding=SingleDeviceSharding(jax.devices()[3])),
+        sds(array, dtype, sharding=NamedSharding(mesh8, P("y", "x"))),
+    ):
+        assert same(load(path, {"w": target}), expected)
+
+
+def test_parts_and_shardings_for_all(model: Path, mesh8: Mesh) -> None:
+    """`select` picks tensors by patterns of names; `sharding` makes jax arrays of them all."""
+    assert list(load(model, select="layers.0.*")) == ["layers.0.weight", "layers.0.bias"]
+    replicated = NamedSharding(mesh8, P())
+    loaded = load(model, sharding=replicated)
+    assert same(loaded, TENSORS)
+    assert all(array.sharding == replicated for array in loaded.values())
+
+    def by_rank(path: Any, shape: tuple[int, ...], dtype: Any) -> NamedSharding | None:
+        return NamedSharding(mesh8, P("x")) if len(shape) == 2 and shape[0] else None
+
+    loaded = load(model, sharding=by_rank)
+    assert loaded["layers.0.weight"].sharding == NamedSharding(mesh8, P("x"))
+    assert loaded["half"].sharding.is_fully_replicated
+
+
+def test_options_of_loading_act(tmp_path: Path) -> None:
+    """Partial loads and padding do for tensors what they do for Orbax checkpoints."""
+    path = write(tmp_path / "m.safetensors", {"w": np.ones(3, np.float32)})
+    context = layout()
+    context.pytree.loading.partial_load = True
+    context.array.loading.enable_padding_and_truncation = True
+    wanted = {"w": np.zeros(5, np.float32), "new": np.zeros(2)}
+    loaded = load(path, wanted, context=context)
+    assert loaded["w"].tolist() == [1, 1, 1, 0, 0]
+    assert loaded["new"] is wanted["new"]
+
+
+def test_what_is_wider_than_jax_holds_is_refused(tmp_path: Path) -> None:
+    """W43: a float64 tensor is not narrowed silently; NumPy and a narrower dtype get it."""
+    path = write(tmp_path / "m.safetensors", {"w": np.arange(3.0)})
+    with pytest.raises(errors.DtypeMismatchError, match=r"\['w'\].*jax_enable_x64"):
+        load(path, {"w": jax.ShapeDtypeStruct((3,), np.float64)})
+    assert load(path, {"w": jax.ShapeDtypeStruct((3,), np.float32)})["w"].dtype == np.float32
+
+
+def test_several_files(tmp_path: Path) -> None:
+    """The files of a directory are one checkpoint; what lies beside and below them is not."""
+    folder = tmp_path / "model"
+    write(folder / "a-2.safetensors", {"y": np.arange(3.0)}, {"k": "2"})
+    write(folder / "a-1.safetensors", {"x": np.arange(2.0)}, {"k": "1", "format": "pt"})
+    write(folder / "below" / "b.safetensors", {"z": np.arange(2.0)})
+    (folder / "config.json").write_text("{}")
+    (folder / "B.SAFETENSORS").write_bytes(b"")
+    write_index(folder, {"x": "a-1.safetensors", "y": "a-2.safetensors"})
+    assert list(load(folder)) == ["x", "y"]
+    assert list(load(folder / "a-2.safetensors")) == ["y"]
+    with layout():
+        assert ocp.metadata(folder).custom_metadata == {"k": "2", "format": "pt"}
+
+
+def test_the_index_settles_which_of_two_tensors_counts(tmp_path: Path) -> None:
+    """Files that supersede tensors of others, and say so in the index, are loaded as they mean."""
+    for index, name in enumerate(("a", "b", "c")):
+        write(tmp_path / f"{name}.safetensors", {"w": np.full(3, index), name: np.zeros(1)})
+    for index, name in enumerate(("a", "b", "c")):
+        write_index(tmp_path, {"w": f"{name}.safetensors"})
+        assert load(tmp_path)["w"].tolist() == [index] * 3
+
+
+def test_metadata(model: Path) -> None:
+    """Shapes and dtypes, the texts in the header, sizes and times; `load` takes it all."""
+    os.utime(model, ns=(5, 7_000_000_001))
+    with layout():
+        described = ocp.metadata(model)
+        loaded = ocp.load(model, described)
+    assert described.metadata == {name: sds(array) for name, array in TENSORS.items()}
+    assert all(type(each) is jax.ShapeDtypeStruct for each in described.metadata.values())
+    assert described.custom_metadata == {"format": "pt"}
+    assert (described.init_timestamp_nsecs, described.commit_timestamp_nsecs) == (None, 7000000001)
+    assert described.nbytes == model.stat().st_size
+    assert same(loaded, {name: TENSORS[name] for name in sorted(TENSORS)})
+
+
+# Layouts.
+
+
+def test_auto_takes_what_is_there(tmp_path: Path, model: Path) -> None:
+    """AUTO loads both kinds, sync and async, prefers Orbax's, and saves that."""
+    state = {"w": np.arange(3)}
+    with layout("auto"):
+        ocp.save(tmp_path / "orbax", state)
+        assert np.array_equal(ocp.load(tmp_path / "orbax")["w"], state["w"])
+        assert same(ocp.load_async(model).result(), TENSORS)
+        assert ocp.metadata(model).metadata.keys() == TENSORS.keys()
+        write(tmp_path / "orbax" / "more.safetensors", TENSORS)
+        assert ocp.load(tmp_path / "orbax").keys() == {"w"}
+        assert ocp.load_checkpointables(tmp_path / "orbax").keys() == {"state"}
+        assert ocp.verify(tmp_path / "orbax").leaves == 1
+        with pytest.raises(errors.InvalidLayoutError, match=r"auto-detect.*no such directory"):
+            ocp.load(tmp_path / "nothing")
+        (tmp_path / "orbax" / "more.safetensors").unlink()
+        (tmp_path / "orbax" / "state" / "_METADATA").unlink()
+        (found,) = ocp.verify(tmp_path / "orbax").damage
+        assert found.path.endswith("_METADATA")
+
+
+def test_the_layout_is_asked_for(tmp_path: Path, model: Path) -> None:
+    """Under ORBAX files of tensors are refused, and the message says what to set."""
+    for path in (model, tmp_path):
+        for verb in (ocp.load, ocp.metadata, ocp.load_checkpointables, ocp.verify):
+            with pytest.raises(errors.InvalidLayoutError, match="layout = 'safetensors'"):
+                verb(path)
+        assert not ocp.is_orbax_checkpoint(path)
+        with layout():
+            assert not ocp.is_orbax_checkpoint(path)
+
+
+def test_saving_is_refused_by_name(tmp_path: Path) -> None:
+    """Nothing saves in this layout, and nothing is left of the attempt."""
+    for save, value in (
+        (ocp.save, TENSORS),
+        (ocp.save_async, TENSORS),
+        (ocp.save_checkpointables, {"state": TENSORS}),
+    ):
+        with layout(), pytest.raises(errors.UnsupportedOptionError, match="SAFETENSORS"):
+            save(tmp_path / "c", value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_checkpointer_saves_all_the_same(tmp_path: Path) -> None:
+    """B15.8: a run's own steps are Orbax checkpoints under any layout."""
+    with layout(), ocp.training.Checkpointer(tmp_path / "run") as checkpointer:
+        assert checkpointer.save(1, {"w": np.arange(3)})
+        with pytest.raises(errors.InvalidLayoutError):
+            checkpointer.load(1)
+    assert np.array_equal(ocp.load(tmp_path / "run" / "1")["w"], np.arange(3))
+
+
+@pytest.mark.parametrize("name", ["safetensors", "auto"])
+def test_there_are_no_checkpointables(name: str, model: Path) -> None:
+    """The verbs of several checkpointables say which verbs to use."""
+    for verb in (ocp.load_checkpointables, ocp.checkpointables_metadata):
+        with layout(name), pytest.raises(NotImplementedError, match="use `load` and `metadata`"):
+            verb(model)
+
+
+def test_names_are_checked_and_mean_nothing(model: Path) -> None:
+    """A name that could be a checkpointable's loads the tensors; others are refused as always."""
+    for name in ("state", "other", None):
+        assert load(model, checkpointable_name=name).keys() == TENSORS.keys()
+    for name in ("", "metrics"):
+        with pytest.raises(ValueError, match="checkpointable"):
+            load(model, checkpointable_name=name)
+
+
+def test_an_option_of_older_versions_is_refused(model: Path) -> None:
+    """`ignore_load_sharding` has no effect in released Orbax, and none is pretended."""
+    with pytest.raises(errors.UnsupportedOptionError, match="ignore_load_sharding"):
+        load(model, context=layout(ignore_load_sharding=True))
+
+
+# How it is read.
+
+
+async def test_loading_does_not_block_the_loop(tmp_path: Path) -> None:
+    """Awaited from a running loop, which goes on meanwhile; nothing of it blocks."""
+    path = write(tmp_path / "m.safetensors", {f"w{i}": LARGE for i in range(4)} | TENSORS)
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await anyio.lowlevel.checkpoint()
+            ticks += 1
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(tick)
+        with layout():
+            loaded = await ocp.load_async(path)
+            assert (await ocp.verify_async(path)).is_intact
+        group.cancel_scope.cancel()
+    assert ticks
+    assert same(loaded, {f"w{i}": LARGE for i in range(4)} | TENSORS)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_w13_reads_keep_to_the_budget(
+    dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more bytes are in flight than the limit, what is cast counted twice over."""
+    begun: list[operation.Operation] = []
+    begin = operation.Operation.begin
+
+    def noted(**how: Any) -> operation.Operation:
+        begun.append(begin(**how))
+        return begun[-1]
+
+    monkeypatch.setattr(operation.Operation, "begin", noted)
+    tensors = {f"w{index}": LARGE[:64] + index for index in range(12)}
+    path = write(tmp_path / "m.safetensors", tensors)
+    context = layout()
+    context.memory.read_concurrent_bytes = limit = 500_000
+    abstract = {name: sds(array, dtype) for name, array in tensors.items()}
+    loaded = load(path, abstract, context=context)
+    assert same(loaded, {name: each.astype(dtype or each.dtype) for name, each in tensors.items()})
+    statistics = begun[-1].read_budget.statistics()
+    nbytes = LARGE[:64].size * (4 if dtype is None else 4 + 2)
+    assert statistics.peak_nbytes == limit // nbytes * nbytes
+    assert statistics.reserved_nbytes == 0
+
+
+def test_large_tensors_are_read_into_memory_that_jax_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the file and every replica of a jax array on CPU there is one buffer, and no copy."""
+    blocks: list[np.ndarray[Any, Any]] = []
+    original = load_pipeline.aligned_empty
+
+    def aligned_empty(shape: Any, dtype: Any) -> np.ndarray[Any, Any]:
+        blocks.append(original(shape, dtype))
+        return blocks[-1]
+
+    monkeypatch.setattr(load_pipeline, "aligned_empty", aligned_empty)
+    path = write(tmp_path / "m.safetensors", {"pad": np.zeros(3, np.int8), "w": LARGE})
+    loaded = load(path, {"w": sds(LARGE)})["w"]
+    (block,) = blocks
+    address = block.__array_interface__["data"][0]
+    assert address % 64 == 0
+    for shard in loaded.addressable_shards:
+        assert shard.data.unsafe_buffer_pointer() == address
+    assert load(path)["w"].__array_interface__["data"][0] % 64 == 0
+
+
+@pytest.mark.parametrize("spec", [("x",), ("x", "y"), (None, "x"), ("y", "x"), ()])
+def test_i1_each_byte_is_read_once(
+    spec: tuple[str | None, ...], tmp_path: Path, mesh8: Mesh, reads: list[tuple[int, int]]
+) -> None:
+    """However eight devices divide a tensor, its bytes are read once, and no others."""
+    tensors = {"before": LARGE + 1, "w": LARGE, "after": LARGE + 2}
+    path = write(tmp_path / "m.safetensors", tensors)
+    sharding = NamedSharding(mesh8, P(*spec))
+    loaded = load(path, {"w": sds(LARGE, sharding=sharding)})["w"]
+    assert loaded.sharding == sharding
+    assert np.array_equal(loaded, LARGE)
+    assert sum(nbytes for _, nbytes in reads) == LARGE.nbytes
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path, reads: list[tuple[int, int]]) -> None:
+    """Of many tensors two are wanted; neighbours come in one read, others are left alone."""
+    tensors = {f"w{index:02}": np.full(1000, index, np.int32) for index in range(50)}
+    path = write(tmp_path / "m.safetensors", tensors)
+    assert load(path, select=["w07", "w40"]).keys() == {"w07", "w40"}
+    assert [nbytes for _, nbytes in reads] == [4000, 4000]
+    reads.clear()
+    assert same(load(path), tensors)
+    assert len(reads) == 1
+
+
+def reader(
+    path: Path, ratio: float | None = None, chunk: int | None = None
+) -> safetensors.TensorReader:
+    """What reads the tensors of a file, under options."""
+    tensors = safetensors.read_headers(str(path)).tensors
+    return safetensors.TensorReader(tensors, max_over_read_ratio=ratio, read_chunk_nbytes=chunk)
+
+
+def box_of(
+    each: safetensors.TensorReader, array: np.ndarray[Any, Any], box: plan.Box
+) -> np.ndarray[Any, Any]:
+    """A box of the tensor `w`, read out of its file."""
+    target = np.full(plan.box_shape(box), 77, array.dtype)
+    raw = zarr.raw_layout(zarr.plain_document(array.shape, array.dtype))
+    assert raw is not None
+    assert each.read_region("w", raw, box, target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("ratio", "chunk", "read", "count"),
+    [
+        (1.0, None, 64 * 16, 64),  # the runs alone
+        (2.4, None, 64 * 16, 64),
+        (2.5, None, 32 * (64 + 16), 32),  # two runs, and what is between them
+        (4.0, None, 63 * 64 + 16, 1),
+        (None, None, 63 * 64 + 16, 1),  # small gaps
+        (None, 256, 16 * (3 * 64 + 16), 16),  # four runs at a time
+        (1.0, 10, 64 * 16, 128),  # each run in two reads
+    ],
+)
+def test_options_of_reading_columns(
+    ratio: float | None,
+    chunk: int | None,
+    read: int,
+    count: int,
+    tmp_path: Path,
+    reads: list[tuple[int, int]],
+) -> None:
+    """`max_over_read_ratio` bounds what is read in vain, and `read_chunk_bytes` each read."""
+    array = np.arange(64 * 16, dtype=np.float32).reshape(64, 16)
+    path = write(tmp_path / "m.safetensors", {"w": array})
+    box = ((0, 64), (4, 8))
+    assert np.array_equal(box_of(reader(path, ratio, chunk), array, box), array[:, 4:8])
+    assert (sum(nbytes for _, nbytes in reads), len(reads)) == (read, count)
+    assert max(nbytes for _, nbytes in reads) <= (chunk or read)
+
+
+def test_options_act_through_the_context(
+    tmp_path: Path, reads: list[tuple[int, int]], mesh8: Mesh
+) -> None:
+    """The same, from `context.safetensors` on, for tensors apart from each other."""
+    tensors = {f"w{index}": np.full(100, index, np.int8) for index in range(10)}
+    path = write(tmp_path / "m.safetensors", tensors, gap=100)
+    for options, expected in (
+        ({}, [1900]),
+        ({"max_over_read_ratio": 1.5}, [300] * 5),
+        ({"max_over_read_ratio": 1.0}, [100] * 10),
+        ({"read_chunk_bytes": 1000}, [900, 900]),
+        ({"read_chunk_bytes": 60}, [60, 40] * 10),
+    ):
+        reads.clear()
+        assert same(load(path, context=layout(**options)), tensors)
+        assert [nbytes for _, nbytes in reads] == expected, options
+
+
+def test_large_gaps_are_not_read(tmp_path: Path, reads: list[tuple[int, int]]) -> None:
+    """A column of a wide matrix is read run by run."""
+    array = np.arange(8 * 8192, dtype=np.float32).reshape(8, 8192)
+    path = write(tmp_path / "m.safetensors", {"w": array})
+    assert np.array_equal(box_of(reader(path), array, ((0, 8), (3, 5))), array[:, 3:5])
+    assert [nbytes for _, nbytes in reads] == [8] * 8
+
+
+def test_devices_that_are_apart_read_apart() -> None:
+    """What lies between the shards of one process is not read where reading has to be tight."""
+    boxes = (((0, 4), (0, 2)), ((0, 4), (6, 8)))
+    shards = [plan.ShardSpec(index, 0, box) for index, box in enumerate(boxes)]
+
+    def regions(is_tight: bool) -> list[plan.Box]:
+        found = plan.read_regions(
+            shards,
+            4,
+            process=0,
+            shape=(4, 8),
+            chunk_shape=(4, 8),
+            is_raw=True,
+            is_tight=is_tight,
+        )
+        return [region.box for region in found]
+
+    assert regions(True) == list(boxes)
+    assert regions(False) == [((0, 4), (0, 8))]
+
+
+@given(data=st.data())
+def test_any_box_of_any_tensor(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever is asked of a tensor, under whatever options, is what slicing it gives."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), max_size=4)))
+    array = np.arange(math.prod(shape), dtype=np.int16).reshape(shape)
+    ends = [st.tuples(st.integers(0, side - 1), st.integers(1, side)) for side in shape]
+    drawn = [data.draw(each) for each in ends]
+    box = tuple((min(start, stop - 1), stop) for start, stop in drawn)
+    ratio = data.draw(st.none() | st.floats(1, 8))
+    chunk = data.draw(st.none() | st.integers(1, 40))
+    path = write(tmp_path_factory.getbasetemp() / "any.safetensors", {"w": array})
+    expected = array[tuple(slice(start, stop) for start, stop in box)]
+    assert np.array_equal(box_of(reader(path, ratio, chunk), array, box), expected)
+
+
+# Bad input.
+
+
+def entry(name: str, **fields: Any) -> Callable[[dict[str, Any]], object]:
+    """Changes a tensor's entry in a header."""
+    return lambda header: header[name].update(fields)
+
+
+BAD_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "unknown dtype": (entry("b", dtype="F4"), "'b': its dtype 'F4' is unknown"),
+    "dtype of another kind": (entry("b", dtype=["F32"]), r"'b': its dtype \['F32'\]"),
+    "beyond the file": (entry("b", shape=[9], data_offsets=[16, 52]), "'b': .*truncated at"),
+    "too few bytes": (entry("b", shape=[3]), r"'b': F32\[3\] takes 12 bytes, and it has 16"),
+    "backwards": (entry("b", data_offsets=[32, 16]), "'b': .*no dtype, shape and data_offsets"),
+    "before the data": (entry("b", data_offsets=[-8, 8]), "'b': .*data_offsets"),
+    "overlap": (entry("b", data_offsets=[8, 24]), "the tensors 'a' and 'b' overlap"),
+    "negative sides": (entry("b", shape=[-2, -2]), "'b': .*shape"),
+    "no whole sides": (entry("b", shape=[4.0]), "'b': .*shape"),
+    "bool side": (entry("b", shape=[True, 4]), "'b': .*shape"),
+    "no shape": (lambda header: header["b"].pop("shape"), "'b': .*shape"),
+    "one offset": (entry("b", data_offsets=[16]), "'b': .*data_offsets"),
+    "sides by name": (entry("b", shape={}), "'b': .*shape"),
+    "no entry": (lambda header: header.update(b=7), "'b': 7 is no dtype"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_HEADERS)
+def test_bad_headers(what: str, tmp_path: Path) -> None:
+    """Each is one error that names file and tensor, whichever tensor is asked for."""
+    alter, message = BAD_HEADERS[what]
+    tensors = {"a": np.zeros(4, np.float32), "b": np.ones(4, np.float32)}
+    path = write(tmp_path / "m.safetensors", tensors, alter=alter)
+    for abstract in (None, {"a": np.ndarray}):
+        with pytest.raises(errors.InvalidLayoutError, match=rf"m\.safetensors.*{message}"):
+            load(path, abstract)
+    with layout(), pytest.raises(errors.InvalidLayoutError, match=message):
+        ocp.metadata(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it has 0 bytes, fewer than"),
+        (b"\x10\0\0", "it has 3 bytes, fewer than"),
+        (b"\x10" + b"\0" * 7 + b"{}", "it has 10 bytes; its header should end at byte 24"),
+        (b"\xff" * 64, "should end at byte 18446744073709551623"),
+        (b"\x02" + b"\0" * 7 + b"[]", "its header is a list"),
+        (b"\x02" + b"\0" * 7 + b"{x", "its header can't be read"),
+        (b"\x02" + b"\0" * 7 + b"\xff\xfe", "its header can't be read"),
+        (b"\xa0\x86\x01" + b"\0" * 5 + b"[" * 100_000, "its header can't be read"),
+    ],
+)
+def test_no_safetensors_files(content: bytes, message: str, tmp_path: Path) -> None:
+    """A file that is empty, cut short or something else is named, and nothing large is read."""
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(errors.InvalidLayoutError, match=rf"m\.safetensors: .*{message}"):
+        load(path)
+
+
+@given(data=st.data())
+def test_any_damage_of_a_header_is_an_error_of_ours(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Bytes of a header that change or go missing: it is refused, or read, and nothing else."""
+    path = write(tmp_path_factory.getbasetemp() / "damaged.safetensors", TENSORS, {"a": "b"})
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, 300))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        contents = safetensors.read_headers(str(path))
+    except errors.InvalidLayoutError as error:
+        assert str(path) in str(error)
+    else:
+        ends = [each.extent.offset + each.extent.nbytes for each in contents.tensors.values()]
+        assert max(ends) <= path.stat().st_size
+
+
+def test_a_header_beyond_measure_is_not_read(tmp_path: Path) -> None:
+    """A length of gigabytes is refused by itself, however large the file is."""
+    path = tmp_path / "m.safetensors"
+    path.write_bytes((3 << 30).to_bytes(8, "little"))
+    os.truncate(path, 4 << 30)
+    with pytest.raises(errors.InvalidLayoutError, match="its header should end at byte"):
+        load(path)
+
+
+def test_one_name_twice(tmp_path: Path) -> None:
+    """In one header, where JSON would forget one, and in two files without an index."""
+    item = '"w": {"dtype": "U8", "shape": [1], "data_offsets": [%d, %d]}'
+    header = f"{{{item % (0, 1)}, {item % (1, 2)}}}"
+    path = write_raw(tmp_path / "twice" / "m.safetensors", header.encode(), b"ab")
+    with pytest.raises(errors.InvalidLayoutError, match=r"m\.safetensors: .*two entries 'w'"):
+        load(path)
+    for name in ("a", "b"):
+        write(tmp_path / "two" / f"{name}.safetensors", {"w": np.zeros(1)})
+    with pytest.raises(errors.InvalidLayoutError, match=r"'w'.*a\.safetensors and .*b\.safeten"):
+        load(tmp_path / "two")
+
+
+def test_an_index_that_is_not_kept(tmp_path: Path) -> None:
+    """A file or a tensor that the index names and nobody brought; an index that is none."""
+    write(tmp_path / "a.safetensors", {"w": np.zeros(1)})
+    write_index(tmp_path, {"w": "a.safetensors", "v": "gone.safetensors"})
+    with pytest.raises(errors.InvalidLayoutError, match=r"gone\.safetensors is missing.*'v'"):
+        load(tmp_path)
+    write_index(tmp_path, {"w": "a.safetensors", "v": "a.safetensors"})
+    with pytest.raises(errors.InvalidLayoutError, match=r"a\.safetensors has no tensor 'v'"):
+        load(tmp_path)
+    for text in ("", "[]", '{"weight_map": 3}', '{"weight_map": {"w": 3}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(errors.InvalidLayoutError, match=r"index\.json is damaged"):
+            load(tmp_path)
+    assert load(tmp_path / "a.safetensors").keys() == {"w"}  # by itself it needs no index
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.safetensors", "empty", "model.bin", "orbax"])
+def test_paths_without_tensors(name: str, tmp_path: Path) -> None:
+    """A path that is not there, or holds something else, is no safetensors checkpoint."""
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "model.bin", TENSORS)
+    ocp.save(tmp_path / "orbax", {"w": 1})
+    for verb in (ocp.load, ocp.metadata, ocp.verify, ocp.load_checkpointables):
+        with layout(), pytest.raises(errors.InvalidLayoutError, match=rf"{name} as a valid Safe"):
+            verb(tmp_path / name)
+
+
+def test_all_that_is_wrongly_asked_for_is_named(model: Path) -> None:
+    """Unknown names are a KeyError too, as in Orbax; with shapes and dtypes they are one report."""
+    wanted = {
+        "layers": {"0": {"bias": np.ndarray}},
+        "nothing": np.ndarray,
+        "layers.0.weight": np.zeros((3, 3)),
+    }
+    with pytest.raises(errors.UnknownTensorError) as caught:
+        load(model, wanted)
+    assert isinstance(caught.value, KeyError)
+    assert isinstance(caught.value, ValueError)
+    for found in ("['nothing']", "['layers']['0']['bias']", "(3, 3)", "flat dict", str(model)):
+        assert found in str(caught.value)
+    with pytest.raises(errors.ShapeMismatchError) as mismatch:
+        load(model, {"layers.0.weight": np.zeros((3, 3))})
+    assert mismatch.value.keypath == "['layers.0.weight']"
+    with pytest.raises(errors.AbstractLeafError, match=r"\['scale'\]"):
+        load(model, {"scale": object()})
+
+
+def test_a_file_that_shrinks_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that were there when the header was read, and are gone, are damage of their tensor."""
+    path = write(tmp_path / "model" / "m.safetensors", {"a": np.zeros(3), "w": LARGE})
+    original = safetensors.read_headers
+
+    def read_headers(where: str) -> safetensors.Contents:
+        contents = original(where)
+        os.truncate(path, path.stat().st_size - 1000)
+        return contents
+
+    monkeypatch.setattr("orbax_async._storage.safetensors.read_headers", read_headers)
+    with pytest.raises(errors.CorruptDataError, match=r"\['w'\].*bytes found"):
+        load(path.parent, {"w": np.ndarray})
+
+
+# Verification.
+
+
+def test_verify_says_what_can_be_known(tmp_path: Path) -> None:
+    """Headers, sizes and every byte are read; that values are right, nothing proves."""
+    write(tmp_path / "a.safetensors", TENSORS)
+    write(tmp_path / "b.safetensors", {"w": LARGE})
+    with layout():
+        report = ocp.verify(tmp_path)
+    assert report.is_intact
+    assert report.leaves == len(TENSORS) + 1
+    assert report.nbytes == LARGE.nbytes + sum(array.nbytes for array in TENSORS.values())
+    assert set(report.unproven) == {f"[{name!r}]" for name in (*TENSORS, "w")}
+
+
+def test_verify_names_every_bad_file(tmp_path: Path) -> None:
+    """Each damaged file is one finding; where all are whole, what is wrong between them is."""
+    write(tmp_path / "good.safetensors", TENSORS)
+    for name in ("bad", "worse"):
+        cut = write(tmp_path / f"{name}.safetensors", {"w": LARGE})
+        os.truncate(cut, 1000)
+    with layout():
+        report = ocp.verify(tmp_path)
+        assert [Path(each.path).name for each in report.damage] == [
+            "bad.safetensors",
+            "worse.safetensors",
+        ]
+        assert "'w': it should end at byte" in report.damage[0].problem
+        for name in ("bad", "worse"):
+            write(tmp_path / f"{name}.safetensors", {"w": LARGE})
+        (found,) = ocp.verify(tmp_path).damage
+        assert (found.path, found.keypath) == (str(tmp_path), "")
+        assert "'w'" in found.problem
+
+
+# What it is for.
+
+
+def torch_state(rng: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
+    """The state dict of a small convolutional net as PyTorch lays it out."""
+    return {
+        "conv.weight": rng.standard_normal((6, 3, 5, 5)).astype(np.float32),  # out, in, h, w
+        "conv.bias": rng.standard_normal(6).astype(np.float32),
+        "fc.0.weight": rng.standard_normal((16, 24)).astype(np.float32),  # out, in
+        "fc.0.bias": rng.standard_normal(16).astype(np.float32),
+        "num_batches_tracked": np.array(7, np.int64),
+    }
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(3, 6, (5, 5), padding="VALID", rngs=rngs)
+        self.fc = nnx.Linear(24, 16, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.conv(x))
+        return self.fc(x.transpose(0, 3, 1, 2).reshape(len(x), -1))
+
+
+def test_weights_of_pytorch_in_a_flax_model(
+    tmp_path: Path, rng: np.random.Generator, mesh8: Mesh
+) -> None:
+    """A state dict, renamed and transposed, makes a model that computes what PyTorch's would."""
+    weights = torch_state(rng)
+    write(tmp_path / "1.safetensors", {"conv.weight": weights["conv.weight"]})
+    rest = {name: each for name, each in weights.items() if name != "conv.weight"}
+    write(tmp_path / "2.safetensors", rest, {"format": "pt"})
+    names = {
+        ("conv", "kernel"): ("conv.weight", (2, 3, 1, 0)),
+        ("conv", "bias"): ("conv.bias", (0,)),
+        ("fc", "kernel"): ("fc.0.weight", (1, 0)),
+        ("fc", "bias"): ("fc.0.bias", (0,)),
+    }
+    with layout():
+        stored = ocp.metadata(tmp_path).metadata
+        replicated = NamedSharding(mesh8, P())
+        wanted = {
+            name: jax.ShapeDtypeStruct(stored[name].shape, jnp.float32, sharding=replicated)
+            for name, _ in names.values()
+        }
+        loaded = ocp.load(tmp_path, wanted)
+    assert loaded.keys() == wanted.keys()
+    model = Net(nnx.Rngs(0))
+    state = nnx.state(model)
+    for (part, kind), (name, axes) in names.items():
+        state[part][kind][...] = jnp.transpose(loaded[name], axes)
+    nnx.update(model, state)
+
+    image = rng.standard_normal((2, 3, 6, 6)).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(image, (5, 5), axis=(2, 3))
+    features = np.einsum("nchwij,ocij->nohw", windows, weights["conv.weight"])
+    features = np.maximum(features + weights["conv.bias"][:, None, None], 0).reshape(2, -1)
+    expected = features @ weights["fc.0.weight"].T + weights["fc.0.bias"]
+    assert np.allclose(model(image.transpose(0, 2, 3, 1)), expected, atol=1e-4)
+    ocp.save(tmp_path / "converted", nnx.state(model))
+    kept = ocp.load(tmp_path / "converted", jax.eval_shape(lambda: nnx.state(model)))
+    assert np.array_equal(kept["fc"]["kernel"][...], weights["fc.0.weight"].T)
+
+
+def test_what_the_format_allows_beyond_what_is_common(tmp_path: Path) -> None:
+    """Odd names, holes between tensors, bytes after the last, and no metadata are all fine."""
+    tensors = {"": np.arange(2), "a/c/0": np.arange(3), "a": np.arange(4), "w.é": np.arange(5)}
+    path = write(tmp_path / "m.safetensors", tensors, gap=3)
+    assert same(load(path), tensors)
+    path = write(tmp_path / "m.safetensors", tensors, alter=lambda h: h.update(__metadata__=None))
+    assert same(load(path), tensors)
+    assert load(write(tmp_path / "none.safetensors", {})) == {}
+    header = json.dumps({"__metadata__": {"only": "texts"}}).encode()
+    with layout():
+        path = write_raw(tmp_path / "texts.safetensors", header)
+        assert ocp.metadata(path).custom_metadata == {"only": "texts"}

@@ -117,7 +117,7 @@ def interop(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Run every Python block of README.md and docs/."""
-    need(session, "flax", "grain", "optax", "orbax")
+    need(session, "flax", "optax", "orbax")
     pytest(session, "tests/test_docs.py")
 
 

@@ -21,7 +21,17 @@ import nox
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "layers", "types", "tests", "interop", "docs", "demo", "build"]
+nox.options.sessions = [
+    "lint",
+    "layers",
+    "types",
+    "tests",
+    "interop",
+    "docs",
+    "examples",
+    "demo",
+    "build",
+]
 
 INSTALL = 'pip install -e ".[test,demo]" nox'
 
@@ -92,8 +102,9 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests, soak and fuzz tests at their small size; stock Orbax has its own session."""
-    apart = ["--ignore=tests/interop", "--ignore=tests/test_docs.py"]
-    pytest(session, *([] if _names_a_test(session) else apart))
+    apart = ["tests/interop", "tests/test_docs.py", "tests/test_examples.py"]
+    ignored = [] if _names_a_test(session) else [f"--ignore={path}" for path in apart]
+    pytest(session, *ignored)
 
 
 @nox.session
@@ -106,8 +117,15 @@ def interop(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Run every Python block of README.md and docs/."""
-    need(session, "flax", "optax")
+    need(session, "flax", "optax", "orbax")
     pytest(session, "tests/test_docs.py")
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Run the scripts of examples/, stop them, run them again, and ask the server over HTTP."""
+    need(session, "optax", "sklearn")
+    pytest(session, "tests/test_examples.py")
 
 
 @nox.session

@@ -269,6 +269,17 @@ def test_partial_loads_only_leave_out_keys(saved: Path) -> None:
     ]
 
 
+def test_partial_loads_count_the_empty_elements_of_lists(tmp_path: Path) -> None:
+    """B4.5: an optimizer's state, which ends with an empty element, matches no shorter tuple."""
+    optimizer = (Pair(np.arange(3), 1), ())
+    ocp.save(tmp_path / "saved", {"opt": optimizer, "step": 7})
+    with loading(partial_load=True):
+        loaded = ocp.load(tmp_path / "saved", {"opt": (Pair(np.ndarray, 0), ())})
+        assert loaded["opt"][0].a.tolist() == [0, 1, 2] and loaded["opt"][1] == ()
+        with pytest.raises(errors.TreeMismatchError, match="a list of 2, not of 1"):
+            ocp.load(tmp_path / "saved", {"opt": (Pair(np.ndarray, 0),)})
+
+
 # Padding and truncation.
 
 

@@ -412,6 +412,45 @@ def test_i11_a_forgotten_save_is_committed(tmp_path: Path) -> None:
     assert ocp.load(tmp_path / "checkpoint")["a"].tolist() == list(range(100_000))
 
 
+@pytest.mark.parametrize("has_used_threads", [False, True])
+def test_i11_a_handler_may_use_threads_while_the_interpreter_exits(
+    has_used_threads: bool, tmp_path: Path
+) -> None:
+    """`asyncio.to_thread` of a forgotten save works when the interpreter's executors have ended."""
+    ended = run_script(
+        f"""
+        import asyncio
+        import threading
+
+        class Place:
+            def __init__(self, is_late):
+                self.is_late = is_late
+
+            async def save(self, directory):
+                async def write():
+                    path = await directory.await_creation() / "place"
+                    while self.is_late and threading.main_thread().is_alive():
+                        await anyio.sleep(0.01)
+                    await anyio.sleep(0.1 * self.is_late)
+                    try:
+                        await asyncio.to_thread(int, "no number")
+                    except ValueError:  # what the thread raised has come back
+                        await asyncio.to_thread(path.write_text, "three")
+                return write()
+
+            async def load(self, directory):
+                raise NotImplementedError
+
+        if {has_used_threads}:
+            ocp.save_checkpointables(folder / "before", {{"place": Place(is_late=False)}})
+        ocp.save_checkpointables_async(folder / "checkpoint", {{"place": Place(is_late=True)}})
+        """,
+        tmp_path,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "checkpoint" / "place" / "place").read_text() == "three"
+
+
 def test_i11_a_save_that_outlasts_its_grace_is_undone_and_told_of(tmp_path: Path) -> None:
     """A save that can't end in time leaves nothing visible, and stderr says so by name."""
     ended = run_script(

@@ -11,7 +11,8 @@ Theory of operation
   `spawn` schedules a coroutine on the loop under a copy of the caller's context variables and
   returns at once. `to_worker` is how code on the loop makes a blocking call. The workers exist
   from the start because from Python 3.12 on no thread can be started once the interpreter has
-  begun to exit, and that is when the last checkpoint of a script is still being written.
+  begun to exit, and that is when the last checkpoint of a script is still being written. They also
+  take over what handlers give to `asyncio.to_thread`, whose own threads end before that.
 
   The watcher is the only thread of ours that the interpreter waits for. It sleeps until the main
   thread has ended, and every other that the interpreter waits for. Then it gives each running
@@ -36,7 +37,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import anyio
 from anyio.from_thread import start_blocking_portal
@@ -54,6 +55,7 @@ with contextlib.suppress(ImportError):
 
 __all__ = ["Background", "Engine", "call_soon", "is_engine_thread", "spawn", "to_worker"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -78,6 +80,33 @@ class _Running:
         """Cancels the operation; called on the loop."""
         if self.scope is not None:
             self.scope.cancel()
+
+
+class _Executor(concurrent.futures.ThreadPoolExecutor):
+    """Where the `asyncio.to_thread` of users' handlers runs: on the workers during the exit."""
+
+    def __init__(self, workers: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+        super().__init__(thread_name_prefix="orbax_async to_thread")
+        self._exit_jobs = workers
+
+    def submit(
+        self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> concurrent.futures.Future[T]:
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        taken = threading.Lock()  # a job whose thread could not be started is queued all the same
+
+        def job() -> None:
+            if taken.acquire(blocking=False) and future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(fn(*args, **kwargs))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        try:
+            super().submit(job)
+        except RuntimeError:  # the interpreter is exiting, and executors start nothing any more
+            self._exit_jobs.put(job)
+        return future
 
 
 class Engine:
@@ -109,9 +138,10 @@ class Engine:
         self._watcher.daemon = False
         self._watcher.start()
 
-    @staticmethod
-    async def _describe_loop() -> tuple[asyncio.AbstractEventLoop, int]:
-        return asyncio.get_running_loop(), threading.get_ident()
+    async def _describe_loop(self) -> tuple[asyncio.AbstractEventLoop, int]:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(_Executor(self._jobs))
+        return loop, threading.get_ident()
 
     def submit(self, job: Callable[[], None]) -> None:
         """Queues a job for the workers; jobs start in the order of submission."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -156,7 +156,7 @@ def match(
         found.append(entry if wanted is not None and wanted is not ... else None)
     if is_partial:
         leaves = {keys for keys, entry in stored.items() if not is_stored_empty(entry)}
-        problems += _misfits(abstract, leaves)
+        problems += _misfits(abstract, stored, leaves)
     else:
         problems += [
             f"{_named(keys)}: in the checkpoint, not asked for"
@@ -170,7 +170,9 @@ def _named(keys: KeyPath) -> str:
     return keypath.label(keys) or "<root>"
 
 
-def _misfits(abstract: FlatTree, stored: set[KeyPath]) -> list[str]:
+def _misfits(
+    abstract: FlatTree, stored: Iterable[KeyPath], leaves: Container[KeyPath]
+) -> list[str]:
     """Returns where two trees differ by more than keys of dicts."""
     asked, held = _inner([keys for keys, _ in abstract.entries]), _inner(stored)
     problems = []
@@ -178,7 +180,7 @@ def _misfits(abstract: FlatTree, stored: set[KeyPath]) -> list[str]:
         others = held.get(keys)
         kind = _kind(children)
         if others is None:
-            if keys in stored:
+            if keys in leaves:
                 problems.append(f"{_named(keys)}: the checkpoint holds a leaf, not a {kind}")
         elif kind != _kind(others):
             problems.append(f"{_named(keys)}: the checkpoint holds a {_kind(others)}, not a {kind}")

@@ -22,6 +22,7 @@ RETURN_CODES = {
     "late_thread": 0,
     "slow": 0,
     "lazy": 0,
+    "grain": 0,
 }
 MEBIBYTES = {"slow": 96}
 AT_ONCE = 2

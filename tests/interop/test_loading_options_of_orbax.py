@@ -10,6 +10,7 @@ import disk
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from equality import assert_same
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
@@ -30,6 +31,7 @@ def state(mesh: Mesh) -> dict[str, Any]:
         "m": jnp.arange(12.0).reshape(4, 3),
         "s": "text",
         "e": {},
+        "o": ({"mu": np.arange(2.0)}, optax.EmptyState()),
     }
 
 
@@ -65,6 +67,7 @@ PARTS: dict[str, Any] = {
     "not there": {"s": str, "new": 5, "deep": {"er": np.float32(1)}},
     "no subtree": {"a": None, "s": str},
     "empty": {"e": {}, "s": ""},
+    "empty in a tuple": {"o": ({"mu": np.ndarray}, optax.EmptyState())},
     "everything": None,
 }
 
@@ -78,7 +81,10 @@ def test_partial_loads(saved: Path, case: str) -> None:
 
 @pytest.mark.parametrize(
     "abstract",
-    [{"l": [0]}, {"l": [0] * 4}, {"a": [0]}, {"l": {"0": 0}}, {"a": 0}, {"s": {"x": 0}}],
+    [
+        *({"l": [0]}, {"l": [0] * 4}, {"a": [0]}, {"l": {"0": 0}}, {"a": 0}, {"s": {"x": 0}}),
+        *({"o": [{"mu": np.ndarray}]}, {"o": [{"mu": np.ndarray}, (), ()]}),
+    ],
     ids=repr,
 )
 def test_partial_loads_that_both_refuse(saved: Path, abstract: Any) -> None:
@@ -198,7 +204,7 @@ def test_verification_of_either_library(tmp_path: Path, mesh8: Mesh, writer: str
     WRITERS[writer].save(tmp_path / "c", state(mesh8))
     report = ocp.verify(tmp_path / "c")
     assert report.is_intact, report
-    assert len(report.unproven) == (0 if writer == "ours" else 6)
+    assert len(report.unproven) == (0 if writer == "ours" else 7)
     assert ("without checksums: state['a']['j']" in str(report)) == (writer == "orbax")
 
 

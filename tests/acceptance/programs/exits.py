@@ -78,6 +78,15 @@ match way:
         with context:
             save()
         note_end()
+    case "grain":  # its iterators write with `asyncio.to_thread`
+        import grain
+
+        data = iter(grain.MapDataset.range(100).shuffle(seed=3).batch(4).to_iter_dataset())
+        next(data)
+        save(mebibytes=32)  # holds up the next one until the interpreter is exiting
+        both = {"state": states.make(0, mebibytes=2), "data": data}
+        ocp.save_checkpointables_async(final, both, overwrite=True)
+        note_end()
     case "parent_is_gone":
         final = directory / "parent" / "checkpoint"
         final.parent.mkdir()

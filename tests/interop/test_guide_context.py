@@ -230,6 +230,26 @@ def test_actors_with_contexts_of_their_own(library: ModuleType, tmp_path: Path) 
 
 
 @EITHER
+def test_functions_beside_a_checkpointer(library: ModuleType, tmp_path: Path) -> None:
+    """A block holds for functions, too, after a Checkpointer was used in it.
+
+    In Orbax the Checkpointer's first call ends it (W23), and a block of their own is needed.
+    """
+    context = library.Context()
+    context.array.saving.use_ocdbt = False
+    with context, library.training.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(0, params())
+        library.save(tmp_path / "beside", params())
+    with context:
+        library.save(tmp_path / "own", params())
+    manifests = {
+        name: (tmp_path / name / "state" / "manifest.ocdbt").exists()
+        for name in ("run/0", "beside", "own")
+    }
+    assert manifests == {"run/0": False, "beside": library is not ocp, "own": False}
+
+
+@EITHER
 def test_tasks_inherit(library: ModuleType, tmp_path: Path) -> None:
     """A task begun in a block has its options, and can't change them."""
     context = library.Context()

@@ -187,9 +187,12 @@ def test_dtype_on_disk(library: ModuleType, spelling: str, which: str, tmp_path:
 
 @EITHER
 def test_where_the_function_used_to_be(library: ModuleType) -> None:
-    """The option of the older guide is refused, not ignored, by both libraries."""
+    """The options of older guides that have gone are refused, not ignored, by both libraries."""
     with pytest.raises(TypeError, match="create_array_storage_options_fn"):
         library.options.PyTreeOptions.Saving(create_array_storage_options_fn=lambda *_: None)
+    with pytest.raises(TypeError, match="leaf_handler_registry"):
+        library.options.PyTreeOptions(leaf_handler_registry=None)
+    assert not hasattr(library, "LeafHandler")
 
 
 @EITHER
@@ -266,4 +269,6 @@ def test_metadata_tells_all_but_the_values(library: ModuleType, tmp_path: Path) 
     assert type(form["name"]) is str
     assert form["nothing"] is None
     assert library.arrays.to_shape_dtype_struct(form["w"]) == described(tree["w"])
+    if library is ocp:  # Orbax's function asks every description for a sharding, and fails
+        assert ocp.arrays.to_shape_dtype_struct(form["h"]) == jax.ShapeDtypeStruct((2,), np.int8)
     assert_same(library.load(tmp_path / "c", form), tree)

@@ -159,10 +159,13 @@ class Net(nnx.Module):
         return self.second(nnx.relu(self.first(x)))
 
 
+ADAM = optax.adamw(1e-2)
+
+
 def fresh_net() -> tuple[Net, nnx.Optimizer[Net]]:
     """Returns a network and its optimizer, always the same."""
     net = Net(nnx.Rngs(0))
-    return net, nnx.Optimizer(net, optax.adamw(1e-2), wrt=nnx.Param)
+    return net, nnx.Optimizer(net, ADAM, wrt=nnx.Param)
 
 
 def parts(net: Net, optimizer: nnx.Optimizer[Net]) -> dict[str, Any]:

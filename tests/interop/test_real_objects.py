@@ -7,6 +7,7 @@ original gives.
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -40,14 +41,16 @@ def error(predicted: Any) -> Any:
     return jnp.mean((predicted - Y) ** 2)
 
 
-def schedule() -> optax.GradientTransformation:
-    """Returns a chain with named, masked, empty, injected, scheduled and collected states."""
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.masked(optax.add_decayed_weights(1e-3), lambda tree: jax.tree.map(jnp.ndim, tree)),
-        optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(1e-2, 0.0, 9)),
-        optax.ema(0.9),
-    )
+# A chain with empty, masked, injected, scheduled and collected states.
+CHAIN = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.masked(
+        optax.add_decayed_weights(1e-3), lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+    ),
+    optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(1e-2, 0.0, 9)),
+    optax.ema(0.9),
+)
+EVERY_OTHER = optax.MultiSteps(CHAIN, 2)
 
 
 class Kind(abc.ABC):
@@ -71,20 +74,23 @@ class Kind(abc.ABC):
         return loaded
 
 
+DENSE = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(1)])
+
+
 class Linen(Kind):
     """A TrainState of flax linen."""
 
     def make(self, seed: int) -> TrainState:
-        model = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(1)])
-        params = model.init(jax.random.key(seed), X)["params"]
-        state = TrainState.create(apply_fn=model.apply, params=params, tx=schedule())
+        params = DENSE.init(jax.random.key(seed), X)["params"]
+        state = TrainState.create(apply_fn=DENSE.apply, params=params, tx=CHAIN)
         return state.replace(step=jnp.asarray(state.step))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def learn(self, made: TrainState) -> TrainState:
-        gradients = jax.grad(lambda params: error(made.apply_fn({"params": params}, X)))(
-            made.params
-        )
-        return made.apply_gradients(grads=gradients)
+        def loss(params: Any) -> Any:
+            return error(made.apply_fn({"params": params}, X))
+
+        return made.apply_gradients(grads=jax.grad(loss)(made.params))
 
 
 class _Net(nnx.Module):
@@ -97,16 +103,20 @@ class _Net(nnx.Module):
         return self.layers[1](self.dropout(nnx.relu(self.norm(self.layers[0](x)))))
 
 
+@nnx.jit
+def _learn_nnx(net: _Net, optimizer: nnx.Optimizer[_Net]) -> None:
+    optimizer.update(net, nnx.grad(lambda net: error(net(X)))(net))
+
+
 class Nnx(Kind):
     """A module of flax nnx with its optimizer, batch statistics and random state."""
 
     def make(self, seed: int) -> Any:
         net = _Net(nnx.Rngs(seed))
-        return net, nnx.Optimizer(net, optax.adamw(1e-2), wrt=nnx.Param)
+        return net, nnx.Optimizer(net, CHAIN, wrt=nnx.Param)
 
     def learn(self, made: Any) -> Any:
-        net, optimizer = made
-        optimizer.update(net, nnx.grad(lambda net: error(net(X)))(net))
+        _learn_nnx(*made)
         return made
 
     def take_apart(self, made: Any) -> Any:
@@ -124,14 +134,13 @@ class Optax(Kind):
 
     def make(self, seed: int) -> Any:
         params = {"w": jax.random.normal(jax.random.key(seed), (4, 1)), "b": jnp.zeros(1)}
-        optimizer = optax.MultiSteps(schedule(), 2)
-        return {"params": params, "moments": optimizer.init(params)}
+        return {"params": params, "moments": EVERY_OTHER.init(params)}
 
+    @functools.partial(jax.jit, static_argnums=0)
     def learn(self, made: Any) -> Any:
-        optimizer = optax.MultiSteps(schedule(), 2)
         params = made["params"]
         gradients = jax.grad(lambda tree: error(X @ tree["w"] + tree["b"]))(params)
-        updates, moments = optimizer.update(gradients, made["moments"], params)
+        updates, moments = EVERY_OTHER.update(gradients, made["moments"], params)
         return {"params": optax.apply_updates(params, updates), "moments": moments}
 
 
@@ -140,13 +149,14 @@ class Equinox(Kind):
 
     def make(self, seed: int) -> Any:
         model = eqx.nn.MLP(4, 1, width_size=6, depth=1, key=jax.random.key(seed))
-        return model, schedule().init(eqx.filter(model, eqx.is_array))
+        return model, CHAIN.init(eqx.filter(model, eqx.is_array))
 
+    @eqx.filter_jit
     def learn(self, made: Any) -> Any:
         model, moments = made
         gradients = eqx.filter_grad(lambda model: error(jax.vmap(model)(X)))(model)
         params = eqx.filter(model, eqx.is_array)
-        updates, moments = schedule().update(gradients, moments, params)
+        updates, moments = CHAIN.update(gradients, moments, params)
         return eqx.apply_updates(model, updates), moments
 
     def take_apart(self, made: Any) -> Any:
@@ -163,6 +173,19 @@ KINDS: dict[str, Kind] = {
     "optax": Optax(),
     "equinox": Equinox(),
 }
+
+
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
+
+
+@functools.cache
+def original(name: str) -> tuple[Any, Any]:
+    """Returns what is saved of an object two steps in, and what it is one step later."""
+    kind = KINDS[name]
+    made = kind.learn(kind.learn(kind.make(0)))
+    tree = _copied(kind.take_apart(made))
+    return tree, _copied(kind.take_apart(kind.learn(made)))
 
 
 # Ways to save and load a tree: each takes a library, a path and a tree.
@@ -219,16 +242,15 @@ ROUTES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
 def test_it_goes_on(name: str, route: str, writer: str, reader: str, tmp_path: Path) -> None:
     """Loaded into one that was made with other values, it has all of the first, and goes on."""
     kind, (save, load) = KINDS[name], ROUTES[route]
-    made = kind.learn(kind.learn(kind.make(0)))
-    tree = kind.take_apart(made)
+    tree, following = original(name)
     save(LIBRARIES[writer], tmp_path / "c", tree)
     other = kind.make(1)
     abstract = jax.tree.map(ocp.arrays.to_shape_dtype_struct, kind.take_apart(other))
     loaded = load(LIBRARIES[reader], tmp_path / "c", abstract)
     assert jax.tree.structure(loaded) == jax.tree.structure(kind.take_apart(other))
     assert_same(jax.tree.leaves(loaded), jax.tree.leaves(tree))
-    following = kind.take_apart(kind.learn(kind.put_together(other, loaded)))
-    assert_same(jax.tree.leaves(following), jax.tree.leaves(kind.take_apart(kind.learn(made))))
+    later = kind.take_apart(kind.learn(kind.put_together(other, loaded)))
+    assert_same(jax.tree.leaves(later), jax.tree.leaves(following))
 
 
 @pytest.mark.parametrize("writer", LIBRARIES)
@@ -267,16 +289,14 @@ def message() -> struct_pb2.Struct:
 @pytest.mark.parametrize("route", ["a checkpoint", "a step"])
 def test_all_in_one(route: str, writer: str, reader: str, tmp_path: Path) -> None:
     """Models of all kinds, an iterator and a message beside each other, in one checkpoint."""
-    made = {name: kind.learn(kind.make(0)) for name, kind in KINDS.items()}
     data = batches()
     for _ in range(7):
         next(data)
-    trees = {name: kind.take_apart(made[name]) for name, kind in KINDS.items()}
+    trees = {name: original(name)[0] for name in KINDS}
     objects = {**trees, "data": data, "message": message()}
     saving, loading, fresh = LIBRARIES[writer], LIBRARIES[reader], batches()
     forms = {
-        name: jax.tree.map(ocp.arrays.to_shape_dtype_struct, kind.take_apart(kind.make(1)))
-        for name, kind in KINDS.items()
+        name: jax.tree.map(ocp.arrays.to_shape_dtype_struct, tree) for name, tree in trees.items()
     }
     wanted = {**forms, "data": fresh, "message": struct_pb2.Struct}
     if route == "a checkpoint":
@@ -300,8 +320,7 @@ def test_all_in_one(route: str, writer: str, reader: str, tmp_path: Path) -> Non
 
 async def test_all_in_one_awaited(tmp_path: Path) -> None:
     """The same objects by ours, saved and loaded from a coroutine while the data runs on."""
-    made = {name: kind.learn(kind.make(0)) for name, kind in KINDS.items()}
-    trees = {name: kind.take_apart(made[name]) for name, kind in KINDS.items()}
+    trees = {name: original(name)[0] for name in KINDS}
     data, fresh = batches(), batches()
     next(data)
     async with ocp.training.Checkpointer(tmp_path / "run") as checkpointer:

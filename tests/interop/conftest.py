@@ -20,6 +20,8 @@ HERE = Path(__file__).parent
 NOISE = (
     r"ignore:Exception ignored in. None[\s\S]*Event loop is closed",
     r"ignore:Exception ignored in. <coroutine object (_create_paths|_read_array_index_and_)",
+    r"ignore:Exception ignored in. <coroutine object PyTreeHandler\._background_load",
+    r"ignore:Exception ignored in. <coroutine object Store\._get_array_metadatas",
 )
 
 

@@ -39,10 +39,15 @@ class PyTreeHandler:
 
     Args:
       context: the options to use, instead of those of the operation.
+      partial_save_mode: whether what is saved is part of a tree. Its arrays then wait in a database
+        that is not yet merged; `partial.finalize` makes it one that can be loaded.
     """
 
-    def __init__(self, *, context: ambient.Context | None = None) -> None:
+    def __init__(
+        self, *, context: ambient.Context | None = None, partial_save_mode: bool = False
+    ) -> None:
         self._context = context
+        self._partial_save_mode = partial_save_mode
 
     # Saving.
 
@@ -87,7 +92,7 @@ class PyTreeHandler:
             else self.flatten(checkpointable)
         )
         doing = operation.current(is_joint=True)
-        saving = Saving(prepared, self._options(), doing)
+        saving = Saving(prepared, self._options(), doing, is_part=self._partial_save_mode)
         running = doing.background(lambda: saving.run(directory))
         try:
             await saving.pipeline.let_go.wait()

@@ -232,7 +232,7 @@ class NoPartialSaveError(PartialSaveError, FileNotFoundError):
     """There is no partial save to be finalized."""
 
 
-class PartialSaveReplacementError(LeafError, PartialSaveError):
+class PartialSaveReplacementError(PartialSaveError, LeafError):
     """A partial save holds what an earlier one has saved; it can only add."""
 
 

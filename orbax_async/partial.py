@@ -28,7 +28,7 @@ from orbax_async._commit.session import (
 )
 from orbax_async._storage import names
 from orbax_async.handlers import tiers
-from orbax_async.handlers.additions import AdditionsHandler, check_addition
+from orbax_async.handlers.additions import check_addition
 from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.resolve import Part
@@ -179,7 +179,7 @@ def _start_finalize(doing: Operation, path: Any) -> AsyncResponse[None]:
         if turn.is_first:
             check_unfinished(session.final)
             check_begun(session.directory)
-        part = Part(names.DEFAULT_CHECKPOINTABLE, AdditionsHandler(), session)
+        part = Part(names.DEFAULT_CHECKPOINTABLE, PyTreeHandler(), session)
         return Save(
             doing,
             session.final,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import importlib
 import inspect
+import operator
 import pickle
 import pkgutil
 import types
@@ -34,14 +35,15 @@ FUNCTIONS = [
     *("load", "load_async", "load_checkpointables", "load_checkpointables_async"),
     *("metadata", "checkpointables_metadata", "is_orbax_checkpoint"),
     *("delete", "delete_async"),
+    *("partial.save", "partial.save_async", "partial.finalize"),
 ]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_signatures_are_those_of_orbax(name: str) -> None:
     """The same parameters in the same order, of the same kinds, with the same defaults."""
-    ours = inspect.signature(getattr(ocp, name)).parameters
-    theirs = inspect.signature(getattr(v1, name)).parameters
+    ours = inspect.signature(operator.attrgetter(name)(ocp)).parameters
+    theirs = inspect.signature(operator.attrgetter(name)(v1)).parameters
     added = ADDED.get(name, [])
     assert list(ours) == [*theirs, *added]
     for parameter in added:
@@ -67,12 +69,16 @@ def test_departures_from_the_signatures_are_real() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["save", "load", "save_checkpointables", "load_checkpointables", "delete"]
+    "verb",
+    [
+        *("save", "load", "save_checkpointables", "load_checkpointables", "delete"),
+        *("partial.save", "partial.finalize"),
+    ],
 )
 def test_both_doors_of_a_verb_take_the_same(verb: str) -> None:
     """`save` and `save_async`, and so on, differ in nothing but what they return."""
-    blocking = inspect.signature(getattr(ocp, verb)).parameters
-    awaitable = inspect.signature(getattr(ocp, f"{verb}_async")).parameters
+    blocking = inspect.signature(operator.attrgetter(verb)(ocp)).parameters
+    awaitable = inspect.signature(operator.attrgetter(f"{verb}_async")(ocp)).parameters
     assert list(blocking.values()) == list(awaitable.values())
 
 
@@ -111,7 +117,8 @@ def test_handlers_have_the_methods_of_orbax() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "handlers", "multihost", "options", "path", "training", "tree"]
+    "module",
+    ["errors", "handlers", "multihost", "options", "partial", "path", "training", "tree"],
 )
 def test_modules_are_where_orbax_has_them(module: str) -> None:
     """The public modules of Orbax that are built have their names here."""
@@ -144,10 +151,13 @@ BUILTINS = {
     "MissingAbstractError": ValueError,
     "MultihostError": RuntimeError,
     "NotACheckpointError": (ValueError, NotADirectoryError),
+    "NoPartialSaveError": FileNotFoundError,
     "NotJsonError": (TypeError, ValueError),
     "NothingToDeleteError": FileNotFoundError,
     "OperationCancelledError": concurrent.futures.CancelledError,
     "OperationTimeoutError": TimeoutError,
+    "PartialSaveError": (),
+    "PartialSaveReplacementError": errors.PartialSaveError,
     "ReadError": OSError,
     "SaveInProgressError": ValueError,
     "ShapeMismatchError": ValueError,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Awaitable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from orbax_async import context as ambient
@@ -23,7 +23,7 @@ from orbax_async.handlers.forms import TreeForm
 from orbax_async.path import PathAwaitingCreation
 from orbax_async.tree import keypath, schema, union
 
-__all__ = ["AdditionsHandler", "check_addition"]
+__all__ = ["check_addition", "put_together"]
 
 _DATABASES = names.PROCESS_DATABASE.format("")
 _DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.ARRAY_METADATAS}
@@ -117,32 +117,33 @@ def _read_trees(additions: Iterable[str]) -> list[tuple[str, schema.TreeDocument
     return trees
 
 
-class AdditionsHandler:
-    """Puts the trees of a session's additions together."""
+async def put_together(directory: PathAwaitingCreation, session: Session) -> None:
+    """Writes the tree of all additions of a session that is claimed once there is the directory.
 
-    async def save(self, directory: PathAwaitingCreation, session: Session) -> Awaitable[None]:
-        """Returns what writes the tree of all additions; there is nothing to capture."""
-        return self._save(directory, session)
-
-    async def _save(self, directory: PathAwaitingCreation, session: Session) -> None:
-        path = os.fspath(await directory.await_creation())
-        if not operation.current(is_joint=True).processes.is_primary:
-            return
-        try:
-            await loop.to_worker(_write_documents, session.additions, path)
-            for addition in session.additions:
-                serial = "" if addition == session.directory else _serial(addition)
-                await loop.to_worker(_link_data, _directory(addition), path, serial)
-        except OSError as error:
-            if isinstance(error, errors.CheckpointError):
-                raise
-            raise errors.CommitError(
-                f"cannot put the partial saves of {session.final} together: "
-                f"{error.strerror or error} ({error.filename})"
-            ) from error
-        await loop.to_worker(ocdbt.merge_process_databases, path)
-        if ambient.current().array.saving.enable_post_merge_validation:
-            await loop.to_worker(_validate, path)
+    Raises:
+      PartialSaveError: the trees do not fit together.
+      InvalidLayoutError: a document of theirs is damaged.
+      CommitError: a file can't be linked or written.
+      WriteError: an array is missing.
+    """
+    path = os.fspath(await directory.await_creation())
+    if not operation.current(is_joint=True).processes.is_primary:
+        return
+    try:
+        await loop.to_worker(_write_documents, session.additions, path)
+        for addition in session.additions:
+            serial = "" if addition == session.directory else _serial(addition)
+            await loop.to_worker(_link_data, _directory(addition), path, serial)
+    except OSError as error:
+        if isinstance(error, errors.CheckpointError):
+            raise
+        raise errors.CommitError(
+            f"cannot put the partial saves of {session.final} together: "
+            f"{error.strerror or error} ({error.filename})"
+        ) from error
+    await loop.to_worker(ocdbt.merge_process_databases, path)
+    if ambient.current().array.saving.enable_post_merge_validation:
+        await loop.to_worker(_validate, path)
 
 
 def _serial(addition: str) -> str:

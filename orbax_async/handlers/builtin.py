@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from orbax_async import registration
 from orbax_async._storage import names
-from orbax_async.handlers.additions import AdditionsHandler
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler, ProtoHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.stateful import StatefulCheckpointableHandler
@@ -20,7 +19,6 @@ STATEFUL_TYPESTR = f"{_HANDLERS}stateful_checkpointable_handler.StatefulCheckpoi
 
 TYPESTRS: dict[type, str] = {
     PyTreeHandler: names.PYTREE_TYPESTR,
-    AdditionsHandler: names.PYTREE_TYPESTR,  # what it makes of partial saves is a pytree
     JsonHandler: f"{_HANDLERS}json_handler.JsonHandler",
     MetricsHandler: f"{_HANDLERS}json_handler.MetricsHandler",
     ProtoHandler: f"{_HANDLERS}proto_handler.ProtoHandler",

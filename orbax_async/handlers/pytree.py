@@ -15,8 +15,9 @@ import jax
 
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
+from orbax_async._commit.session import Session
 from orbax_async._engine import loop
-from orbax_async.handlers import forms, leaves, operation, ordering, storing, targets
+from orbax_async.handlers import additions, forms, leaves, operation, ordering, storing, targets
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.reading import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.saving import Saving
@@ -84,8 +85,10 @@ class PyTreeHandler:
 
         Args:
           directory: where to; it may not exist before tier 2.
-          checkpointable: a pytree, or what `flatten` made of it.
+          checkpointable: a pytree, or what `flatten` made of it, or partial saves to be one.
         """
+        if isinstance(checkpointable, Session):
+            return additions.put_together(directory, checkpointable)
         prepared = (
             checkpointable
             if isinstance(checkpointable, PreparedTree)

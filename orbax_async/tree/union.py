@@ -34,6 +34,8 @@ class Taken:
         """Takes the keys of one more tree."""
         for entry in entries:
             keys = _names(entry)
+            if entry.is_empty and keys in self._above:
+                continue
             self._entries.setdefault(keys, entry)
             self._above.update(keys[:count] for count in range(len(keys)))
             if not entry.is_empty:

@@ -184,6 +184,7 @@ def test_a_killed_process_loses_nothing_and_is_in_nobody_s_way(point: str, tmp_p
     assert sorted(os.listdir(tmp_path)) == ["c", "next"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_i5_a_part_is_durable_before_it_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

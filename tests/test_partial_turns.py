@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 from collections.abc import Iterator
@@ -71,6 +70,8 @@ def test_w10_parts_saved_by_threads_land_or_are_refused(tmp_path: Path) -> None:
         assert won.pop(f"k{key}") == 100 * loaded.pop(f"k{key}") + 1
     assert loaded == {f"own{i}_{k}": i for i in range(1, 5) for k in range(3)}
 
+
+fcntl = pytest.importorskip("fcntl", reason="what these tests lock with")
 
 ANOTHER = """
 import sys, orbax_async as ocp

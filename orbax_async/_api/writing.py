@@ -205,10 +205,13 @@ class Save:
         created.set()
 
     async def _claim(self) -> None:
+        if await loop.to_worker(self._place.claim):
+            return
+        logger.info("%s: waiting until another process has finished there", self._final)
         while True:
+            await anyio.sleep(_CLAIM_SECS)
             if await loop.to_worker(self._place.claim):
                 return
-            await anyio.sleep(_CLAIM_SECS)
 
     def _create_directories(self) -> None:
         if self._place.is_in_place:  # what is set aside must be one that may be replaced

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from orbax_async import handlers as handlers
     from orbax_async import multihost as multihost
     from orbax_async import options as options
+    from orbax_async import partial as partial
     from orbax_async import path as path
     from orbax_async import training as training
     from orbax_async import tree as tree
@@ -86,6 +87,7 @@ __all__ = [
     "metadata",
     "multihost",
     "options",
+    "partial",
     "path",
     "pytree_metadata",
     "save",

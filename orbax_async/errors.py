@@ -28,6 +28,9 @@
         ReadError (OSError)
           CorruptDataError
       CommitError (OSError)
+      PartialSaveError                           partial saves that can't be put together
+        NoPartialSaveError (FileNotFoundError)   there is none to be finalized
+        PartialSaveReplacementError (LeafError)  a key that is saved already
       StepNotFoundError (ValueError, FileNotFoundError)
       MultihostError (RuntimeError)
         BarrierTimeoutError (TimeoutError)       names the missing processes
@@ -66,11 +69,14 @@ __all__ = [
     "LoopError",
     "MissingAbstractError",
     "MultihostError",
+    "NoPartialSaveError",
     "NotACheckpointError",
     "NotJsonError",
     "NothingToDeleteError",
     "OperationCancelledError",
     "OperationTimeoutError",
+    "PartialSaveError",
+    "PartialSaveReplacementError",
     "ReadError",
     "SaveInProgressError",
     "ShapeMismatchError",
@@ -224,6 +230,18 @@ class CorruptDataError(ReadError):
 
 class CommitError(CheckpointError, OSError):
     """A checkpoint could not be made durable or visible."""
+
+
+class PartialSaveError(CheckpointError):
+    """Partial saves to one checkpoint do not fit together."""
+
+
+class NoPartialSaveError(PartialSaveError, FileNotFoundError):
+    """There is no partial save to be finalized."""
+
+
+class PartialSaveReplacementError(PartialSaveError, LeafError):
+    """A partial save holds what an earlier one has saved; it can only add."""
 
 
 class StepNotFoundError(CheckpointError, ValueError, FileNotFoundError):

@@ -46,6 +46,7 @@ BLOCKING_BY_CONTRACT = {
     "orbax_async/_api/verify.py": {"verify_async"},
     "orbax_async/_api/metadata.py": {"metadata", "checkpointables_metadata"},
     "orbax_async/_api/delete.py": {"delete_async"},
+    "orbax_async/partial.py": {"save_async", "finalize_async"},
     # Users' handlers may block, as Orbax lets them.
     "orbax_async/handlers/foreign.py": {"__await__"},
     # A run's directory is listed when it is opened; plain methods block, and so do those that begin

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import importlib
 import inspect
+import operator
 import pickle
 import pkgutil
 from collections.abc import Iterator
@@ -21,12 +22,16 @@ from orbax_async import errors
 
 
 @pytest.mark.parametrize(
-    "verb", ["save", "load", "save_checkpointables", "load_checkpointables", "delete"]
+    "verb",
+    [
+        *("save", "load", "save_checkpointables", "load_checkpointables", "delete"),
+        *("partial.save", "partial.finalize"),
+    ],
 )
 def test_both_doors_of_a_verb_take_the_same(verb: str) -> None:
     """`save` and `save_async`, and so on, differ in nothing but what they return."""
-    blocking = inspect.signature(getattr(ocp, verb)).parameters
-    awaitable = inspect.signature(getattr(ocp, f"{verb}_async")).parameters
+    blocking = inspect.signature(operator.attrgetter(verb)(ocp)).parameters
+    awaitable = inspect.signature(operator.attrgetter(f"{verb}_async")(ocp)).parameters
     assert list(blocking.values()) == list(awaitable.values())
 
 
@@ -66,10 +71,13 @@ BUILTINS = {
     "MissingAbstractError": ValueError,
     "MultihostError": RuntimeError,
     "NotACheckpointError": (ValueError, NotADirectoryError),
+    "NoPartialSaveError": FileNotFoundError,
     "NotJsonError": (TypeError, ValueError),
     "NothingToDeleteError": FileNotFoundError,
     "OperationCancelledError": concurrent.futures.CancelledError,
     "OperationTimeoutError": TimeoutError,
+    "PartialSaveError": (),
+    "PartialSaveReplacementError": errors.PartialSaveError,
     "ReadError": OSError,
     "SaveInProgressError": ValueError,
     "ShapeMismatchError": ValueError,

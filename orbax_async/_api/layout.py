@@ -11,7 +11,7 @@ import anyio
 
 from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._commit import atomicity
+from orbax_async._commit import atomicity, session
 from orbax_async._engine import loop
 from orbax_async._storage import files, names, safetensors
 from orbax_async._trace import logger
@@ -327,6 +327,8 @@ def _problem(path: str) -> str | None:
 
 def _contents_problem(path: str) -> str | None:
     if not os.path.lexists(path):
+        if session.find_additions(session.directory_of(path)):
+            return "its partial saves are not finalized. Call partial.finalize first."
         return "there is no such directory. Check the path."
     if not os.path.isdir(path):
         return "it is a file, not a directory."
@@ -344,6 +346,8 @@ def _contents_problem(path: str) -> str | None:
         return f"{names.CHECKPOINT_METADATA} is missing."
     if _is_checkpointable(path):
         return None
+    if path.endswith(names.SESSION_SUFFIX) and session.find_additions(path):
+        return "it holds partial saves. Call partial.finalize, and load the checkpoint beside it."
     inside = sorted(entry.name for entry in files.scan(path) if entry.is_dir())
     if any(
         _is_checkpointable(os.path.join(path, name))

@@ -26,6 +26,9 @@ from orbax_async.path import PathLike, pathlike
 
 __all__ = [
     "OfRun",
+    "carry_out",
+    "in_background",
+    "json_metadata",
     "save",
     "save_async",
     "save_checkpointables",
@@ -237,7 +240,17 @@ def _save(
     custom_metadata: Any,
     is_state: bool,
 ) -> AsyncResponse[None]:
-    """Begins a joint operation of all processes, in which everything else happens."""
+    return in_background(
+        lambda doing: _start(doing, path, checkpointables, overwrite, custom_metadata, is_state)
+    )
+
+
+def in_background(start: Callable[[Operation], AsyncResponse[None]]) -> AsyncResponse[None]:
+    """Begins a joint operation of all processes, and waits until its values are captured.
+
+    Args:
+      start: starts it, and raises what can be known to go wrong before.
+    """
     doing = Operation.begin(is_joint=True)
     if doing.context.checkpoint_layout is CheckpointLayout.SAFETENSORS:
         raise errors.UnsupportedOptionError(
@@ -245,7 +258,7 @@ def _save(
             "loading alone; leave it at CheckpointLayout.ORBAX, or at AUTO to load both"
         )
     with doing.processes.telling():
-        response = _start(doing, path, checkpointables, overwrite, custom_metadata, is_state)
+        response = start(doing)
     if doing.context.asynchronous.staging == "eager":
         response._wait_let_go()
     doing.recorder.unblock()
@@ -268,7 +281,7 @@ def _start(
     named = checkpointables if is_state else _pairs(checkpointables)
     for name, _ in named:
         layout.check_name(name, is_saved=True)
-    metadata = _json_metadata(custom_metadata)
+    metadata = json_metadata(custom_metadata)
     parts = []
     with options:
         for name, value in named:
@@ -286,16 +299,34 @@ def _start(
         check_destination(final, overwrite=overwrite)
     after = None if of_run is None else of_run.may_write
     turn = Turn(final, overwrite=overwrite, after=after)
+
+    def saving(doing: Operation) -> _Body:
+        save = Save(doing, final, parts, metadata, overwrite, turn)
+        return save.run if of_run is None else _of_run(save, of_run)
+
+    return carry_out(f"save to {final}", doing, saving, turn)
+
+
+def carry_out(
+    label: str, doing: Operation, saving: Callable[[Operation], _Body], turn: Turn
+) -> AsyncResponse[Any]:
+    """Starts what a save does, under the limits of its options; ends its turn however it ends.
+
+    Args:
+      label: what it is, for messages.
+      doing: the operation.
+      saving: makes what is to be done, under the operation's own limit of memory.
+      turn: its turn at the path.
+    """
     end_profile = None
     try:
         doing, end_profile = doing.regulated()
-        saving = Save(doing, final, parts, metadata, overwrite, turn)
-        body = saving.run if of_run is None else _of_run(saving, of_run)
+        body = saving(doing)
         return perform.start(
-            f"save to {final}",
+            label,
             doing,
             body if end_profile is None else _profiled(body, end_profile),
-            timeout_secs=options.asynchronous.timeout_secs,
+            timeout_secs=doing.context.asynchronous.timeout_secs,
             when_ended=turn.end,
         )
     except BaseException:
@@ -331,7 +362,7 @@ def _of_run(saving: Save, of_run: OfRun) -> _Body:
     return run
 
 
-def _json_metadata(custom_metadata: Any) -> dict[str, Any]:
+def json_metadata(custom_metadata: Any) -> dict[str, Any]:
     """Returns a private copy of custom metadata; raises for what JSON can't hold (W27)."""
     if custom_metadata is None:
         return {}

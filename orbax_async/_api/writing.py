@@ -25,10 +25,11 @@ from orbax_async.handlers.resolve import Part
 from orbax_async.options import AtomicityMode
 from orbax_async.path import Path
 
-__all__ = ["Save", "WhenCommitted", "check_destination"]
+__all__ = ["Save", "WhenCommitted", "check_destination", "check_parent"]
 
 _SYNCS_AT_ONCE = 4
 _SWEEP_GRACE_SECS = 1.0
+_CLAIM_SECS = 0.02  # between two looks whether another process has finished
 
 
 def check_destination(final: str, *, overwrite: bool) -> None:
@@ -51,6 +52,11 @@ def check_destination(final: str, *, overwrite: bool) -> None:
                 f"Destination {final} already exists and is no checkpoint: overwrite=True replaces "
                 "checkpoints only. Remove it yourself, or save elsewhere."
             )
+    check_parent(final)
+
+
+def check_parent(final: str) -> None:
+    """Raises if no directory can be made at a path."""
     parent = os.path.dirname(final)
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
@@ -90,7 +96,19 @@ WhenCommitted = Callable[[], Awaitable[None]]
 
 
 class Save:
-    """One save: from the first value captured to the last name synced."""
+    """One save: from the first value captured to the last name synced.
+
+    Args:
+      doing: the operation.
+      final: where to.
+      parts: what to save, and how.
+      custom_metadata: the user's.
+      overwrite: whether it may replace a checkpoint.
+      turn: its turn at the path.
+      place: where it writes until it commits; None for what the options say.
+      inherit: returns when what is saved was begun, and custom metadata that comes with it; asked
+        when the save may look at what is there.
+    """
 
     def __init__(
         self,
@@ -100,6 +118,9 @@ class Save:
         custom_metadata: dict[str, Any],
         overwrite: bool,
         turn: Turn,
+        *,
+        place: Place | None = None,
+        inherit: Callable[[], tuple[int, dict[str, Any]]] | None = None,
     ) -> None:
         self._doing = doing
         self._options = doing.context
@@ -110,8 +131,8 @@ class Save:
         self._overwrite = overwrite
         self._turn = turn
         self._init_nsecs = time.time_ns()
-        is_in_place = layout.commit_mode(doing.context) is AtomicityMode.COMMIT_FILE
-        self._place: Place = InPlace(final) if is_in_place else Beside(final)
+        self._inherit = inherit
+        self._place = place or _place(doing, final)
 
     async def run(
         self,
@@ -135,7 +156,7 @@ class Save:
             with anyio.CancelScope(shield=True):
                 await when_committed()
         callback = self._options.asynchronous.post_finalization_callback
-        if callback is not None:
+        if callback is not None and self._place.makes_checkpoint:
             await loop.to_worker(callback)
 
     async def _agree_on_paths(self) -> None:
@@ -179,8 +200,18 @@ class Save:
         if processes.is_primary:
             with self._doing.recorder.span("create"):
                 await loop.to_worker(self._create_directories)
+                await self._claim()
         await processes.broadcast("directory created")
         created.set()
+
+    async def _claim(self) -> None:
+        if await loop.to_worker(self._place.claim):
+            return
+        logger.info("%s: waiting until another process has finished there", self._final)
+        while True:
+            await anyio.sleep(_CLAIM_SECS)
+            if await loop.to_worker(self._place.claim):
+                return
 
     def _create_directories(self) -> None:
         if self._place.is_in_place:  # what is set aside must be one that may be replaced
@@ -229,12 +260,15 @@ class Save:
             await loop.to_worker(finalize.sync_directories, directories, self._final)
 
     def _write_documents(self) -> None:
+        init_nsecs, custom_metadata = self._init_nsecs, self._custom_metadata
+        if self._inherit is not None:
+            init_nsecs, custom_metadata = self._inherit()
         finalize.write_root_documents(
             self._place.directory,
             self._final,
             self._typestrs,
-            init_nsecs=self._init_nsecs,
-            custom_metadata=self._custom_metadata,
+            init_nsecs=init_nsecs,
+            custom_metadata=custom_metadata,
         )
 
     def _write_all_documents(self) -> None:
@@ -265,6 +299,11 @@ class Save:
         else:
             for path in swept:
                 logger.info("removed %s, left by a process that has died", path)
+
+
+def _place(doing: Operation, final: str) -> Place:
+    is_in_place = layout.commit_mode(doing.context) is AtomicityMode.COMMIT_FILE
+    return InPlace(final) if is_in_place else Beside(final)
 
 
 def _first_tier(part: Part, directory: _Awaited) -> tiers.Tier:

@@ -37,6 +37,7 @@ class Beside:
     """
 
     is_in_place = False
+    makes_checkpoint = True
 
     def __init__(self, final: str) -> None:
         self._final = final
@@ -51,13 +52,17 @@ class Beside:
         """Makes the directory, its parents, and directories in it."""
         self._parents = atomicity.create(self.directory, names_inside, mode=mode)
 
+    def claim(self) -> bool:
+        """Says whether what is written may depend on what is there; asked again until it may."""
+        return True
+
     def publish(self, write_documents: Callable[[], None], *, overwrite: bool) -> str | None:
         """Makes the checkpoint visible; its documents are written already.
 
         Returns:
           Where the checkpoint that was replaced lies now, or None if there was none.
         """
-        _sync_parents(self._parents, self._final)
+        self._sync_parents()
         return atomicity.publish(self.directory, self._final, overwrite=overwrite)
 
     def undo(self) -> None:
@@ -65,6 +70,9 @@ class Beside:
         if self.directory:
             atomicity.discard(self.directory)
         atomicity.remove_empty(self._parents)
+
+    def _sync_parents(self) -> None:
+        _sync_parents(self._parents, self._final)
 
 
 class InPlace:
@@ -75,6 +83,7 @@ class InPlace:
     """
 
     is_in_place = True
+    makes_checkpoint = True
 
     def __init__(self, final: str) -> None:
         self._final = final
@@ -113,6 +122,10 @@ class InPlace:
             raise errors.CommitError(
                 f"cannot begin to write {self._final}: {error.strerror or error}"
             ) from error
+
+    def claim(self) -> bool:
+        """Has nothing to claim: the directory says whose it is."""
+        return True
 
     def publish(self, write_documents: Callable[[], None], *, overwrite: bool) -> str | None:
         """Writes the checkpoint's documents, and then the proof that it is whole.

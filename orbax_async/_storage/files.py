@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 __all__ = [
     "fsync_directory",
     "fsync_file",
+    "link_tree",
     "read_bytes",
     "remove_tree",
     "sizes",
@@ -48,6 +50,25 @@ def fsync_directory(path: str) -> None:
     if os.name == "nt":
         return
     fsync_file(path)
+
+
+def link_tree(source: str, target: str) -> None:
+    """Gives a file, or each file below a directory, a second name; copies it where that can't be.
+
+    Raises:
+      FileExistsError: there is a file of that name already.
+    """
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+        for entry in scan(source):
+            link_tree(entry.path, os.path.join(target, entry.name))
+    elif os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, "two files of the same name", target)
+    else:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
 
 
 def walk(root: str) -> tuple[list[str], list[str]]:

@@ -49,6 +49,11 @@ OWNED_TEMPORARY = re.compile(
     r"-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-(?P<serial>\d+)-(?P<use>new|old)"
 )
 
+# The partial saves to `<checkpoint>` gather in `<checkpoint>.partial_save`, one directory each.
+SESSION_SUFFIX = ".partial_save"
+ADDITION_MARK = ".pending"
+ADDITION = "{session}.pending_{nsecs}_{serial}"
+
 # The handler class that stock Orbax resolves for a pytree.
 PYTREE_TYPESTR = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 

@@ -6,6 +6,7 @@ Does:
   - resolve what each leaf should be loaded as (`targets`);
   - save and load pytrees in two tiers (`pytree`, with `saving`, `stored` and `reading` behind
     it), and look for damage in them (`inspection`);
+  - put the trees of partial saves together (`additions`);
   - save and load documents (`documents`), and objects that do so themselves (`stateful`);
   - choose the handler of a checkpointable (`resolve`, from those in `builtin` and the users');
   - run both tiers of several handlers at once (`tiers`), users' code among them (`foreign`).

@@ -15,8 +15,9 @@ import jax
 
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
+from orbax_async._commit.session import Session
 from orbax_async._engine import loop
-from orbax_async.handlers import forms, leaves, operation, ordering, storing, targets
+from orbax_async.handlers import additions, forms, leaves, operation, ordering, storing, targets
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.reading import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.saving import Saving
@@ -39,10 +40,15 @@ class PyTreeHandler:
 
     Args:
       context: the options to use, instead of those of the operation.
+      partial_save_mode: whether what is saved is part of a tree. Its arrays then wait in a database
+        that is not yet merged; `partial.finalize` makes it one that can be loaded.
     """
 
-    def __init__(self, *, context: ambient.Context | None = None) -> None:
+    def __init__(
+        self, *, context: ambient.Context | None = None, partial_save_mode: bool = False
+    ) -> None:
         self._context = context
+        self._partial_save_mode = partial_save_mode
 
     # Saving.
 
@@ -79,15 +85,17 @@ class PyTreeHandler:
 
         Args:
           directory: where to; it may not exist before tier 2.
-          checkpointable: a pytree, or what `flatten` made of it.
+          checkpointable: a pytree, or what `flatten` made of it, or partial saves to be one.
         """
+        if isinstance(checkpointable, Session):
+            return additions.put_together(directory, checkpointable)
         prepared = (
             checkpointable
             if isinstance(checkpointable, PreparedTree)
             else self.flatten(checkpointable)
         )
         doing = operation.current(is_joint=True)
-        saving = Saving(prepared, self._options(), doing)
+        saving = Saving(prepared, self._options(), doing, is_part=self._partial_save_mode)
         running = doing.background(lambda: saving.run(directory))
         try:
             await saving.pipeline.let_go.wait()

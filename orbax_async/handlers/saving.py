@@ -180,11 +180,24 @@ def _planned(prepared: PreparedTree, options: ambient.Context, doing: operation.
 
 
 class Saving:
-    """One save of one tree."""
+    """One save of one tree.
+
+    Args:
+      prepared: the tree.
+      options: how to save it.
+      doing: the operation that it belongs to.
+      is_part: whether its arrays stay in databases of their own, to be merged later.
+    """
 
     def __init__(
-        self, prepared: PreparedTree, options: ambient.Context, doing: operation.Operation
+        self,
+        prepared: PreparedTree,
+        options: ambient.Context,
+        doing: operation.Operation,
+        *,
+        is_part: bool = False,
     ) -> None:
+        self._is_part = is_part
         self._form = prepared.form
         self._strings = prepared.strings
         self._options = options
@@ -210,22 +223,22 @@ class Saving:
         path = os.fspath(await directory.await_creation())
         if not self._processes.is_primary:
             return
-        if self._is_merged:
+        if self._is_divided and not self._is_part:
             await loop.to_worker(ocdbt.merge_process_databases, path)
             if saving.enable_post_merge_validation:
                 await loop.to_worker(self._validate, path)
         await loop.to_worker(self._write_documents, path)
 
     @property
-    def _is_merged(self) -> bool:
-        """Whether the database that readers open is made of several."""
-        is_split = self._processes.are_several or bool(self._plan.separate)
-        return is_split and self._options.array.saving.use_ocdbt
+    def _is_divided(self) -> bool:
+        """Whether the database that readers open is made of others, each in its own directory."""
+        is_divided = self._processes.are_several or bool(self._plan.separate) or self._is_part
+        return is_divided and self._options.array.saving.use_ocdbt
 
     async def _open_store(self, directory: PathAwaitingCreation, is_separate: bool) -> ArrayStore:
         path = os.fspath(await directory.await_creation())
         saving = self._options.array.saving
-        if self._is_merged:
+        if self._is_divided:
             name = names.PROCESS_REPLICA_DATABASE if is_separate else names.PROCESS_DATABASE
             path = os.path.join(path, name.format(self._processes.index))
         return await loop.to_worker(

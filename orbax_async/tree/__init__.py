@@ -6,7 +6,7 @@ Does:
   - flatten trees, rebuild them, and match an abstract tree to what is stored (`structure`);
   - select leaves by patterns of their key paths (`selection`);
   - write and read the documents that describe a tree (`schema`), with the types of its containers
-    where they are asked for (`rich`).
+    where they are asked for (`rich`), and make one of several (`union`).
 
 Does not:
   - look at the values of leaves, or know how arrays are stored.

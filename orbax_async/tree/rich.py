@@ -20,7 +20,7 @@ import jax
 from orbax_async.tree import keypath, structure
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["EMPTY_NAMED_TUPLE", "describe", "fill", "nest"]
+__all__ = ["EMPTY_NAMED_TUPLE", "describe", "fill", "merge", "nest"]
 
 EMPTY_NAMED_TUPLE = "NamedTuple"  # the kind of an empty named tuple, where rich types are recorded
 _LEAF = "ValueMetadataEntry"
@@ -82,6 +82,36 @@ def fill(description: Any, values: Sequence[Mapping[str, Any]]) -> Any:
     if isinstance(description, dict):
         return {key: fill(each, values) for key, each in description.items()}
     return description
+
+
+def merge(first: Any, second: Any) -> Any:
+    """Puts two filled descriptions together, of trees that have no leaf in common.
+
+    Raises:
+      ValueError: a node is of different kinds in the two.
+    """
+    if first == second or _is_leaf(second):  # a leaf at a node is an empty one, which adds nothing
+        return first
+    if _is_leaf(first):
+        return second
+    if isinstance(first, list) and isinstance(second, list):
+        both = [merge(*pair) for pair in zip(first, second, strict=False)]
+        return both + max(first, second, key=len)[len(both) :]
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        raise ValueError(f"{first!r:.60} is not of the kind of {second!r:.60}")
+    if "category" not in first and "category" not in second:
+        shared = {key: merge(first[key], second[key]) for key in first.keys() & second.keys()}
+        return {key: shared.get(key, value) for key, value in (first | second).items()}
+    kind, other = [
+        (each.get("category"), each.get("module"), each.get("clazz")) for each in (first, second)
+    ]
+    if kind != other or "entries" not in first:
+        raise ValueError(f"{kind} is not {other}")
+    return first | {"entries": merge(first["entries"], second["entries"])}
+
+
+def _is_leaf(document: Any) -> bool:
+    return isinstance(document, dict) and document.get("clazz") == _LEAF
 
 
 def nest(text: str, entries: Iterable[tuple[KeyPath, Any]]) -> Any:

@@ -157,6 +157,18 @@ def test_processes_write_in_place_together(saved: Outcome) -> None:
     assert [report["in place"] for report in saved.reports] == [[], []]
 
 
+def test_parts_of_two_processes_become_one_checkpoint(saved: Outcome) -> None:
+    """Partial saves and their finalization are joint: each process adds what it has of a part."""
+    assert [report["parts"] for report in saved.reports] == [[], []]
+    for report in saved.reports:
+        assert "found in a previous partial save" in report["replaced part"]["text"]
+    databases = [each.name for each in (saved.folder / "parts" / "state").glob("ocdbt.process_*")]
+    assert sorted(name[:15] for name in databases) == sorted(
+        2 * ["ocdbt.process_0", "ocdbt.process_1"]
+    )
+    assert not list(saved.folder.glob("parts.*"))
+
+
 def test_another_process_can_be_the_primary(saved: Outcome) -> None:
     """With primary_host = 1 process 1 stores what only one may, and commits."""
     assert [report["led by 1"] for report in saved.reports] == [[], []]
@@ -184,7 +196,7 @@ def test_host_local_arrays_are_refused(saved: Outcome) -> None:
 def test_no_temporary_is_left(saved: Outcome) -> None:
     """The saves leave checkpoints only."""
     made = {"seed", "first", "replaced", "flight 4", "flight 5", "files", "led by 1", "last"}
-    made |= {"separate", "in place"}
+    made |= {"separate", "in place", "parts"}
     assert set(os.listdir(saved.folder)) == made | {"alone 0", "alone 1"}
 
 

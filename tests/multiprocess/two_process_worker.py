@@ -244,6 +244,17 @@ def saves(index: int, folder: Path) -> Report:
         ocp.save(folder / "in place", state(11), overwrite=True)
         report["in place"] = differences(ocp.load(folder / "in place"), 11)
 
+    whole = state(12)
+    first, second = [dict(list(whole.items())[start::2]) for start in (0, 1)]
+    ocp.partial.save(folder / "parts", first, custom_metadata={"first": 1})
+    adding = ocp.partial.save_async(folder / "parts", second)
+    replacing = ocp.partial.save_async(folder / "parts", first)
+    finalizing = ocp.partial.finalize_async(folder / "parts")
+    adding.result()
+    report["replaced part"] = _seen(replacing.result)
+    finalizing.result()
+    report["parts"] = differences(ocp.load(folder / "parts"), 12)
+
     context = ocp.Context()
     context.multiprocessing.primary_host = 1
     with context:

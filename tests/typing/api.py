@@ -57,6 +57,8 @@ def several(state: State, iterator: ocp.StatefulCheckpointable) -> None:
     assert_type(described, ocp.CheckpointMetadata[dict[str, Any]])
     loading = ocp.load_checkpointables_async("run/7", described)
     assert_type(loading, ocp.AsyncResponse[dict[str, Any]])
+    assert_type(ocp.partial.save_async("run/9", {"a": 1}), ocp.AsyncResponse[None])
+    assert_type(ocp.partial.finalize_async("run/9"), ocp.AsyncResponse[None])
     assert_type(ocp.delete("run/7"), bool)
     assert_type(ocp.delete("run/7", checkpointable_name="data", missing_ok=True), bool)
     assert_type(ocp.delete_async("run/8", missing_ok=True), ocp.AsyncResponse[bool])

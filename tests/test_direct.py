@@ -159,6 +159,16 @@ def flip(directory: Path, offset: int) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+@pytest.mark.parametrize("beyond", [-4097, -4096, -1, 0, 1, 4095, 4096, 5000])
+def test_i12_a_chunk_has_the_checksum_of_each_of_its_blocks(blocks: int, beyond: int) -> None:
+    """What is computed of a whole chunk is what a reader computes block by block."""
+    size, block = blocks * zarr.CHECKSUM_BLOCK + beyond, zarr.CHECKSUM_BLOCK
+    data = np.random.default_rng(0).integers(0, 256, max(size, 0), np.uint8)
+    expected = [zarr.checksum(data[start : start + block]) for start in range(0, size, block)]
+    assert np.frombuffer(zarr.block_checksums(data), "<u4").tolist() == expected
+
+
 @pytest.mark.parametrize("offset", [0, 4_000_000, (12 << 20) - 1])
 def test_i12_a_flipped_bit_anywhere_in_a_large_chunk_is_found(offset: int, tmp_path: Path) -> None:
     """Each block of a chunk is verified, the first, one in the middle, and the last byte."""

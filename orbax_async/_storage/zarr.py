@@ -225,9 +225,13 @@ def block_checksums(array: np.ndarray[Any, Any]) -> bytes:
     reader verify any range with what Python has, as fast as it reads.
     """
     data: Any = array.reshape(-1).view(np.uint8)
-    blocks = range(0, data.size, CHECKSUM_BLOCK)
-    sums = [checksum(data[start : start + CHECKSUM_BLOCK]) for start in blocks]
-    return np.array(sums, "<u4").tobytes()
+    sums, rest = _page_sums(data)
+    pages = CHECKSUM_BLOCK // _PAGE_NBYTES
+    found = [zlib.crc32(sums[start : start + pages]) for start in range(0, len(sums), pages)]
+    if rest.size:
+        whole = found.pop() if len(sums) % pages else 0
+        found.append(zlib.crc32(rest, whole))
+    return np.array(found, "<u4").tobytes()
 
 
 def checksum(data: Any) -> int:
@@ -237,11 +241,15 @@ def checksum(data: Any) -> int:
     always changes it; the CRC tells when whole pages change places. What is left over at the end
     goes into the CRC as it is.
     """
-    flat = np.frombuffer(data, np.uint8)
-    whole = flat.size - flat.size % _PAGE_NBYTES
-    sums: Any = flat[:whole].view("<u8").reshape(-1, _PAGE_NBYTES // 8).sum(1, np.uint64)
-    rest: Any = flat[whole:]
+    sums, rest = _page_sums(np.frombuffer(data, np.uint8))
     return zlib.crc32(rest, zlib.crc32(sums))
+
+
+def _page_sums(data: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+    """Returns the sum of each whole page, and the bytes after the last of them."""
+    whole = data.size - data.size % _PAGE_NBYTES
+    words = data[:whole].view("<u8").reshape(-1, _PAGE_NBYTES // 8)
+    return words.sum(1, np.uint64), data[whole:]
 
 
 def encode_stored(array: np.ndarray[Any, Any]) -> bytes:

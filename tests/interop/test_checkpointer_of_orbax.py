@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,45 +14,6 @@ from orbax.checkpoint import v1
 import orbax_async as ocp
 
 OURS, THEIRS = ocp.training, v1.training
-
-# What ours takes beside Orbax's arguments.
-ADDED = {
-    "__init__": ["max_saves_in_flight", "supersede_queued"],
-    "load_async": ["checkpointable_name"],
-}
-
-
-def methods() -> list[str]:
-    """The public methods of Orbax's Checkpointer, and the constructor."""
-    return ["__init__"] + [
-        name
-        for name, value in vars(THEIRS.Checkpointer).items()
-        if inspect.isfunction(value) and not name.startswith("_")
-    ]
-
-
-@pytest.mark.parametrize("name", methods())
-def test_signatures_are_those_of_orbax(name: str) -> None:
-    """The same parameters, kinds and defaults; what is added has a default and comes last."""
-    ours = inspect.signature(getattr(OURS.Checkpointer, name)).parameters
-    theirs = inspect.signature(getattr(THEIRS.Checkpointer, name)).parameters
-    if name == "__init__" or not name.endswith(("pytree", "pytree_async", "pytree_metadata")):
-        added = ADDED.get(name, [])
-        assert [*theirs, *added] == list(ours)
-        assert all(ours[each].default is not inspect.Parameter.empty for each in added)
-    for parameter in theirs:
-        assert ours[parameter].kind is theirs[parameter].kind, parameter
-        assert ours[parameter].default == theirs[parameter].default, parameter
-
-
-def test_names_are_those_of_orbax() -> None:
-    """Every property of Orbax's is one here, and every error is where Orbax has it."""
-    for name, value in vars(THEIRS.Checkpointer).items():
-        if isinstance(value, property):
-            assert isinstance(vars(OURS.Checkpointer)[name], property), name
-    for name in ("StepAlreadyExistsError", "StepNotFoundError"):
-        ours, theirs = getattr(OURS.errors, name), getattr(THEIRS.errors, name)
-        assert issubclass(ours, theirs.__bases__)
 
 
 def state(step: int) -> dict[str, Any]:

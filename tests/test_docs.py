@@ -23,6 +23,9 @@ import jax
 import numpy as np
 import pytest
 
+# Imported before any loop runs: reading a module that pytest rewrites is a blocking call.
+from orbax_async import load_async, save_async  # noqa: F401
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/*.md")])
 DATA = (jax.Array, np.ndarray, np.generic, bool, int, float, str)

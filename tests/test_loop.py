@@ -472,6 +472,29 @@ def test_i11_a_save_that_outlasts_its_grace_is_undone_and_told_of(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_i11_a_call_that_never_returns_does_not_hang_the_interpreter(tmp_path: Path) -> None:
+    """A worker that hangs in a system call is left behind, and with it the save that waits."""
+    ended = run_script(
+        """
+        import os
+        import threading
+        from orbax_async._engine import loop
+
+        loop._CANCEL_SECS = 0.2
+        os.fsync = lambda _: threading.Event().wait()
+        context = ocp.Context()
+        context.asynchronous.exit_grace_secs = 0.1
+        with context:
+            ocp.save_async(folder / "checkpoint", {"a": np.arange(3)})
+        """,
+        tmp_path,
+    )
+    assert ended.returncode == 0
+    assert "NOT committed" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "checkpoint").exists()
+
+
 def test_i11_a_failure_that_nobody_asked_for_is_told_at_exit(tmp_path: Path) -> None:
     """A background failure reaches stderr when the script ends without waiting."""
     ended = run_script(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
+import gc
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -449,6 +451,31 @@ def test_i11_a_handler_may_use_threads_while_the_interpreter_exits(
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert (tmp_path / "checkpoint" / "place" / "place").read_text() == "three"
+
+
+def test_a_call_that_fails_in_a_thread_leaves_no_cycle() -> None:
+    """What a handler gives to `asyncio.to_thread` is free with its error, before any collection."""
+
+    class Given:
+        pass
+
+    def fail(_: Given) -> None:
+        raise ValueError("it fails")
+
+    async def call() -> weakref.ref[Given]:
+        given = Given()
+        with pytest.raises(ValueError, match="it fails"):
+            await asyncio.to_thread(fail, given)
+        return weakref.ref(given)
+
+    gc.collect()
+    gc.disable()
+    try:
+        given = on_engine(call)
+        on_engine(lambda: asyncio.to_thread(gc.get_count))  # whose thread has let go of the first
+        assert given() is None
+    finally:
+        gc.enable()
 
 
 def test_i11_a_save_that_outlasts_its_grace_is_undone_and_told_of(tmp_path: Path) -> None:

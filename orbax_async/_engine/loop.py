@@ -93,14 +93,20 @@ class _Executor(concurrent.futures.ThreadPoolExecutor):
         self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> concurrent.futures.Future[T]:
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        taken = threading.Lock()  # a job whose thread could not be started is queued all the same
+        # A job whose thread could not be started is queued all the same, so it may be called twice.
+        waiting = [future]
 
         def job() -> None:
-            if taken.acquire(blocking=False) and future.set_running_or_notify_cancel():
+            try:
+                taken = waiting.pop()
+            except IndexError:
+                return
+            if taken.set_running_or_notify_cancel():
                 try:
-                    future.set_result(fn(*args, **kwargs))
+                    taken.set_result(fn(*args, **kwargs))
                 except BaseException as error:
-                    future.set_exception(error)
+                    taken.set_exception(error)
+            del taken  # with an error, whose traceback has this frame, it would be a cycle
 
         try:
             super().submit(job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
+import gc
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -451,6 +453,31 @@ def test_i11_a_handler_may_use_threads_while_the_interpreter_exits(
     assert (tmp_path / "checkpoint" / "place" / "place").read_text() == "three"
 
 
+def test_a_call_that_fails_in_a_thread_leaves_no_cycle() -> None:
+    """What a handler gives to `asyncio.to_thread` is free with its error, before any collection."""
+
+    class Given:
+        pass
+
+    def fail(_: Given) -> None:
+        raise ValueError("it fails")
+
+    async def call() -> weakref.ref[Given]:
+        given = Given()
+        with pytest.raises(ValueError, match="it fails"):
+            await asyncio.to_thread(fail, given)
+        return weakref.ref(given)
+
+    gc.collect()
+    gc.disable()
+    try:
+        given = on_engine(call)
+        on_engine(lambda: asyncio.to_thread(gc.get_count))  # whose thread has let go of the first
+        assert given() is None
+    finally:
+        gc.enable()
+
+
 def test_i11_a_save_that_outlasts_its_grace_is_undone_and_told_of(tmp_path: Path) -> None:
     """A save that can't end in time leaves nothing visible, and stderr says so by name."""
     ended = run_script(
@@ -470,6 +497,29 @@ def test_i11_a_save_that_outlasts_its_grace_is_undone_and_told_of(tmp_path: Path
     assert f"save to {tmp_path / 'checkpoint'}" in ended.stderr
     assert "NOT committed" in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_i11_a_call_that_never_returns_does_not_hang_the_interpreter(tmp_path: Path) -> None:
+    """A worker that hangs in a system call is left behind, and with it the save that waits."""
+    ended = run_script(
+        """
+        import os
+        import threading
+        from orbax_async._engine import loop
+
+        loop._CANCEL_SECS = 0.2
+        os.fsync = lambda _: threading.Event().wait()
+        context = ocp.Context()
+        context.asynchronous.exit_grace_secs = 0.1
+        with context:
+            ocp.save_async(folder / "checkpoint", {"a": np.arange(3)})
+        """,
+        tmp_path,
+    )
+    assert ended.returncode == 0
+    assert "NOT committed" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_i11_a_failure_that_nobody_asked_for_is_told_at_exit(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -466,6 +467,23 @@ def test_options_act_through_the_context(
         assert [nbytes for _, nbytes in reads] == expected, options
 
 
+@pytest.mark.parametrize("chunk", [None, 64 << 20])
+def test_w13_many_short_runs_take_little_memory_beside_their_target(
+    chunk: int | None, tmp_path: Path
+) -> None:
+    """A column of one element a row: what no budget counts is small."""
+    array = np.arange(400_000, dtype=np.int32).reshape(200_000, 2)
+    each = reader(write(tmp_path / "m.safetensors", {"w": array}), chunk=chunk)
+    tracemalloc.start()
+    try:
+        column = box_of(each, array, ((0, 200_000), (1, 2)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(column, array[:, 1:])
+    assert peak < column.nbytes + (4 << 20)
+
+
 def test_large_gaps_are_not_read(tmp_path: Path, reads: list[tuple[int, int]]) -> None:
     """A column of a wide matrix is read run by run."""
     array = np.arange(8 * 8192, dtype=np.float32).reshape(8, 8192)
@@ -598,6 +616,19 @@ def test_a_header_beyond_measure_is_not_read(tmp_path: Path) -> None:
     os.truncate(path, 4 << 30)
     with pytest.raises(errors.InvalidLayoutError, match="its header should end at byte"):
         load(path)
+
+
+def test_a_link_to_nothing_is_a_missing_part(tmp_path: Path) -> None:
+    """A file of a model that was not brought along is an error, not a smaller model."""
+    write(tmp_path / "a.safetensors", TENSORS)
+    (tmp_path / "b.safetensors").symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match=r"b\.safetensors"):
+        load(tmp_path)
+    with layout():
+        (found,) = ocp.verify(tmp_path).damage
+    assert found.path.endswith("b.safetensors")
+    (tmp_path / "gone").symlink_to(write(tmp_path / "c" / "blob", {"w": np.arange(2)}))
+    assert load(tmp_path).keys() == {*TENSORS, "w"}
 
 
 def test_one_name_twice(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ Theory of operation
 
   The watcher is the only thread of ours that the interpreter waits for. It sleeps until the main
   thread has ended, and every other that the interpreter waits for. Then it gives each running
-  operation its grace period, cancels what is left (with a line on stderr), and stops the workers
-  and the loop before finalization begins.
+  operation its grace period, cancels what is left (with a line on stderr), and stops the loop and
+  the workers before finalization begins. It waits for no end without a bound: what hangs in a
+  blocking call is left behind, in threads that the interpreter does not wait for.
 
   A forked child inherits memory but no threads: it forgets the engine and starts its own on first
   use. Operations of the parent stay the parent's.
@@ -40,7 +41,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import anyio
-from anyio.from_thread import start_blocking_portal
 
 from orbax_async import errors
 
@@ -93,14 +93,20 @@ class _Executor(concurrent.futures.ThreadPoolExecutor):
         self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> concurrent.futures.Future[T]:
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        taken = threading.Lock()  # a job whose thread could not be started is queued all the same
+        # A job whose thread could not be started is queued all the same, so it may be called twice.
+        waiting = [future]
 
         def job() -> None:
-            if taken.acquire(blocking=False) and future.set_running_or_notify_cancel():
+            try:
+                taken = waiting.pop()
+            except IndexError:
+                return
+            if taken.set_running_or_notify_cancel():
                 try:
-                    future.set_result(fn(*args, **kwargs))
+                    taken.set_result(fn(*args, **kwargs))
                 except BaseException as error:
-                    future.set_exception(error)
+                    taken.set_exception(error)
+            del taken  # with an error, whose traceback has this frame, it would be a cycle
 
         try:
             super().submit(job)
@@ -129,19 +135,30 @@ class Engine:
         ]
         for worker in self._workers:
             worker.start()
-        self._portal_manager = start_blocking_portal(
-            "asyncio", {"loop_factory": new_event_loop}, name="orbax_async loop"
+        started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._loop_thread = threading.Thread(
+            target=self._run_loop, args=(started,), name="orbax_async loop", daemon=True
         )
-        self.portal = self._portal_manager.__enter__()
-        self.loop, self.thread_id = self.portal.call(self._describe_loop)
+        self._loop_thread.start()
+        started.result()
+        self.thread_id = self._loop_thread.ident
         self._watcher = threading.Thread(target=self._watch, name="orbax_async exit watcher")
         self._watcher.daemon = False
         self._watcher.start()
 
-    async def _describe_loop(self) -> tuple[asyncio.AbstractEventLoop, int]:
-        loop = asyncio.get_running_loop()
-        loop.set_default_executor(_Executor(self._jobs))
-        return loop, threading.get_ident()
+    def _run_loop(self, started: concurrent.futures.Future[None]) -> None:
+        async def run() -> None:
+            self.loop, self._stopped = asyncio.get_running_loop(), anyio.Event()
+            self.loop.set_default_executor(_Executor(self._jobs))
+            started.set_result(None)
+            await self._stopped.wait()
+
+        try:
+            anyio.run(run, backend="asyncio", backend_options={"loop_factory": new_event_loop})
+        except RuntimeError as error:
+            # From Python 3.12 on there is no thread to be had at the end that ends the executor.
+            if not started.done():
+                started.set_exception(error)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Queues a job for the workers; jobs start in the order of submission."""
@@ -168,7 +185,6 @@ class Engine:
         def begin() -> None:
             about.task = asyncio.get_running_loop().create_task(run(), name=about.label)
 
-        # Unlike the portal's own calls, this does not wait for the loop to take notice.
         self.loop.call_soon_threadsafe(begin, context=context)
 
     def submit_callback(self, job: Callable[[], None]) -> None:
@@ -190,11 +206,14 @@ class Engine:
         for hook in _exit_hooks:
             hook()
         self._callbacks.put(None)
+        # The loop ends first: what was cancelled may need the workers to clean up.
+        self.loop.call_soon_threadsafe(self._stopped.set)
+        self._loop_thread.join(_CANCEL_SECS)
         for _ in range(_WORKERS):
             self._jobs.put(None)
-        self._portal_manager.__exit__(None, None, None)
+        until = time.monotonic() + _CANCEL_SECS
         for worker in self._workers:
-            worker.join(_CANCEL_SECS)
+            worker.join(max(0, until - time.monotonic()))
 
     def _is_waited_for(self, thread: threading.Thread) -> bool:
         # The interpreter lets these end before it goes on, so they may still start operations.

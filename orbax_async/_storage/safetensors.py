@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +25,10 @@ from orbax_async._storage.direct import Extent, bytes_of, read_into
 __all__ = ["Contents", "Tensor", "TensorReader", "find", "find_damage", "read_headers"]
 
 _LENGTH_NBYTES = 8
-_HEADER_NBYTES = 100 << 20  # the most that other readers accept, too
+_HEADER_NBYTES = 100_000_000  # the most that other readers accept, too
 _GAP_NBYTES = 16 << 10  # to read on over a gap costs less, up to here, than to begin again
-_SPAN_NBYTES = 256 << 10  # of memory for what is read together
+_SPAN_NBYTES = 256 << 10  # of memory for what is read together, which no budget counts
+_SPAN_PIECES = 4096
 
 _DTYPES = {
     name: zarr.dtype_named(dtype)
@@ -67,7 +68,9 @@ def find(path: str) -> list[str]:
     return sorted(
         entry.path
         for entry in files.scan(path)
-        if entry.name.endswith(names.SAFETENSORS) and entry.is_file()
+        # A link to nothing is a part that is missing, as the opening of it will say.
+        if entry.name.endswith(names.SAFETENSORS)
+        and (entry.is_file() or not os.path.exists(entry.path))
     )
 
 
@@ -215,8 +218,8 @@ class TensorReader:
       tensors: by name.
       max_over_read_ratio: how many bytes are read, at most, for each byte that is needed; None to
         read on over small gaps.
-      read_chunk_nbytes: the most that one read asks for; None for no limit but on what is read
-        together.
+      read_chunk_nbytes: the most that one read asks for, None for no limit; what is read together
+        has a limit of its own.
     """
 
     def __init__(
@@ -271,13 +274,13 @@ class TensorReader:
         tensor, into = self._tensors[name], bytes_of(target)
         offsets, nbytes = _runs(tensor, region)
         places = range(0, len(into), nbytes)
-        pieces = [
+        pieces = (
             (offset, into[at : at + nbytes]) for offset, at in zip(offsets, places, strict=True)
-        ]
+        )
         self._read(tensor.extent.path, pieces)
         return True
 
-    def _read(self, path: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
+    def _read(self, path: str, pieces: Iterable[tuple[int, memoryview]]) -> None:
         """Reads pieces of a file, in the order in which they lie there, each into its place."""
         with open(path, "rb", buffering=0) as file:
             for span in self._spans(pieces):
@@ -294,10 +297,10 @@ class TensorReader:
                     into[:] = data[offset - first : offset - first + len(into)]
 
     def _spans(
-        self, pieces: Sequence[tuple[int, memoryview]]
+        self, pieces: Iterable[tuple[int, memoryview]]
     ) -> Iterator[list[tuple[int, memoryview]]]:
         """Groups pieces that are read together."""
-        limit = self._chunk_nbytes or _SPAN_NBYTES
+        limit = min(self._chunk_nbytes or _SPAN_NBYTES, _SPAN_NBYTES)
         span: list[tuple[int, memoryview]] = []
         needed = end = 0
         for offset, into in pieces:
@@ -308,7 +311,7 @@ class TensorReader:
                     if self._ratio is None
                     else nbytes <= self._ratio * (needed + len(into))
                 )
-                if not is_near or nbytes > limit:
+                if not is_near or nbytes > limit or len(span) == _SPAN_PIECES:
                     yield span
                     span, needed = [], 0
             span.append((offset, into))
@@ -318,17 +321,25 @@ class TensorReader:
             yield span
 
 
-def _runs(tensor: Tensor, region: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+def _runs(tensor: Tensor, region: Sequence[tuple[int, int]]) -> tuple[Iterable[int], int]:
     """Returns where the runs of bytes that make up a box begin in the file, and their length."""
     nbytes = stride = tensor.dtype.itemsize
-    starts = np.array([tensor.extent.offset])
+    first, steps = tensor.extent.offset, []
     is_run = True  # whether the axes that are yet to come divide what is one run so far
     for (start, stop), side in zip(reversed(region), reversed(tensor.shape), strict=True):
         if is_run:
-            starts = starts + start * stride
+            first += start * stride
             nbytes = (stop - start) * stride
         else:
-            starts = (np.arange(start, stop)[:, None] * stride + starts).reshape(-1)
+            steps.append(range(start * stride, stop * stride, stride))
         is_run = is_run and (start, stop) == (0, side)
         stride *= side
-    return starts.tolist(), nbytes
+    starts: Iterable[int] = [first]
+    for each in reversed(steps):
+        starts = _stepped(starts, each)
+    return starts, nbytes
+
+
+def _stepped(starts: Iterable[int], steps: range) -> Iterator[int]:
+    # One after the other: there may be as many runs as the tensor has elements.
+    return (start + step for start in starts for step in steps)

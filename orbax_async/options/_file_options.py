@@ -149,8 +149,8 @@ class SafetensorsOptions(OptionGroup):
     Attributes:
       max_over_read_ratio: bytes read for each byte needed, at most, where nearby ranges are read in
         one piece; 1.0 reads nothing that is not needed, None reads on over gaps of up to 16 KiB.
-      read_chunk_bytes: bytes that one read asks for, at most. None means 256 KiB where ranges are
-        read in one piece and then divided, and no limit for what goes straight into its place.
+      read_chunk_bytes: bytes that one read asks for, at most; None for no limit of what goes
+        straight into its place. What is read in one piece and then divided is 256 KiB at most.
       ignore_load_sharding: an option of older Orbax versions, which is refused when it is set.
     """
 

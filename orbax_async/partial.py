@@ -177,8 +177,7 @@ def _start_finalize(doing: Operation, path: Any) -> AsyncResponse[None]:
 
     def uniting(doing: Operation) -> Any:
         if turn.is_first:
-            check_unfinished(session.final)
-            check_begun(session.directory)
+            check_begun(session.final)
         part = Part(names.DEFAULT_CHECKPOINTABLE, PyTreeHandler(), session)
         return Save(
             doing,

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from parts import BOTH, FIRST, SECOND, check, gathered, storing
+from parts import BOTH, FIRST, SECOND, Held, check, gathered, storing
 
 import orbax_async as ocp
 from orbax_async import errors, partial
@@ -290,6 +290,17 @@ def test_there_must_be_something_to_finalize(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["c.partial_save"]
 
 
+def test_a_file_in_the_place_of_the_parts_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W27: what can't hold parts is refused by name, and left alone."""
+    (tmp_path / "c.partial_save").write_text("mine")
+    monkeypatch.setattr(files, "walk", None)  # what is written would be synced
+    with pytest.raises(errors.CommitError, match=r"c\.partial_save: it is a file"):
+        partial.save(tmp_path / "c", FIRST)
+    assert (tmp_path / "c.partial_save").read_text() == "mine"
+
+
 def test_the_directory_of_the_parts_may_be_named(tmp_path: Path) -> None:
     """B14.6: `finalize` takes `c` and `c.partial_save` alike."""
     partial.save(tmp_path / "c", FIRST)
@@ -468,32 +479,6 @@ async def test_a_cancelled_part_leaves_the_others(
         await partial.save_async(path, {f"k{parts}": 2})
     await partial.finalize_async(path)
     check(ocp.load(path), {"k0": 2, "k1": 2})
-
-
-class Held:
-    """Stops saves before they sync, until it is opened."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reached, self._may_go = threading.Event(), threading.Event()
-        self._may_go.set()
-        walk = files.walk
-
-        def held(root: str) -> Any:
-            if "c.partial_save" in root:
-                self.reached.set()
-                self._may_go.wait(30)
-            return walk(root)
-
-        monkeypatch.setattr(files, "walk", held)
-
-    def close(self) -> None:
-        """Stops the next."""
-        self.reached.clear()
-        self._may_go.clear()
-
-    def open(self) -> None:
-        """Lets all go on."""
-        self._may_go.set()
 
 
 async def test_a_cancelled_finalization_leaves_the_parts(

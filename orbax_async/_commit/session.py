@@ -95,14 +95,17 @@ def check_unfinished(final: str) -> None:
         )
 
 
-def check_begun(session: str) -> None:
+def check_begun(final: str) -> None:
     """Raises if there is nothing to be finalized.
 
     Raises:
+      DestinationExistsError: there is something at the checkpoint's path.
       NoPartialSaveError: there is no session, or nothing in it.
     """
-    atomicity.recover(session)
-    if not find_additions(session):
+    session = directory_of(final)
+    is_begun = atomicity.recover(session) or bool(find_additions(session))
+    check_unfinished(final)  # after that look: another process may be finalizing just now
+    if not is_begun:
         raise errors.NoPartialSaveError(
             f"Partial save path {session} does not exist, or nothing is in it: there is nothing "
             "to finalize. Check the path."
@@ -123,7 +126,7 @@ class Session:
         self.directory = directory_of(final)
         self.additions: list[str] = []
         self._locks: list[int] = []
-        self._is_made = False
+        self._is_claimed = False
 
     def claim(self, *, create: bool) -> bool:
         """Locks the session; False while somebody else has it.
@@ -136,24 +139,27 @@ class Session:
           NoPartialSaveError: there is none, and it is not to be begun.
           CommitError: its directory can't be made.
         """
-        check_unfinished(self.final)
+        check = check_unfinished if create else check_begun
+        check(self.final)
         if atomicity.recover(self.directory):
             return False
         if create:
             self._make()
-        else:
-            check_begun(self.directory)
         if not self.lock(self.directory):
             return False
+        self._is_claimed = True
+        check(self.final)  # again: what was finished just before the lock was had takes no parts
         self.additions = find_additions(self.directory)
         return True
 
     def _make(self) -> None:
         try:
             os.mkdir(self.directory)
-            self._is_made = True
         except FileExistsError:
-            pass
+            if not os.path.isdir(self.directory):
+                raise errors.CommitError(
+                    f"cannot add to {self.directory}: it is a file, not a directory. Remove it."
+                ) from None
         except OSError as error:
             raise errors.CommitError(
                 f"cannot create {self.directory}: {error.strerror or error}"
@@ -237,10 +243,10 @@ class Session:
 
     def release(self) -> None:
         """Unlocks the session, and removes its directory if it came to nothing."""
-        if self._is_made:
+        if self._is_claimed:  # else somebody else may be about to add to it
             with contextlib.suppress(OSError):
                 os.rmdir(self.directory)
-            self._is_made = False
+            self._is_claimed = False
         while self._locks:
             descriptor = self._locks.pop()
             with contextlib.suppress(OSError):

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,6 +150,23 @@ def test_rich_types_of_all_parts_are_kept(tmp_path: Path) -> None:
     assert [type(loaded[key]) for key in ("t", "u", "both")] == [tuple, Pair, Pair]
 
 
+class Nothing(NamedTuple):
+    """A container with a type and nothing in it, as optax has many."""
+
+
+def test_rich_types_of_empty_containers_and_odd_keys_are_kept(tmp_path: Path) -> None:
+    """An empty named tuple in two parts is the same; a key named as the format's is a key."""
+    context = ocp.Context()
+    context.pytree.saving.pytree_metadata_options.support_rich_types = True
+    with context:
+        partial.save(tmp_path / "c", {"e": Nothing(), "d": {"category": 1}, "t": (1,)})
+        partial.save(tmp_path / "c", {"e": Nothing(), "d": {"clazz": 2}})
+        partial.finalize(tmp_path / "c")
+        loaded = ocp.load(tmp_path / "c")
+    assert loaded["t"] == (1,) and loaded["d"] == {"category": 1, "clazz": 2}
+    assert isinstance(loaded["e"], tuple) and loaded["e"] == ()
+
+
 def test_rich_types_that_do_not_fit_together_are_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -223,6 +239,48 @@ def test_two_leaves_of_one_stored_name_are_refused(tmp_path: Path) -> None:
         partial.save(tmp_path / "c", {"a.b": 2})
     partial.finalize(tmp_path / "c")
     assert ocp.load(tmp_path / "c") == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    ("use_ocdbt", "first", "second"),
+    [
+        (True, {"a": "x"}, {"a/b": "y"}),
+        (True, {"a/b": "y"}, {"a": "x"}),
+        (False, {"a": 1}, {"a/c": 2}),
+        (False, {"a/0": 2}, {"a": np.arange(3)}),
+    ],
+)
+def test_a_leaf_that_would_lie_inside_another_is_refused(
+    use_ocdbt: bool, first: Any, second: Any, tmp_path: Path
+) -> None:
+    """W11: where a `/` in a name makes folders, a part can't hide or break an earlier one."""
+    path = tmp_path / "c"
+    with storing(use_ocdbt):
+        partial.save(path, first)
+        with pytest.raises(errors.DuplicateLeafError, match="neither can lie in the other"):
+            partial.save_async(path, second)
+        partial.save(path, {"other": {"a/b": 3, "c/d": "e"}})
+        partial.finalize(path)
+    check(ocp.load(path), first | {"other": {"a/b": 3, "c/d": "e"}})
+
+
+def test_leaves_named_like_databases_are_data(tmp_path: Path) -> None:
+    """Without OCDBT, a leaf whose directory has a name of OCDBT's is finalized as what it is."""
+    state = {"ocdbt": {"process_0": np.arange(3)}, "manifest": {"ocdbt": 1}, "d": 2}
+    with storing(use_ocdbt=False):
+        partial.save(tmp_path / "c", state)
+        partial.finalize(tmp_path / "c")
+    check(ocp.load(tmp_path / "c"), state)
+
+
+def test_names_with_slashes_that_lie_beside_each_other_are_added(tmp_path: Path) -> None:
+    """What a database, or another document, can tell apart is no duplicate."""
+    path = tmp_path / "c"
+    parts: list[dict[str, Any]] = [{"a": 1}, {"a/b": 2}, {"a/b/c": "text"}, {"a/b/d": "more"}]
+    for part in parts:
+        partial.save(path, part)
+    partial.finalize(path)
+    check(ocp.load(path), {key: value for part in parts for key, value in part.items()})
 
 
 @pytest.mark.parametrize("option", ["use_ocdbt", "use_zarr3"])

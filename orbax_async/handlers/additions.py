@@ -50,7 +50,7 @@ def check_addition(form: TreeForm, options: ambient.Context, additions: list[str
                     f"the partial save {path} has array.saving.{name} = {theirs}, and this one "
                     f"{ours}; the parts of one checkpoint are stored alike. Save with {theirs}."
                 )
-    taken = union.Taken()
+    taken = union.Taken(as_files=not saving.use_ocdbt)
     for _, tree in trees:
         taken.add(tree.entries)
     _refuse(taken, [schema.Entry(leaf.keys, leaf.kind) for leaf in form.leaves])
@@ -74,12 +74,17 @@ def _refuse(taken: union.Taken, entries: Iterable[schema.Entry]) -> None:
             continue
         namesake = taken.confused_with(entry)
         if namesake is not None:
+            why = (
+                "the format joins keys with '.', and one of the two would be lost"
+                if entry.name == namesake.name
+                else "the format makes folders of names with '/', and neither can lie in the other"
+            )
             refused.append(
                 errors.DuplicateLeafError(
                     label,
-                    f"would be stored as {entry.name!r}, which is also the name of leaf "
-                    f"{keypath.label(namesake.keys)} of a previous partial save: the format joins "
-                    "keys with '.', and one of the two would be lost. Rename a key.",
+                    f"would be stored as {entry.name!r}, and leaf {keypath.label(namesake.keys)} "
+                    f"of a previous partial save is stored as {namesake.name!r}: {why}. Rename a "
+                    "key.",
                 )
             )
     if refused:
@@ -197,7 +202,7 @@ def _link_data(source: str, path: str, serial: str) -> None:
             continue
         if is_merged and entry.name in (names.OCDBT_MANIFEST, names.OCDBT_DATA):
             continue
-        is_database = entry.name.startswith(_DATABASES)
+        is_database = entry.name.startswith(_DATABASES) and kvstore.holds_ocdbt(entry.path)
         name = entry.name + serial if is_database else entry.name
         files.link_tree(entry.path, os.path.join(path, name))
 

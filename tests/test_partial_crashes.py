@@ -109,6 +109,10 @@ def test_i4_no_part_is_lost_whenever_a_finalization_dies(
         assert len(taken) > 8 and finished == sorted(finished) and len(set(finished)) == 2
         for each in taken:
             check(loaded_after_a_crash(each / "c", monkeypatch), BOTH)
+            with monkeypatch.context() as patch:
+                patch.setattr(atomicity, "_is_abandoned", lambda *_: True)
+                atomicity.sweep(str(each))
+            assert os.listdir(each) == ["c"]
 
 
 @pytest.mark.leaves_temporaries

@@ -149,6 +149,7 @@ class Session:
             return False
         self._is_claimed = True
         check(self.final)  # again: what was finished just before the lock was had takes no parts
+        atomicity.clear_asides(self.directory)  # else they would come back when it is finished
         self.additions = find_additions(self.directory)
         return True
 
@@ -233,6 +234,9 @@ class Session:
                     f"{self.directory} was added to while it was being finalized, by another "
                     "process that takes no lock. Finalize it again."
                 )
+            if before != whole:
+                atomicity.retire(before, whole)
+                before = whole
             atomicity.publish(self.directory, self.final, overwrite=False)
         except BaseException:
             unused = atomicity.publish(before, self.directory, overwrite=True)

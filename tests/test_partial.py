@@ -393,14 +393,20 @@ def test_a_damaged_part_is_named(name: str, tmp_path: Path) -> None:
     check(ocp.load(path), {"a": np.arange(3), "b": np.arange(3)})
 
 
-def test_what_no_partial_save_writes_is_not_dropped(tmp_path: Path) -> None:
-    """A part with something else in it is refused rather than cut down."""
+@pytest.mark.parametrize("place", ["part", "session"])
+def test_what_no_partial_save_writes_is_not_dropped(place: str, tmp_path: Path) -> None:
+    """Something else in a part, or beside the parts, is named, and not removed with them."""
     path = tmp_path / "c"
     partial.save(path, FIRST)
-    (gathered(path)[0] / "other").mkdir()
+    part = gathered(path)[0]
+    other = (part if place == "part" else part.parent) / "other"
+    other.mkdir()
     with pytest.raises(errors.PartialSaveError, match=r"\['other'\]"):
         partial.finalize(path)
-    assert (gathered(path)[0] / "other").exists()
+    assert os.listdir(tmp_path) == ["c.partial_save"]
+    other.rename(tmp_path / "other")
+    partial.finalize(path)
+    check(ocp.load(path), FIRST)
 
 
 @stores

@@ -289,3 +289,9 @@ def test_parts_stay_in_order_when_the_clock_goes_back(
     partial.save(path, {"b": 1}, custom_metadata={"which": "second"})
     partial.finalize(path)
     assert ocp.metadata(path).custom_metadata == {"which": "second"}
+
+
+def test_a_number_in_the_path_is_no_time() -> None:
+    """What a dead finalization has left bears no time, whatever its folder is called."""
+    assert session._nsecs("/runs_99999999999999999999_x/c.partial_save") == 0
+    assert session._nsecs("/a_9_b/c.partial_save/c.partial_save.pending_7_0") == 7

@@ -262,19 +262,19 @@ class Session:
 
         Raises:
           InvalidLayoutError: a document is damaged.
-          PartialSaveError: an addition holds more than the tree that belongs to it.
+          PartialSaveError: there is something that belongs to no addition, and would be lost.
         """
         began: list[int] = []
         custom: Any = {}
-        for addition in self.additions:
-            names_here = {entry.name for entry in files.scan(addition)}
-            names_here -= {os.path.basename(path) for path in self.additions}
-            if not names_here <= _KNOWN:
+        known = _KNOWN | {os.path.basename(path) for path in find_additions(self.directory)}
+        for directory in dict.fromkeys([self.directory, *self.additions]):
+            unknown = {entry.name for entry in files.scan(directory)} - known
+            if unknown:
                 raise errors.PartialSaveError(
-                    f"{addition} holds {sorted(names_here - _KNOWN)}, which a partial save does "
-                    "not write. Remove it, if you know what it is."
+                    f"{directory} holds {sorted(unknown)}, which a partial save does not write, "
+                    "and finalizing would lose. Move it away."
                 )
-            file = os.path.join(addition, names.CHECKPOINT_METADATA)
+            file = os.path.join(directory, names.CHECKPOINT_METADATA)
             data = files.read_bytes(file)
             if data is None:
                 continue
@@ -288,7 +288,7 @@ class Session:
 
 
 def _nsecs(addition: str) -> int:
-    digits = addition.rpartition(names.ADDITION_MARK)[2].split("_")
+    digits = os.path.basename(addition).rpartition(names.ADDITION_MARK)[2].split("_")
     return int(digits[1]) if len(digits) > 1 and digits[1].isdecimal() else 0
 
 

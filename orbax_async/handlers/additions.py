@@ -53,10 +53,10 @@ def check_addition(form: TreeForm, options: ambient.Context, additions: list[str
     taken = union.Taken(as_files=not saving.use_ocdbt)
     for _, tree in trees:
         taken.add(tree.entries)
-    _refuse(taken, [schema.Entry(leaf.keys, leaf.kind) for leaf in form.leaves])
+    _refuse(taken, [schema.Entry(leaf.keys, leaf.kind) for leaf in form.leaves], is_new=True)
 
 
-def _refuse(taken: union.Taken, entries: Iterable[schema.Entry]) -> None:
+def _refuse(taken: union.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
     refused: list[errors.LeafError] = []
     for entry in entries:
         label = keypath.label(entry.keys)
@@ -69,6 +69,17 @@ def _refuse(taken: union.Taken, entries: Iterable[schema.Entry]) -> None:
                     f"{there_label} was found in a previous partial save in this session, and "
                     "partial saving does not support REPLACEMENT: it only adds what is new. Leave "
                     "it out.",
+                )
+            )
+            continue
+        container = taken.of_other_kind(entry) if is_new else None
+        if container is not None:
+            refused.append(
+                errors.PartialSaveReplacementError(
+                    label,
+                    f"{keypath.label(container) or '<root>'} is a sequence in one partial save and "
+                    "has keys in the other, and partial saving does not support REPLACEMENT: "
+                    "nothing can hold both. Save it as what it was.",
                 )
             )
             continue

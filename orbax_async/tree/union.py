@@ -11,6 +11,7 @@ from typing import Any
 
 from orbax_async._trace import logger
 from orbax_async.tree import rich
+from orbax_async.tree.keypath import KeyPath
 from orbax_async.tree.schema import STRING, Entry
 
 __all__ = ["Taken", "merge_array_metadatas", "merge_json", "merge_trees"]
@@ -37,7 +38,7 @@ class Taken:
     def __init__(self, *, as_files: bool = False) -> None:
         self._as_files = as_files
         self._entries: dict[_Names, Entry] = {}
-        self._above: set[_Names] = set()
+        self._above: dict[_Names, bool] = {}  # of each container, whether it is a sequence
         self._stored: dict[str, Entry] = {}
         self._below: dict[tuple[str, bool], Entry] = {}  # by a name above, and if it is a string
 
@@ -48,7 +49,8 @@ class Taken:
             if entry.is_empty and keys in self._above:
                 continue
             self._entries.setdefault(keys, entry)
-            self._above.update(keys[:count] for count in range(len(keys)))
+            for count, key in enumerate(entry.keys):
+                self._above.setdefault(keys[:count], key.is_index)
             if not entry.is_empty:
                 self._stored.setdefault(entry.name, entry)
                 for above in _above(entry.name):
@@ -69,6 +71,14 @@ class Taken:
             return None if _is_same_empty(entry, there) else there
         if keys in self._above and not entry.is_empty:
             return next(each for known, each in self._entries.items() if known[: len(keys)] == keys)
+        return None
+
+    def of_other_kind(self, entry: Entry) -> KeyPath | None:
+        """Returns where an entry takes a sequence for a dict, or a dict for a sequence."""
+        keys = _names(entry)
+        for count, key in enumerate(entry.keys):
+            if self._above.get(keys[:count], key.is_index) != key.is_index:
+                return entry.keys[:count]
         return None
 
     def confused_with(self, entry: Entry) -> Entry | None:

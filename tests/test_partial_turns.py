@@ -229,6 +229,19 @@ def test_file_systems_without_locks_will_do(
     check(ocp.load(tmp_path / "c"), BOTH)
 
 
+def test_without_locks_a_session_is_removed_by_who_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two have the session at once, one that fails leaves it to the other."""
+    monkeypatch.setattr(session, "fcntl", None)
+    first, second = (session.Session(str(tmp_path / "c")) for _ in range(2))
+    assert first.claim(create=True) and second.claim(create=True)
+    second.release()
+    assert os.listdir(tmp_path) == ["c.partial_save"]
+    first.release()
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_what_is_added_without_a_lock_is_not_lost(
     can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -126,7 +126,7 @@ class Session:
         self.directory = directory_of(final)
         self.additions: list[str] = []
         self._locks: list[int] = []
-        self._is_claimed = False
+        self._is_made = False
 
     def claim(self, *, create: bool) -> bool:
         """Locks the session; False while somebody else has it.
@@ -146,8 +146,8 @@ class Session:
         if create:
             self._make()
         if not self.lock(self.directory):
+            self._is_made = False  # whoever has it may be about to add to it
             return False
-        self._is_claimed = True
         check(self.final)  # again: what was finished just before the lock was had takes no parts
         atomicity.clear_asides(self.directory)  # else they would come back when it is finished
         self.additions = find_additions(self.directory)
@@ -156,6 +156,7 @@ class Session:
     def _make(self) -> None:
         try:
             os.mkdir(self.directory)
+            self._is_made = True
         except FileExistsError:
             if not os.path.isdir(self.directory):
                 raise errors.CommitError(
@@ -247,10 +248,10 @@ class Session:
 
     def release(self) -> None:
         """Unlocks the session, and removes its directory if it came to nothing."""
-        if self._is_claimed:  # else somebody else may be about to add to it
+        if self._is_made:
             with contextlib.suppress(OSError):
                 os.rmdir(self.directory)
-            self._is_claimed = False
+            self._is_made = False
         while self._locks:
             descriptor = self._locks.pop()
             with contextlib.suppress(OSError):

@@ -248,6 +248,21 @@ def test_what_no_partial_save_writes_is_not_dropped(place: str, tmp_path: Path) 
     check(ocp.load(path), FIRST)
 
 
+def test_a_part_without_its_document_is_not_dropped(tmp_path: Path) -> None:
+    """A part of which nobody can say what it holds is named, and stays."""
+    path = tmp_path / "c"
+    partial.save(path, {"a": 1})
+    partial.save(path, {"b": 2})
+    document = gathered(path)[0] / "state" / "_METADATA"
+    document.rename(tmp_path / "aside")
+    for act in (lambda: partial.save(path, {"c": 3}), lambda: partial.finalize(path)):
+        with pytest.raises(errors.InvalidLayoutError, match=re.escape(f"{document} is missing")):
+            act()
+    (tmp_path / "aside").rename(document)
+    partial.finalize(path)
+    check(ocp.load(path), {"a": 1, "b": 2})
+
+
 @stores
 def test_a_part_whose_data_is_gone_is_found_out(use_ocdbt: bool, tmp_path: Path) -> None:
     """`enable_post_merge_validation` finds an array that is described and not there."""

@@ -120,14 +120,21 @@ def _directory(addition: str) -> str:
     return os.path.join(addition, names.DEFAULT_CHECKPOINTABLE)
 
 
-def _read_trees(additions: Iterable[str]) -> list[tuple[str, schema.TreeDocument]]:
+def _read_trees(additions: list[str]) -> list[tuple[str, schema.TreeDocument]]:
+    # Orbax finalizes by moving files: when that died, the session has what its additions lack.
+    is_rearranged = any(names.ADDITION_MARK not in os.path.basename(each) for each in additions)
     trees = []
     for addition in additions:
         path = os.path.join(_directory(addition), names.TREE_METADATA)
         data = files.read_bytes(path)
+        if data is None:
+            if os.path.isdir(addition) and not is_rearranged:
+                raise errors.InvalidLayoutError(
+                    f"{path} is missing. Remove that partial save and make it again."
+                )
+            continue
         try:
-            if data is not None:
-                trees.append((addition, schema.TreeDocument.load(data)))
+            trees.append((addition, schema.TreeDocument.load(data)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(path, error) from error
     return trees

@@ -72,8 +72,8 @@ def save_async(
     Args:
       path: the checkpoint that the parts will become.
       state: a pytree with the leaves to add, each in its place in the whole tree.
-      custom_metadata: a dict of JSON values, merged with that of the other parts; where they
-        differ, the later part is right.
+      custom_metadata: a dict of JSON values, merged with that of the other parts, dicts by key;
+        where they differ, the later part is right, but a None says nothing.
 
     Returns:
       A response; cancelling it removes what was written, until the part is added.
@@ -163,7 +163,8 @@ def finalize_async(path: PathLike) -> AsyncResponse[None]:
       DestinationExistsError: the checkpoint is there already.
       NoPartialSaveError: nothing was saved; a `FileNotFoundError`. This and the former are raised
         when the response is awaited, if a part is being saved meanwhile.
-      PartialSaveError: (when awaited) the parts do not fit together.
+      PartialSaveError: (when awaited) the parts do not fit together, or something else lies
+        among them.
       InvalidLayoutError: (when awaited) a document of a part is damaged.
       CommitError: (when awaited) files can't be linked, written or renamed.
     """
@@ -171,14 +172,14 @@ def finalize_async(path: PathLike) -> AsyncResponse[None]:
 
 
 def _start_finalize(doing: Operation, path: Any) -> AsyncResponse[None]:
+    ambient.refuse_unbuilt(doing.context, operation="save")
     given = pathlike.absolute(path, doing.context.file.path_class)
     session = Session(given.removesuffix(names.SESSION_SUFFIX))
     turn = Turn(session.directory, overwrite=True)
 
     def uniting(doing: Operation) -> Any:
         if turn.is_first:
-            check_unfinished(session.final)
-            check_begun(session.directory)
+            check_begun(session.final)
         part = Part(names.DEFAULT_CHECKPOINTABLE, PyTreeHandler(), session)
         return Save(
             doing,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 import orbax_async as ocp
+from orbax_async._storage import files
 
 ROOT = Path(ocp.__file__).parent.parent
 FIRST: dict[str, Any] = {
@@ -55,3 +58,29 @@ def another(*arguments: object, code: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+class Held:
+    """Stops partial saves to `c` and its finalization before they sync, until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self._may_go = threading.Event(), threading.Event()
+        self._may_go.set()
+        walk = files.walk
+
+        def held(root: str) -> Any:
+            if "c.partial_save" in root:
+                self.reached.set()
+                self._may_go.wait(30)
+            return walk(root)
+
+        monkeypatch.setattr(files, "walk", held)
+
+    def close(self) -> None:
+        """Stops the next."""
+        self.reached.clear()
+        self._may_go.clear()
+
+    def open(self) -> None:
+        """Lets all go on."""
+        self._may_go.set()

@@ -109,6 +109,10 @@ def test_i4_no_part_is_lost_whenever_a_finalization_dies(
         assert len(taken) > 8 and finished == sorted(finished) and len(set(finished)) == 2
         for each in taken:
             check(loaded_after_a_crash(each / "c", monkeypatch), BOTH)
+            with monkeypatch.context() as patch:
+                patch.setattr(atomicity, "_is_abandoned", lambda *_: True)
+                atomicity.sweep(str(each))
+            assert os.listdir(each) == ["c"]
 
 
 @pytest.mark.leaves_temporaries
@@ -285,3 +289,9 @@ def test_parts_stay_in_order_when_the_clock_goes_back(
     partial.save(path, {"b": 1}, custom_metadata={"which": "second"})
     partial.finalize(path)
     assert ocp.metadata(path).custom_metadata == {"which": "second"}
+
+
+def test_a_number_in_the_path_is_no_time() -> None:
+    """What a dead finalization has left bears no time, whatever its folder is called."""
+    assert session._nsecs("/runs_99999999999999999999_x/c.partial_save") == 0
+    assert session._nsecs("/a_9_b/c.partial_save/c.partial_save.pending_7_0") == 7

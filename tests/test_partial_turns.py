@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
-from parts import BOTH, FIRST, SECOND, another, check, gathered
+from parts import BOTH, FIRST, SECOND, Held, another, check, gathered
 
 import orbax_async as ocp
 from orbax_async import errors, partial
-from orbax_async._commit import atomicity
+from orbax_async._commit import atomicity, session
 
 
 async def test_w10_parts_saved_by_concurrent_tasks_all_land(tmp_path: Path) -> None:
@@ -32,13 +33,18 @@ async def test_w10_parts_saved_by_concurrent_tasks_all_land(tmp_path: Path) -> N
     check(ocp.load(path), {f"k{i}": np.full(100, i) for i in range(8)} | {"e": {}})
 
 
-def test_w10_parts_that_overlap_are_refused_one_of_two(tmp_path: Path) -> None:
+def test_w10_parts_that_overlap_are_refused_one_of_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """W10: of two concurrent saves of one key the second is refused, and the first is whole."""
     path = tmp_path / "c"
+    held = Held(monkeypatch)
+    held.close()
     first = partial.save_async(path, {"k": np.zeros(1 << 18), "only": 1})
     second = partial.save_async(path, {"k": np.ones(1 << 18), "other": 2})
     third = partial.save_async(path, {"third": 3})
     finalizing = partial.finalize_async(path)
+    held.open()
     assert first.result() is None and third.result() is None
     with pytest.raises(errors.PartialSaveReplacementError, match=r"leaf \['k'\]"):
         second.result()
@@ -154,6 +160,60 @@ def test_w10_what_was_finalized_meanwhile_takes_no_parts(locked: int, tmp_path: 
         response.result()
 
 
+@pytest.mark.parametrize(
+    ("verb", "owner", "step"),
+    [("save", session.Session, "_make"), ("finalize", session, "find_additions")],
+)
+def test_w10_what_is_finalized_in_between_takes_no_parts(
+    verb: str, owner: Any, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W10: a session that another process finalizes between two looks is not begun anew."""
+    path = tmp_path / "c"
+    for each in (path, tmp_path / "other"):
+        partial.save(each, FIRST)
+    partial.finalize(tmp_path / "other")
+    function = getattr(owner, step)
+
+    def late(argument: Any) -> Any:
+        if not path.exists():
+            shutil.rmtree(tmp_path / "c.partial_save")
+            (tmp_path / "other").rename(path)
+        return function(argument)
+
+    monkeypatch.setattr(owner, step, late)
+    act = {"save": lambda: partial.save(path, SECOND), "finalize": lambda: partial.finalize(path)}
+    with pytest.raises(errors.DestinationExistsError, match="Finalized checkpoint"):
+        act[verb]()
+    assert os.listdir(tmp_path) == ["c"]
+    check(ocp.load(path), FIRST)
+
+
+def test_w10_who_gives_up_waiting_leaves_the_session_to_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W10: a session that this process has made, and another has locked first, is not removed."""
+    path = tmp_path / "c"
+    make = session.Session._make
+    others: list[int] = []
+
+    def locked_by_another(self: session.Session) -> None:
+        make(self)
+        if not others:
+            others.append(os.open(self.directory, os.O_RDONLY))
+            fcntl.flock(others[0], fcntl.LOCK_EX)
+
+    monkeypatch.setattr(session.Session, "_make", locked_by_another)
+    context = ocp.Context()
+    context.asynchronous.timeout_secs = 0.2
+    with context, pytest.raises(errors.OperationTimeoutError):
+        partial.save(path, FIRST)
+    assert os.listdir(tmp_path) == ["c.partial_save"]
+    os.close(others[0])
+    partial.save(path, SECOND)
+    partial.finalize(path)
+    check(ocp.load(path), SECOND)
+
+
 def test_file_systems_without_locks_will_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +227,19 @@ def test_file_systems_without_locks_will_do(
     partial.save(tmp_path / "c", SECOND)
     partial.finalize(tmp_path / "c")
     check(ocp.load(tmp_path / "c"), BOTH)
+
+
+def test_without_locks_a_session_is_removed_by_who_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two have the session at once, one that fails leaves it to the other."""
+    monkeypatch.setattr(session, "fcntl", None)
+    first, second = (session.Session(str(tmp_path / "c")) for _ in range(2))
+    assert first.claim(create=True) and second.claim(create=True)
+    second.release()
+    assert os.listdir(tmp_path) == ["c.partial_save"]
+    first.release()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])

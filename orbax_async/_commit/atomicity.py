@@ -40,12 +40,14 @@ from orbax_async._storage import files, names
 
 __all__ = [
     "clear_abandoned",
+    "clear_asides",
     "create",
     "discard",
     "is_abandoned_in_place",
     "publish",
     "recover",
     "remove_empty",
+    "retire",
     "sweep",
     "temporary_path",
 ]
@@ -285,6 +287,25 @@ def recover(final: str) -> bool:
                 ) from error
             return False
     return bool(asides)
+
+
+def retire(aside: str, temporary: str) -> None:
+    """Gives up what was set aside: renamed, it is a leftover that nobody puts back any more.
+
+    Raises:
+      CommitError: the file system refuses.
+    """
+    try:
+        os.rename(aside, temporary)
+    except OSError as error:
+        raise errors.CommitError(f"cannot rename {aside}: {error.strerror or error}") from error
+
+
+def clear_asides(final: str) -> None:
+    """Removes what interrupted overwrites have set aside, where something has taken its place."""
+    for each in _leftovers(final):
+        if each.use == "old" and each.is_abandoned:
+            discard(each.path)
 
 
 def is_abandoned_in_place(final: str) -> bool:

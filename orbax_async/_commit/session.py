@@ -95,14 +95,17 @@ def check_unfinished(final: str) -> None:
         )
 
 
-def check_begun(session: str) -> None:
+def check_begun(final: str) -> None:
     """Raises if there is nothing to be finalized.
 
     Raises:
+      DestinationExistsError: there is something at the checkpoint's path.
       NoPartialSaveError: there is no session, or nothing in it.
     """
-    atomicity.recover(session)
-    if not find_additions(session):
+    session = directory_of(final)
+    is_begun = atomicity.recover(session) or bool(find_additions(session))
+    check_unfinished(final)  # after that look: another process may be finalizing just now
+    if not is_begun:
         raise errors.NoPartialSaveError(
             f"Partial save path {session} does not exist, or nothing is in it: there is nothing "
             "to finalize. Check the path."
@@ -136,15 +139,17 @@ class Session:
           NoPartialSaveError: there is none, and it is not to be begun.
           CommitError: its directory can't be made.
         """
-        check_unfinished(self.final)
+        check = check_unfinished if create else check_begun
+        check(self.final)
         if atomicity.recover(self.directory):
             return False
         if create:
             self._make()
-        else:
-            check_begun(self.directory)
         if not self.lock(self.directory):
+            self._is_made = False  # whoever has it may be about to add to it
             return False
+        check(self.final)  # again: what was finished just before the lock was had takes no parts
+        atomicity.clear_asides(self.directory)  # else they would come back when it is finished
         self.additions = find_additions(self.directory)
         return True
 
@@ -153,7 +158,10 @@ class Session:
             os.mkdir(self.directory)
             self._is_made = True
         except FileExistsError:
-            pass
+            if not os.path.isdir(self.directory):
+                raise errors.CommitError(
+                    f"cannot add to {self.directory}: it is a file, not a directory. Remove it."
+                ) from None
         except OSError as error:
             raise errors.CommitError(
                 f"cannot create {self.directory}: {error.strerror or error}"
@@ -227,6 +235,9 @@ class Session:
                     f"{self.directory} was added to while it was being finalized, by another "
                     "process that takes no lock. Finalize it again."
                 )
+            if before != whole:
+                atomicity.retire(before, whole)
+                before = whole
             atomicity.publish(self.directory, self.final, overwrite=False)
         except BaseException:
             unused = atomicity.publish(before, self.directory, overwrite=True)
@@ -252,19 +263,19 @@ class Session:
 
         Raises:
           InvalidLayoutError: a document is damaged.
-          PartialSaveError: an addition holds more than the tree that belongs to it.
+          PartialSaveError: there is something that belongs to no addition, and would be lost.
         """
         began: list[int] = []
         custom: Any = {}
-        for addition in self.additions:
-            names_here = {entry.name for entry in files.scan(addition)}
-            names_here -= {os.path.basename(path) for path in self.additions}
-            if not names_here <= _KNOWN:
+        known = _KNOWN | {os.path.basename(path) for path in find_additions(self.directory)}
+        for directory in dict.fromkeys([self.directory, *self.additions]):
+            unknown = {entry.name for entry in files.scan(directory)} - known
+            if unknown:
                 raise errors.PartialSaveError(
-                    f"{addition} holds {sorted(names_here - _KNOWN)}, which a partial save does "
-                    "not write. Remove it, if you know what it is."
+                    f"{directory} holds {sorted(unknown)}, which a partial save does not write, "
+                    "and finalizing would lose. Move it away."
                 )
-            file = os.path.join(addition, names.CHECKPOINT_METADATA)
+            file = os.path.join(directory, names.CHECKPOINT_METADATA)
             data = files.read_bytes(file)
             if data is None:
                 continue
@@ -278,7 +289,7 @@ class Session:
 
 
 def _nsecs(addition: str) -> int:
-    digits = addition.rpartition(names.ADDITION_MARK)[2].split("_")
+    digits = os.path.basename(addition).rpartition(names.ADDITION_MARK)[2].split("_")
     return int(digits[1]) if len(digits) > 1 and digits[1].isdecimal() else 0
 
 

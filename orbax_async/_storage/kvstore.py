@@ -210,4 +210,4 @@ class ArrayStore:
 
 def holds_ocdbt(directory: str) -> bool:
     """Says whether `directory` is an OCDBT database."""
-    return os.path.exists(os.path.join(directory, names.OCDBT_MANIFEST))
+    return os.path.isfile(os.path.join(directory, names.OCDBT_MANIFEST))

@@ -50,13 +50,13 @@ def check_addition(form: TreeForm, options: ambient.Context, additions: list[str
                     f"the partial save {path} has array.saving.{name} = {theirs}, and this one "
                     f"{ours}; the parts of one checkpoint are stored alike. Save with {theirs}."
                 )
-    taken = union.Taken()
+    taken = union.Taken(as_files=not saving.use_ocdbt)
     for _, tree in trees:
         taken.add(tree.entries)
-    _refuse(taken, [schema.Entry(leaf.keys, leaf.kind) for leaf in form.leaves])
+    _refuse(taken, [schema.Entry(leaf.keys, leaf.kind) for leaf in form.leaves], is_new=True)
 
 
-def _refuse(taken: union.Taken, entries: Iterable[schema.Entry]) -> None:
+def _refuse(taken: union.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
     refused: list[errors.LeafError] = []
     for entry in entries:
         label = keypath.label(entry.keys)
@@ -72,14 +72,30 @@ def _refuse(taken: union.Taken, entries: Iterable[schema.Entry]) -> None:
                 )
             )
             continue
+        container = taken.of_other_kind(entry) if is_new else None
+        if container is not None:
+            refused.append(
+                errors.PartialSaveReplacementError(
+                    label,
+                    f"{keypath.label(container) or '<root>'} is a sequence in one partial save and "
+                    "has keys in the other, and partial saving does not support REPLACEMENT: "
+                    "nothing can hold both. Save it as what it was.",
+                )
+            )
+            continue
         namesake = taken.confused_with(entry)
         if namesake is not None:
+            why = (
+                "the format joins keys with '.', and one of the two would be lost"
+                if entry.name == namesake.name
+                else "the format makes folders of names with '/', and neither can lie in the other"
+            )
             refused.append(
                 errors.DuplicateLeafError(
                     label,
-                    f"would be stored as {entry.name!r}, which is also the name of leaf "
-                    f"{keypath.label(namesake.keys)} of a previous partial save: the format joins "
-                    "keys with '.', and one of the two would be lost. Rename a key.",
+                    f"would be stored as {entry.name!r}, and leaf {keypath.label(namesake.keys)} "
+                    f"of a previous partial save is stored as {namesake.name!r}: {why}. Rename a "
+                    "key.",
                 )
             )
     if refused:
@@ -104,14 +120,21 @@ def _directory(addition: str) -> str:
     return os.path.join(addition, names.DEFAULT_CHECKPOINTABLE)
 
 
-def _read_trees(additions: Iterable[str]) -> list[tuple[str, schema.TreeDocument]]:
+def _read_trees(additions: list[str]) -> list[tuple[str, schema.TreeDocument]]:
+    # Orbax finalizes by moving files: when that died, the session has what its additions lack.
+    is_rearranged = any(names.ADDITION_MARK not in os.path.basename(each) for each in additions)
     trees = []
     for addition in additions:
         path = os.path.join(_directory(addition), names.TREE_METADATA)
         data = files.read_bytes(path)
+        if data is None:
+            if os.path.isdir(addition) and not is_rearranged:
+                raise errors.InvalidLayoutError(
+                    f"{path} is missing. Remove that partial save and make it again."
+                )
+            continue
         try:
-            if data is not None:
-                trees.append((addition, schema.TreeDocument.load(data)))
+            trees.append((addition, schema.TreeDocument.load(data)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(path, error) from error
     return trees
@@ -197,7 +220,7 @@ def _link_data(source: str, path: str, serial: str) -> None:
             continue
         if is_merged and entry.name in (names.OCDBT_MANIFEST, names.OCDBT_DATA):
             continue
-        is_database = entry.name.startswith(_DATABASES)
+        is_database = entry.name.startswith(_DATABASES) and kvstore.holds_ocdbt(entry.path)
         name = entry.name + serial if is_database else entry.name
         files.link_tree(entry.path, os.path.join(path, name))
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from orbax_async import arrays, errors
 from orbax_async._engine import plan
-from orbax_async._storage import zarr
+from orbax_async._storage import names, zarr
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
@@ -42,6 +42,7 @@ __all__ = [
 
 
 _UINT8 = np.dtype(np.uint8)
+_DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.ARRAY_METADATAS}
 
 
 @dataclasses.dataclass(slots=True)
@@ -352,6 +353,12 @@ def _check_names(forms: list[LeafForm], *, as_files: bool) -> None:
         return
     for leaf in forms:
         parts = leaf.name.split("/")
+        if leaf.shape is not None and parts[0] in _DOCUMENTS:
+            raise errors.UnsupportedLeafError(
+                leaf.label,
+                f"{parts[0]!r} is the name of a document, beside which use_ocdbt=False can't hold "
+                "this leaf; rename the key or leave use_ocdbt on",
+            )
         if leaf.name and any(part in ("", ".", "..") for part in parts):
             raise errors.UnsupportedLeafError(
                 leaf.label,

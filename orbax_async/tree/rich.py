@@ -99,7 +99,7 @@ def merge(first: Any, second: Any) -> Any:
         return both + max(first, second, key=len)[len(both) :]
     if not isinstance(first, dict) or not isinstance(second, dict):
         raise ValueError(f"{first!r:.60} is not of the kind of {second!r:.60}")
-    if "category" not in first and "category" not in second:
+    if not _is_typed(first) and not _is_typed(second):
         shared = {key: merge(first[key], second[key]) for key in first.keys() & second.keys()}
         return {key: shared.get(key, value) for key, value in (first | second).items()}
     kind, other = [
@@ -108,6 +108,10 @@ def merge(first: Any, second: Any) -> Any:
     if kind != other or "entries" not in first:
         raise ValueError(f"{kind} is not {other}")
     return first | {"entries": merge(first["entries"], second["entries"])}
+
+
+def _is_typed(document: dict[str, Any]) -> bool:
+    return isinstance(document.get("category"), str)  # else it is the key of a dict
 
 
 def _is_leaf(document: Any) -> bool:

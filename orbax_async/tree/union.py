@@ -11,7 +11,8 @@ from typing import Any
 
 from orbax_async._trace import logger
 from orbax_async.tree import rich
-from orbax_async.tree.schema import Entry
+from orbax_async.tree.keypath import KeyPath
+from orbax_async.tree.schema import STRING, Entry
 
 __all__ = ["Taken", "merge_array_metadatas", "merge_json", "merge_trees"]
 
@@ -22,13 +23,24 @@ def _names(entry: Entry) -> _Names:
     return tuple([key.name for key in entry.keys])
 
 
-class Taken:
-    """The keys that trees have taken; another may only add to them."""
+def _above(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
-    def __init__(self) -> None:
+
+class Taken:
+    """The keys that trees have taken; another may only add to them.
+
+    Args:
+      as_files: whether each array becomes a directory, which can't lie inside that of another.
+    """
+
+    def __init__(self, *, as_files: bool = False) -> None:
+        self._as_files = as_files
         self._entries: dict[_Names, Entry] = {}
-        self._above: set[_Names] = set()
+        self._above: dict[_Names, bool] = {}  # of each container, whether it is a sequence
         self._stored: dict[str, Entry] = {}
+        self._below: dict[tuple[str, bool], Entry] = {}  # by a name above, and if it is a string
 
     def add(self, entries: Iterable[Entry]) -> None:
         """Takes the keys of one more tree."""
@@ -37,9 +49,12 @@ class Taken:
             if entry.is_empty and keys in self._above:
                 continue
             self._entries.setdefault(keys, entry)
-            self._above.update(keys[:count] for count in range(len(keys)))
+            for count, key in enumerate(entry.keys):
+                self._above.setdefault(keys[:count], key.is_index)
             if not entry.is_empty:
                 self._stored.setdefault(entry.name, entry)
+                for above in _above(entry.name):
+                    self._below.setdefault((above, entry.kind == STRING), entry)
 
     def replaced_by(self, entry: Entry) -> Entry | None:
         """Returns what an entry would take the place of, or None if it can be added.
@@ -53,14 +68,41 @@ class Taken:
                 return above
         there = self._entries.get(keys)
         if there is not None:
-            return None if entry.is_empty and there.kind == entry.kind else there
+            return None if _is_same_empty(entry, there) else there
         if keys in self._above and not entry.is_empty:
             return next(each for known, each in self._entries.items() if known[: len(keys)] == keys)
         return None
 
+    def of_other_kind(self, entry: Entry) -> KeyPath | None:
+        """Returns where an entry takes a sequence for a dict, or a dict for a sequence."""
+        keys = _names(entry)
+        for count, key in enumerate(entry.keys):
+            if self._above.get(keys[:count], key.is_index) != key.is_index:
+                return entry.keys[:count]
+        return None
+
     def confused_with(self, entry: Entry) -> Entry | None:
-        """Returns what an entry, that can be added, would share its stored name with."""
-        return None if entry.is_empty else self._stored.get(entry.name)
+        """Returns what an entry, that can be added, can't be stored beside.
+
+        That is one of the same stored name; also a string above or below another, which nest in
+        their document, and an array above or below another, where they are files.
+        """
+        is_string = entry.kind == STRING
+        if entry.is_empty:
+            return None
+        there = self._stored.get(entry.name)
+        if there is not None or not (is_string or self._as_files):
+            return there
+        for name in _above(entry.name):
+            above = self._stored.get(name)
+            if above is not None and (above.kind == STRING) == is_string:
+                return above
+        return self._below.get((entry.name, is_string))
+
+
+def _is_same_empty(entry: Entry, other: Entry) -> bool:
+    # What an empty named tuple is recorded as depends on the options of the part.
+    return entry.is_empty and other.is_empty and entry.empty_value() == other.empty_value()
 
 
 def merge_trees(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

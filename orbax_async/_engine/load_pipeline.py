@@ -1,11 +1,16 @@
 """Reading a tree's arrays: read, placed on their devices.
 
-A pipeline owns the only mutable state of a load: its batches and its budget. A batch holds its
-share of the read budget from before it is read until its values are placed.
+A pipeline owns the only mutable state of a load: its batches, its memory and its budget. A batch
+holds its share of the read budget from before it is read until its values are placed.
+
+Memory that stays on the host, as what is loaded, is mapped before anything is read, and takes no
+memory until then. Mapping waits for page faults in neighbouring memory, and with it everybody who
+waits for the interpreter: the caller's loop, too.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from collections import Counter
@@ -21,7 +26,14 @@ from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.budget import BatchSlots, ByteBudget
 from orbax_async._engine.plan import ReadRequest
-from orbax_async._engine.transfer import Piece, aligned_empty, free_nbytes, place, send
+from orbax_async._engine.transfer import (
+    Piece,
+    aligned_empty,
+    free_nbytes,
+    lies_on_host,
+    place,
+    send,
+)
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async._trace import Recorder
@@ -148,6 +160,7 @@ class LoadPipeline:
         self._broadcast_nbytes = broadcast_nbytes
         self._broadcast_share = broadcast_share
         self._broadcasting = threading.Lock()  # on workers: one batch at a time
+        self._mapped: dict[int, np.ndarray[Any, Any]] = {}  # by the id of the request
         self._slots = BatchSlots()
         self._batches = list(plan.batches(requests, batch_nbytes))
         self._pieces_unread = Counter(request.leaf for request in requests)
@@ -169,6 +182,7 @@ class LoadPipeline:
                 leaves_written=_count_off(self._pieces_unread, batch), bytes_written=nbytes
             )
 
+        await loop.to_worker(self._map_memory)
         with errors.ungrouped():
             async with anyio.create_task_group() as group:
                 for index in range(len(self._batches)):
@@ -176,6 +190,19 @@ class LoadPipeline:
         for batch, placed in zip(self._batches, results, strict=True):
             for request, of_request in zip(batch, placed, strict=True):
                 self.pieces[request.leaf].extend(of_request)
+
+    def _map_memory(self) -> None:
+        for request in itertools.chain.from_iterable(self._batches):
+            form = self._leaves[request.leaf].form
+            if form.whole is None and (form.sharding is None or lies_on_host(form.sharding)):
+                self._mapped[id(request)] = self._memory_for(request)
+
+    def _memory_for(self, request: ReadRequest) -> np.ndarray[Any, Any]:
+        mapped = self._mapped.pop(id(request), None)
+        if mapped is not None:
+            return mapped
+        form = self._leaves[request.leaf].form
+        return aligned_empty(plan.box_shape(request.region.box), form.read_dtype)
 
     def _read_and_place(self, batch: list[ReadRequest], nbytes: int) -> list[list[Piece]]:
         with self._recorder.span("read", nbytes):
@@ -239,7 +266,7 @@ class LoadPipeline:
             form = leaf.form
             try:
                 if request.region.is_empty:
-                    arrays.append(aligned_empty(plan.box_shape(box), form.read_dtype))
+                    arrays.append(self._memory_for(request))
                     continue
                 value = next(values) if form.whole is not None else None
                 if value is not None:
@@ -247,7 +274,7 @@ class LoadPipeline:
                     continue
                 if form.whole is not None and not form.fills_missing:
                     raise FileNotFoundError("its data is missing from the checkpoint")
-                target = aligned_empty(plan.box_shape(box), form.read_dtype)
+                target = self._memory_for(request)
                 if not self._read_raw(leaf, box, target):
                     source = self._store.open_array(
                         leaf.name,

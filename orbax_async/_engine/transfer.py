@@ -38,6 +38,7 @@ __all__ = [
     "capture",
     "capture_mode",
     "free_nbytes",
+    "lies_on_host",
     "place",
     "send",
 ]
@@ -69,7 +70,7 @@ def capture_mode(
     """
     if sharding is None:
         return "copy" if is_mutable else "view"
-    on_host = _lies_on_host(sharding)
+    on_host = lies_on_host(sharding)
     if use_pinned_host is None:
         use_pinned_host = not on_host and _has_pinned_host(sharding)
     if use_pinned_host:
@@ -124,7 +125,7 @@ def _shard(array: jax.Array, device_id: int) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=4096)
-def _lies_on_host(sharding: jax.sharding.Sharding) -> bool:
+def lies_on_host(sharding: jax.sharding.Sharding) -> bool:
     device = devices_of(sharding, local=True)[0]
     return device.platform == "cpu" or "host" in (sharding.memory_kind or "")
 

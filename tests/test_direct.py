@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import orbax_async as ocp
 from orbax_async import errors
+from orbax_async._engine import load_pipeline
 from orbax_async._storage import direct, zarr
 from orbax_async._storage.direct import DirectReader
 from orbax_async._storage.kvstore import ArrayStore
@@ -263,6 +264,31 @@ def test_what_is_loaded_is_the_memory_that_was_read_into(
     monkeypatch.setattr(DirectReader, "read_region", read_region)
     loaded = ocp.load(tmp_path / "checkpoint")["w"]
     assert [loaded.unsafe_buffer_pointer()] == targets
+
+
+def test_memory_that_stays_is_mapped_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapping waits for page faults nearby; a check, which keeps nothing, maps batch by batch."""
+    ocp.save(tmp_path / "checkpoint", {str(i): LARGE[i:] for i in range(20)})
+    events: list[str] = []
+    originals = DirectReader.read_region, load_pipeline.aligned_empty
+
+    def read_region(self: DirectReader, *args: Any) -> bool:
+        events.append("read")
+        return originals[0](self, *args)
+
+    def aligned_empty(*args: Any) -> np.ndarray[Any, Any]:
+        events.append("map")
+        return originals[1](*args)
+
+    monkeypatch.setattr(DirectReader, "read_region", read_region)
+    monkeypatch.setattr(load_pipeline, "aligned_empty", aligned_empty)
+    ocp.load(tmp_path / "checkpoint")
+    assert events == ["map"] * 20 + ["read"] * 20
+    events.clear()
+    assert ocp.verify(tmp_path / "checkpoint").is_intact
+    assert "map" in events[events.index("read") :]
 
 
 def test_i3_donating_one_replica_leaves_the_others(tmp_path: Path, mesh8: Mesh) -> None:

@@ -310,7 +310,7 @@ def test_w24_inputs_are_captured_by_the_call(tmp_path: Path) -> None:
     assert saved == {"config": {"lr": 0.1, "steps": [1, 2]}}
 
 
-# W26, the finalization callback, is in test_response.py.
+# W26, the finalization callback, is in test_background_options.py.
 
 
 # W27-W28: validation comes first, and failures leave nothing.

@@ -101,13 +101,15 @@ EFFECTS: dict[str, list[str]] = {
     "array.loading.load_and_broadcast_options.broadcast_memory_scaling_factor": [
         "test_loading_options.py::test_broadcasts_leave_a_share_of_free_memory",
     ],
-    "asynchronous.timeout_secs": ["test_response.py::test_a_save_that_takes_too_long_is_undone"],
+    "asynchronous.timeout_secs": [
+        "test_background_options.py::test_a_save_that_takes_too_long_is_undone"
+    ],
     "asynchronous.post_finalization_callback": [
-        "test_response.py::test_w26_the_finalization_callback_is_called_after_the_commit",
+        "test_background_options.py::test_w26_the_finalization_callback_is_called_after_the_commit",
     ],
     "asynchronous.create_directories_asynchronously": [
-        "test_response.py::test_directories_can_be_created_before_the_call_returns",
-        "test_response.py::test_b8_7_directories_are_created_in_the_background",
+        "test_background_options.py::test_directories_can_be_created_before_the_call_returns",
+        "test_background_options.py::test_b8_7_directories_are_created_in_the_background",
     ],
     "asynchronous.staging": ["test_response.py::test_a_lazy_save_returns_at_once"],
     "asynchronous.exit_grace_secs": [
@@ -125,12 +127,12 @@ EFFECTS: dict[str, list[str]] = {
         "multiprocess/test_processes.py::test_the_prefix_and_the_group_come_from_the_options",
     ],
     "file.path_permission_mode": [
-        "test_response.py::test_b8_6_permission_bits_are_those_of_the_root",
+        "test_background_options.py::test_b8_6_permission_bits_are_those_of_the_root",
         "test_commit_in_place.py::test_permission_bits_are_those_asked_for",
     ],
-    "file.path_class": ["test_response.py::test_paths_are_made_by_the_path_class"],
+    "file.path_class": ["test_background_options.py::test_paths_are_made_by_the_path_class"],
     "file.skip_sync_file_validations": [
-        "test_response.py::test_skipped_validations_are_made_at_the_commit",
+        "test_background_options.py::test_skipped_validations_are_made_at_the_commit",
     ],
     "file.temporary_path_class": [
         "test_commit_in_place.py::test_the_older_option_chooses_the_mode",
@@ -185,9 +187,11 @@ EFFECTS: dict[str, list[str]] = {
         "test_commit_in_place.py::test_readers_in_the_same_mode_ask_for_the_proof",
     ],
     "safetensors.max_over_read_ratio": [
-        "test_safetensors.py::test_options_act_through_the_context"
+        "test_safetensors_reading.py::test_options_act_through_the_context"
     ],
-    "safetensors.read_chunk_bytes": ["test_safetensors.py::test_options_act_through_the_context"],
+    "safetensors.read_chunk_bytes": [
+        "test_safetensors_reading.py::test_options_act_through_the_context"
+    ],
     "checkpoint_layout": ["test_saving_options.py::test_the_layout_is_found_out_or_asked_for"],
 }
 # What is refused by name, and the tests that show that.

@@ -73,7 +73,7 @@ def test_a_custom_handler(tmp_path: Path) -> None:
         described = ocp.checkpointables_metadata(tmp_path / "c").metadata
         assert isinstance(described["p"], AbstractPoint)
     document = json.loads((tmp_path / "c" / "_CHECKPOINT_METADATA").read_text())
-    assert document["item_handlers"]["p"] == f"{__name__}.PointHandler"
+    assert document["item_handlers"]["p"] == f"{PointHandler.__module__}.PointHandler"
 
 
 def test_b9_8_without_its_handler(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_b9_7_a_renamed_handler_reads_old_checkpoints(tmp_path: Path) -> None:
         """Reads what PointHandler wrote."""
 
     registry = ocp.handlers.local_registry()
-    registry.add(Renamed, secondary_typestrs=[f"{__name__}.PointHandler"])
+    registry.add(Renamed, secondary_typestrs=[f"{PointHandler.__module__}.PointHandler"])
     context = ocp.Context()
     context.checkpointables.registry = registry
     with context:

@@ -1,7 +1,8 @@
 """Invariants without a file of their own, and surroundings that must make no difference.
 
-I1 is in test_plan.py, I2 in test_budget.py, I3 in test_pipeline.py, I4 and I5 in test_commit.py, I6
-and I11 in test_loop.py, I7 in test_context.py, I8 in multiprocess/. What is here: I9, I10, I12.
+I1 is in test_plan.py, I2 in test_budget.py, I3 in test_pipeline.py, I4 and I5 in test_commit.py, I4
+after a crash in test_commit_neighbours.py, I6 and I11 in test_loop.py, I7 in test_context.py, I8 in
+multiprocess/. What is here: I9, I10, I12.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def test_w5_a_script_that_does_not_wait_commits(ending: str, status: int, tmp_pa
     assert os.listdir(tmp_path) == ["checkpoint"]
 
 
-# W6 and W7, saves at once, are in test_commit.py.
+# W6 and W7, saves at once, are in test_commit_neighbours.py.
 
 
 # W8: overwriting.

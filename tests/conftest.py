@@ -61,6 +61,7 @@ BLOCKING_BY_CONTRACT = {
     # The first operation of a process waits for the loop thread to start.
     "orbax_async/_engine/loop.py": {"__init__"},
 }
+RUNS_THE_LOOP = ["orbax_async._engine.loop"]
 # Reads of source lines for a traceback, in whichever thread something was raised.
 READS_SOURCE = {
     "linecache.py": {"updatecache"},
@@ -128,9 +129,10 @@ def soak() -> Callable[[int, int], int]:
 def no_blocking_calls() -> Iterator[BlockBuster]:
     """Raises BlockingError where orbax_async blocks a running loop: the caller's or the engine's.
 
-    Only calls with a frame of the package on their stack count; tests may block their own loop.
+    Only calls with a frame of the package on their stack count; tests may block their own loop, and
+    users' tasks the engine's, whose thread begins in `_engine/loop.py`.
     """
-    watcher = BlockBuster("orbax_async")
+    watcher = BlockBuster("orbax_async", excluded_modules=RUNS_THE_LOOP)
     watcher.functions |= _more_blocking_functions()
     for function in watcher.functions.values():
         for filename, names in (BLOCKING_BY_CONTRACT | READS_SOURCE).items():
@@ -148,13 +150,17 @@ def _more_blocking_functions() -> dict[str, BlockBusterFunction]:
     files += ["os.fdatasync", "os.fsync", "os.sync", "os.posix_fallocate", "os.copy_file_range"]
     files += ["os.pread", "os.preadv", "os.pwrite", "os.pwritev", "os.readv", "os.writev"]
     functions = {
-        name: BlockBusterFunction(None, name, scanned_modules="orbax_async") for name in files
+        name: BlockBusterFunction(
+            None, name, scanned_modules="orbax_async", excluded_modules=RUNS_THE_LOOP
+        )
+        for name in files
     }
     for method in ("result", "exception"):
         functions[f"tensorstore.Future.{method}"] = BlockBusterFunction(
             ts.Future,
             method,
             scanned_modules="orbax_async",
+            excluded_modules=RUNS_THE_LOOP,
             can_block_predicate=lambda future, *_, **__: future.done(),
         )
     return functions

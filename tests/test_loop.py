@@ -84,6 +84,23 @@ def test_i6_a_steady_state_save_starts_no_thread_and_no_loop(
     assert engine_threads() == before
 
 
+def test_a_loop_that_cannot_be_made_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of open files, say: whoever starts the engine is told, and no thread stays."""
+
+    def refuse() -> asyncio.AbstractEventLoop:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(loop, "_engine", None)
+    monkeypatch.setattr(loop, "new_event_loop", refuse)
+    before = set(threading.enumerate())
+    with pytest.raises(errors.LoopError, match="Too many open files"):
+        loop.call_soon(lambda: None)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert loop._engine is None
+
+
 def test_i6_threads_that_arrive_together_start_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first operations of a process may come from many threads; one engine serves them all."""
     made: list[object] = []

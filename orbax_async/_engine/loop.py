@@ -140,7 +140,11 @@ class Engine:
             target=self._run_loop, args=(started,), name="orbax_async loop", daemon=True
         )
         self._loop_thread.start()
-        started.result()
+        try:
+            started.result()
+        except BaseException:
+            self._end_threads()
+            raise
         self.thread_id = self._loop_thread.ident
         self._watcher = threading.Thread(target=self._watch, name="orbax_async exit watcher")
         self._watcher.daemon = False
@@ -155,10 +159,12 @@ class Engine:
 
         try:
             anyio.run(run, backend="asyncio", backend_options={"loop_factory": new_event_loop})
-        except RuntimeError as error:
-            # From Python 3.12 on there is no thread to be had at the end that ends the executor.
+        except Exception as error:
             if not started.done():
                 started.set_exception(error)
+            elif not isinstance(error, RuntimeError):
+                raise
+            # From Python 3.12 on there is no thread to be had at the end that ends the executor.
 
     def submit(self, job: Callable[[], None]) -> None:
         """Queues a job for the workers; jobs start in the order of submission."""
@@ -205,15 +211,18 @@ class Engine:
         self._is_stopping = True
         for hook in _exit_hooks:
             hook()
-        self._callbacks.put(None)
         # The loop ends first: what was cancelled may need the workers to clean up.
         self.loop.call_soon_threadsafe(self._stopped.set)
         self._loop_thread.join(_CANCEL_SECS)
-        for _ in range(_WORKERS):
-            self._jobs.put(None)
+        self._end_threads()
         until = time.monotonic() + _CANCEL_SECS
         for worker in self._workers:
             worker.join(max(0, until - time.monotonic()))
+
+    def _end_threads(self) -> None:
+        self._callbacks.put(None)
+        for _ in range(_WORKERS):
+            self._jobs.put(None)
 
     def _is_waited_for(self, thread: threading.Thread) -> bool:
         # The interpreter lets these end before it goes on, so they may still start operations.
@@ -260,9 +269,10 @@ def _current() -> Engine:
         if _engine is None:
             try:
                 _engine = Engine()
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 raise errors.LoopError(
-                    f"the checkpoint engine cannot start: {error}; the interpreter may be exiting"
+                    f"the checkpoint engine cannot start: {error}; the interpreter may be exiting, "
+                    "or the process have too many threads or open files"
                 ) from error
         return _engine
 

@@ -24,6 +24,7 @@ Theory of operation
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -191,8 +192,8 @@ def chunk_shape(
       max_count: the most elements of a chunk, one at least; None for no limit.
       axes: see above.
     """
-    sides = [max(1, side) for side in write_shape]
-    smaller = [_proper_divisors(side) for side in sides]  # what each axis can go down to
+    largest = [max(1, side) for side in write_shape]
+    sides = list(largest)
     divided = [side != whole for side, whole in zip(sides, shape, strict=True)]
     for axis in axes:
         divided[axis] |= sides[axis] > 1
@@ -200,16 +201,18 @@ def chunk_shape(
     while max_count is not None and math.prod(sides) > max_count:
         longest = max(range(len(sides)), key=lambda axis: (divided[axis], sides[axis], -axis))
         if divided[longest] and sides[longest] > 1:
-            sides[longest] = smaller[longest].pop()
+            lower = _proper_divisors(largest[longest])
+            sides[longest] = max(side for side in lower if side < sides[longest])
         else:
             divided = [True] * len(sides)
     return tuple(sides)
 
 
-def _proper_divisors(number: int) -> list[int]:
-    """Returns the divisors of a number that are less than itself, in ascending order."""
+@functools.lru_cache(maxsize=64)
+def _proper_divisors(number: int) -> set[int]:
+    """Returns the divisors of a number that are less than itself."""
     low = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
-    return sorted({*low, *(number // each for each in low)} - {number})
+    return {*low, *(number // each for each in low)} - {number}
 
 
 def plan_writes(

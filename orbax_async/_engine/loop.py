@@ -37,7 +37,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import anyio
@@ -53,13 +53,14 @@ else:
 with contextlib.suppress(ImportError):
     importlib.import_module("anyio._backends._asyncio")
 
-__all__ = ["Background", "Engine", "call_soon", "is_engine_thread", "spawn", "to_worker"]
+__all__ = ["Background", "Engine", "call_soon", "is_engine_thread", "sliced", "spawn", "to_worker"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _WORKERS = 4  # few: each keeps an arena of the C allocator, and with it some freed memory
+_SLICE_SECS, _PAUSE_SECS = 1e-3, 1e-5
 _CANCEL_SECS = 2.0  # how long the exit drain waits for cancelled operations to clean up
 
 
@@ -358,6 +359,20 @@ async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
         finally:
             failure.clear()
     return outcome.pop()  # type: ignore[no-any-return]
+
+
+def sliced(items: Iterable[T]) -> Iterator[T]:
+    """Yields the items of a loop on a worker, which lets go of the GIL every millisecond.
+
+    A thread that wants the GIL asks for it after 5 ms of waiting. A training step wants it once or
+    twice, and an event loop each time it wakes: beside a worker that computes, each would wait.
+    """
+    until = time.perf_counter() + _SLICE_SECS
+    for item in items:
+        yield item
+        if time.perf_counter() >= until:
+            time.sleep(_PAUSE_SECS)  # not 0: whoever waits for the GIL has to wake up first
+            until = time.perf_counter() + _SLICE_SECS
 
 
 class Background:

@@ -23,7 +23,6 @@ Theory of operation
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -58,8 +57,7 @@ class ShardSpec(NamedTuple):
     box: Box
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class LeafSpec:
+class LeafSpec(NamedTuple):
     """What a plan knows of a leaf.
 
     Attributes:
@@ -132,14 +130,28 @@ def box_nbytes(box: Box, itemsize: int) -> int:
     return math.prod(box_shape(box)) * itemsize
 
 
-def _replicas(leaf: LeafSpec) -> Iterator[tuple[Box, list[ShardSpec]]]:
-    if len(leaf.shards) == 1:  # most leaves of most states
-        yield leaf.shards[0].box, list(leaf.shards)
-        return
-    groups: dict[Box, list[ShardSpec]] = {}
-    for shard in sorted(leaf.shards, key=lambda shard: shard.device_id):
-        groups.setdefault(shard.box, []).append(shard)
-    yield from groups.items()
+class _Piece(NamedTuple):
+    """A part of an array that one process writes from one device's shard."""
+
+    shard: ShardSpec
+    box: Box
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@functools.lru_cache(maxsize=1024)  # many leaves of a state are alike
+def _pieces(
+    shards: tuple[ShardSpec, ...], itemsize: int, policy: ReplicaParallel | None
+) -> tuple[_Piece, ...]:
+    """Divides an array among the devices that hold it, each element to a single one."""
+    replicas: dict[Box, list[ShardSpec]] = {}
+    for shard in sorted(shards, key=lambda shard: shard.device_id):
+        replicas.setdefault(shard.box, []).append(shard)
+    return tuple(
+        _Piece(shard, part, box_shape(part), box_nbytes(part, itemsize))
+        for box, alike in replicas.items()
+        for part, shard in zip(_parts(box, len(alike), itemsize, policy), alike, strict=False)
+    )
 
 
 def _parts(
@@ -168,17 +180,16 @@ def _parts(
 
 def write_shape(leaf: LeafSpec, policy: ReplicaParallel | None) -> tuple[int, ...]:
     """Returns the shape of every piece that is written of a leaf."""
-    for box, replicas in _replicas(leaf):
-        return box_shape(_parts(box, len(replicas), leaf.itemsize, policy)[0])
-    return leaf.shape
+    return _pieces(leaf.shards, leaf.itemsize, policy)[0].shape
 
 
+@functools.lru_cache(maxsize=1024)
 def chunk_shape(
-    shape: Sequence[int],
-    write_shape: Sequence[int],
+    shape: tuple[int, ...],
+    write_shape: tuple[int, ...],
     *,
     max_count: int | None,
-    axes: Sequence[int] = (),
+    axes: tuple[int, ...] = (),
 ) -> tuple[int, ...]:
     """Returns the shape of the chunks into which each piece is divided: the one Orbax chooses.
 
@@ -219,24 +230,20 @@ def plan_writes(
     leaves: Iterable[LeafSpec], *, process: int, policy: ReplicaParallel | None = None
 ) -> list[WriteRequest]:
     """Returns what `process` writes, prioritized leaves first, else in the order of the leaves."""
-    requests: list[WriteRequest] = []
-    for leaf in leaves:
-        if 0 in leaf.shape:
-            continue
-        for box, replicas in _replicas(leaf):
-            parts = _parts(box, len(replicas), leaf.itemsize, policy)
-            requests.extend(
-                WriteRequest(
-                    leaf=leaf.index,
-                    device_id=shard.device_id,
-                    shard_box=box,
-                    box=part,
-                    nbytes=box_nbytes(part, leaf.itemsize),
-                    priority=0 if leaf.is_prioritized else 1 + leaf.delay,
-                )
-                for part, shard in zip(parts, replicas, strict=False)
-                if shard.process == process
-            )
+    requests = [
+        WriteRequest(
+            leaf.index,
+            piece.shard.device_id,
+            piece.shard.box,
+            piece.box,
+            piece.nbytes,
+            0 if leaf.is_prioritized else 1 + leaf.delay,
+        )
+        for leaf in leaves
+        if 0 not in leaf.shape
+        for piece in _pieces(leaf.shards, leaf.itemsize, policy)
+        if piece.shard.process == process
+    ]
     requests.sort(key=lambda request: request.priority)
     return requests
 

@@ -9,6 +9,7 @@ returns every reservation.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -136,10 +137,16 @@ class WriteBatch:
 
 
 def _only_key(leaf: WritableLeaf, box: plan.Box, zarr3: bool) -> str | None:
-    if plan.box_shape(box) != leaf.chunk_shape:
+    index = _only_index(box, leaf.chunk_shape)
+    return None if index is None else zarr.chunk_key(leaf.name, index, zarr3=zarr3)
+
+
+@functools.lru_cache(maxsize=1024)
+def _only_index(box: plan.Box, chunk_shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Returns where a piece lies in the grid of chunks; None where it is several of them."""
+    if plan.box_shape(box) != chunk_shape:
         return None
-    index = [start // side for (start, _), side in zip(box, leaf.chunk_shape, strict=True)]
-    return zarr.chunk_key(leaf.name, index, zarr3=zarr3)
+    return tuple(start // side for (start, _), side in zip(box, chunk_shape, strict=True))
 
 
 def _chunks(
@@ -314,7 +321,7 @@ class SavePipeline:
             jax.transfer_guard("allow"),
             jax.enable_x64(True),
         ):
-            for request in batch.requests:
+            for request in loop.sliced(batch.requests):
                 leaf = self._leaves[request.leaf]
                 if self._reporter is not None:
                     self._reporter.start("transfer", [request.leaf])
@@ -376,7 +383,8 @@ class SavePipeline:
         is_read_directly = store.is_ocdbt and self._plan.zarr3
         values: dict[str, bytes] = {}
         pending: list[ts.WriteFutures] = []
-        for request, key, piece in zip(batch.requests, batch.keys, pieces, strict=True):
+        described = zip(batch.requests, batch.keys, pieces, strict=True)
+        for request, key, piece in loop.sliced(described):
             leaf = self._leaves[request.leaf]
             try:
                 array = leaf.stored(piece)
@@ -401,12 +409,12 @@ class SavePipeline:
                             values[zarr.checksums_key(leaf.name, index)] = sums
             except Exception as error:
                 raise errors.WriteError(leaf.label, f"cannot be written: {error}") from error
-        for first in batch.first_of:
+        for first in loop.sliced(batch.first_of):
             leaf = self._leaves[first]
             encoding = leaf.encoding or self._encoding(first, None)
             key = zarr.document_key(leaf.name, zarr3=self._plan.zarr3)
             values[key] = leaf.document(encoding, zarr3=self._plan.zarr3)
-        store.put(transaction, values)
+        store.put(transaction, loop.sliced(values.items()))
         return transaction, pending
 
     def _encoding(self, index: int, array: np.ndarray[Any, Any] | None) -> zarr.Encoding:

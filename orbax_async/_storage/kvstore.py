@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,10 +112,10 @@ class ArrayStore:
         """Starts a transaction; on OCDBT it is atomic, on files it only groups the writes."""
         return ts.Transaction(atomic=self.is_ocdbt)
 
-    def put(self, transaction: ts.Transaction, values: Mapping[str, bytes]) -> None:
-        """Adds whole values to a transaction."""
+    def put(self, transaction: ts.Transaction, values: Iterable[tuple[str, bytes]]) -> None:
+        """Adds whole values, by key, to a transaction."""
         kvstore = self._kvstore.with_transaction(transaction)
-        for key, value in values.items():
+        for key, value in values:
             kvstore[key] = value
 
     def put_chunk(

@@ -12,6 +12,7 @@ zarr v2 has neither a CRC-32C nor a zstd checksum; its large arrays are gzip mem
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -226,10 +227,14 @@ def block_checksums(array: np.ndarray[Any, Any]) -> bytes:
     """
     data: Any = array.reshape(-1).view(np.uint8)
     sums, rest = _page_sums(data)
-    pages = CHECKSUM_BLOCK // _PAGE_NBYTES
-    found = [zlib.crc32(sums[start : start + pages]) for start in range(0, len(sums), pages)]
+    # Half a block at a time: zlib lets go of the GIL for more than 5 KiB, and where a program that
+    # computes wants it too, each time to get it back takes much longer than the sum.
+    half = CHECKSUM_BLOCK // _PAGE_NBYTES // 2
+    halves = [sums[start : start + half] for start in range(0, len(sums), half)]
+    pairs = itertools.zip_longest(halves[::2], halves[1::2], fillvalue=b"")
+    found = [zlib.crc32(second, zlib.crc32(first)) for first, second in pairs]
     if rest.size:
-        whole = found.pop() if len(sums) % pages else 0
+        whole = found.pop() if len(sums) % (2 * half) else 0
         found.append(zlib.crc32(rest, whole))
     return np.array(found, "<u4").tobytes()
 

@@ -108,7 +108,9 @@ Described = tuple[LeafForm, Any]  # with its array, its text, or None
 def is_prng_key(value: Any) -> bool:
     """Says whether an array, real or abstract, holds typed PRNG keys."""
     dtype = getattr(value, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if dtype is None or isinstance(dtype, np.dtype):  # quicker than to ask jax
+        return False
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -188,6 +189,28 @@ def test_a_cancelled_task_waits_for_its_blocking_call() -> None:
 
     on_engine(run)
     assert order == ["worker ended", "task ended"]
+
+
+def test_a_sliced_loop_lets_others_have_the_gil_every_millisecond(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It yields every item, and sleeps a moment whenever a millisecond has passed, not 0 s."""
+    now, slept = [0.0], list[tuple[float, float]]()
+
+    def sleep(secs: float) -> None:
+        slept.append((now[0], secs))
+        now[0] += 1e-4
+
+    monkeypatch.setattr(
+        loop, "time", types.SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep)
+    )
+    items = []
+    for item in loop.sliced(range(8)):
+        items.append(item)
+        now[0] += 0.00051
+    assert items == list(range(8))
+    assert [round(at * 1e3, 2) for at, _ in slept] == [1.02, 2.14, 3.26, 4.38]
+    assert all(0 < secs < 1e-3 for _, secs in slept)
 
 
 # What runs beside a task.

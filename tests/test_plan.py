@@ -184,7 +184,7 @@ def test_i1_all_processes_agree_without_talking(
 ) -> None:
     """The plan depends on the specification alone, not on the order of its shards."""
     leaf, processes = topology
-    shuffled = plan.LeafSpec(leaf.index, leaf.shape, leaf.itemsize, leaf.shards[::-1])
+    shuffled = plan.LeafSpec(leaf.place, leaf.shape, leaf.itemsize, leaf.shards[::-1])
     for process in range(processes):
         one = plan.plan_writes([leaf], process=process, policy=policy)
         other = plan.plan_writes([shuffled], process=process, policy=policy)

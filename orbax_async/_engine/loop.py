@@ -364,8 +364,9 @@ async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
 def sliced(items: Iterable[T]) -> Iterator[T]:
     """Yields the items of a loop on a worker, which lets go of the GIL every millisecond.
 
-    A thread that wants the GIL asks for it after 5 ms of waiting. A training step wants it once or
-    twice, and an event loop each time it wakes: beside a worker that computes, each would wait.
+    A thread that wants the GIL asks for it after 5 ms of waiting, and waits anew when a call has
+    let go of it and was quicker to take it back. A training step wants it once or twice, an event
+    loop each time it wakes: beside a worker that computes, each would wait for long.
     """
     until = time.perf_counter() + _SLICE_SECS
     for item in items:

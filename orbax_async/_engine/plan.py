@@ -61,7 +61,7 @@ class LeafSpec(NamedTuple):
     """What a plan knows of a leaf.
 
     Attributes:
-      index: its place among the leaves.
+      place: which of the leaves it is.
       shape: its global shape.
       itemsize: bytes of an element.
       shards: each device's part of it.
@@ -69,7 +69,7 @@ class LeafSpec(NamedTuple):
       delay: how far behind leaves of no delay it goes.
     """
 
-    index: int
+    place: int
     shape: tuple[int, ...]
     itemsize: int
     shards: tuple[ShardSpec, ...]
@@ -232,7 +232,7 @@ def plan_writes(
     """Returns what `process` writes, prioritized leaves first, else in the order of the leaves."""
     requests = [
         WriteRequest(
-            leaf.index,
+            leaf.place,
             piece.shard.device_id,
             piece.shard.box,
             piece.box,

@@ -213,7 +213,7 @@ def _unplaced(document: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=256)
 def _array_spec(document: bytes) -> ts.Spec:
-    """Returns what TensorStore makes of a document: half of the time that opening an array takes."""
+    """Returns what TensorStore makes of a document, which is half the work of opening an array."""
     return ts.Spec(_unplaced(zarr.parse_document(document)))
 
 

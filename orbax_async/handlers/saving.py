@@ -67,7 +67,7 @@ class _Plan:
         self.separate: set[int] = set()
         if saving.use_ocdbt and saving.enable_replica_parallel_separate_folder:
             self.separate = {
-                spec.index
+                spec.place
                 for spec, shape in zip(specs, self.write_shapes, strict=True)
                 if shape != plan.write_shape(spec, None)  # replicas write a part each
             }

@@ -19,7 +19,6 @@ import orbax_async as ocp
 from acceptance import children
 
 LIMIT_MS = 25.0
-EAGER_LEAF_MS = 0.075
 BUSY_MS = 10.0  # where an idle loop has longer gaps, the machine is too busy to measure anything
 ROUNDS = 3
 
@@ -72,12 +71,9 @@ def test_the_callers_loop_goes_on(
         assert p50 < 50 and tops[0] < 1000, phase
     if is_full and len(quiet) < ROUNDS:
         pytest.skip(f"the machine was too busy to measure in all but {len(quiet)} rounds")
-    # An eager save captures every leaf before it returns, and that takes its time for each.
-    allowed = max(LIMIT_MS, leaves * EAGER_LEAF_MS) if staging == "eager" else LIMIT_MS
     # Something that blocks the loop shows in every round; what else the machine does, in some.
     for figures in (medians, of_firsts):
-        assert figures["save"] <= soak(1000, 1) * allowed
-        assert figures["load"] <= soak(1000, 1) * LIMIT_MS
+        assert max(figures["save"], figures["load"]) <= soak(1000, 1) * LIMIT_MS
 
 
 async def test_a_steady_state_save_starts_no_thread_and_no_loop(

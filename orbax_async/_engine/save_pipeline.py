@@ -30,31 +30,29 @@ from orbax_async._engine.transfer import Mode, Piece, capture
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async._trace import Recorder
+from orbax_async.tree import keypath
+from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["SavePipeline", "WritableLeaf", "WritePlan", "encoding_of"]
+__all__ = ["SavePipeline", "WritableLeaf", "WriteForm", "WritePlan", "encoding_of"]
 
 _LARGE_NBYTES = 16 << 20  # batches from this size on begin to be synced at once
 _STORED_NBYTES = 64 << 10  # pieces up to this size are encoded here, without opening an array
 
 
-class WritableLeaf(NamedTuple):
-    """A leaf on its way out, apart from its values.
+class WriteForm(NamedTuple):
+    """How leaves that are alike are captured and stored.
 
     Attributes:
-      label: its key path, for messages.
-      name: its stored name.
-      shape: its global shape.
-      chunk_shape: the shape of its chunks; a piece is a whole number of them, most often one.
-      dtype: its dtype on disk.
-      cast: the dtype to which its values are cast; None where they stay as they are.
-      mode: how its values are captured.
-      has_one_shard: whether its array is a single one, to be captured without looking for a shard.
-      encoding: how it is stored; None where its first piece decides.
+      shape: the global shape.
+      chunk_shape: the shape of chunks; a piece is a whole number of them, most often one.
+      dtype: the dtype on disk.
+      cast: the dtype to which values are cast; None where they stay as they are.
+      mode: how values are captured.
+      has_one_shard: whether the array is a single one, to be captured without looking for a shard.
+      encoding: how it is stored; None where a leaf's first piece decides.
       min_saving: the share of bytes that compression must then save.
     """
 
-    label: str
-    name: str
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -77,6 +75,19 @@ class WritableLeaf(NamedTuple):
         return zarr.array_document(
             self.shape, self.chunk_shape, self.dtype.name, encoding, zarr3=zarr3
         )
+
+
+class WritableLeaf(NamedTuple):
+    """A leaf on its way out: where it is in the tree and in storage, and how it is written."""
+
+    keys: KeyPath
+    name: str
+    form: WriteForm
+
+    @property
+    def label(self) -> str:
+        """Its key path, for messages."""
+        return keypath.label(self.keys)
 
 
 def encoding_of(
@@ -131,13 +142,13 @@ class WriteBatch:
         self.staging_nbytes = sum(
             request.nbytes
             for request in requests
-            if request.priority and leaves[request.leaf].mode != "view"
+            if request.priority and leaves[request.leaf].form.mode != "view"
         )
         self.keys = [_only_key(leaves[request.leaf], request.box, zarr3) for request in requests]
 
 
 def _only_key(leaf: WritableLeaf, box: plan.Box, zarr3: bool) -> str | None:
-    index = _only_index(box, leaf.chunk_shape)
+    index = _only_index(box, leaf.form.chunk_shape)
     return None if index is None else zarr.chunk_key(leaf.name, index, zarr3=zarr3)
 
 
@@ -150,10 +161,10 @@ def _only_index(box: plan.Box, chunk_shape: tuple[int, ...]) -> tuple[int, ...] 
 
 
 def _chunks(
-    leaf: WritableLeaf, box: plan.Box, piece: np.ndarray[Any, Any]
+    form: WriteForm, box: plan.Box, piece: np.ndarray[Any, Any]
 ) -> Iterator[tuple[list[int], np.ndarray[Any, Any]]]:
     """Yields the chunks of a piece: where each lies in the grid of chunks, and its elements."""
-    sides = leaf.chunk_shape
+    sides = form.chunk_shape
     grid = [
         range(start // side, stop // side) for (start, stop), side in zip(box, sides, strict=True)
     ]
@@ -289,16 +300,18 @@ class SavePipeline:
             with errors.ungrouped():
                 async with anyio.create_task_group() as group:
                     group.start_soon(prepare_stores)
-                    for index, batch in enumerate(self._plan.batches):
-                        if index == self._undelayed:
+                    for is_delayed, batches in self._together():
+                        if is_delayed:
                             self.let_go.set()
-                        await self.transfer_budget.acquire(batch.staging_nbytes)
+                        nbytes = sum(batch.staging_nbytes for batch in batches)
+                        await self.transfer_budget.acquire(nbytes)
                         try:
-                            pieces = await loop.to_worker(self._capture, batch)
+                            captured = await loop.to_worker(self._capture_all, batches)
                         except BaseException:
-                            self.transfer_budget.release(batch.staging_nbytes)
+                            self.transfer_budget.release(nbytes)
                             raise
-                        group.start_soon(write_batch, batch, pieces)
+                        for batch in batches:
+                            group.start_soon(write_batch, batch, captured.pop(0))
                     self._arrays = ()  # all is captured: nothing here keeps the caller's arrays
                     self._recorder.enter("staged")
                     self.let_go.set()
@@ -312,6 +325,22 @@ class SavePipeline:
         if self._reporter is not None:
             tell = self._reporter.start if event == "start" else self._reporter.end
             await loop.to_worker(tell, "write", [request.leaf for request in batch.requests])
+
+    def _together(self) -> Iterator[tuple[bool, list[WriteBatch]]]:
+        """Yields the batches that one call captures, and whether the caller need not wait for them.
+
+        Where it takes memory each is captured by itself, when the budget has room; views are not
+        worth the caller's time for more than one way to a worker and back.
+        """
+        batches = enumerate(self._plan.batches, 1)
+        kinds = itertools.groupby(
+            batches, lambda each: (each[0] > self._undelayed, each[1].staging_nbytes and each[0])
+        )
+        for (is_delayed, _), alike in kinds:
+            yield is_delayed, [batch for _, batch in alike]
+
+    def _capture_all(self, batches: Sequence[WriteBatch]) -> list[list[Piece]]:
+        return [self._capture(batch) for batch in batches]
 
     def _capture(self, batch: WriteBatch) -> list[Piece]:
         """I3: takes the values of a batch; runs on a worker, in the order of the plan."""
@@ -328,8 +357,8 @@ class SavePipeline:
                 try:
                     piece = capture(
                         self._arrays[request.leaf],
-                        leaf.mode,
-                        device_id=None if leaf.has_one_shard else request.device_id,
+                        leaf.form.mode,
+                        device_id=None if leaf.form.has_one_shard else request.device_id,
                         shard_box=request.shard_box,
                         box=request.box,
                     )
@@ -387,22 +416,22 @@ class SavePipeline:
         for request, key, piece in loop.sliced(described):
             leaf = self._leaves[request.leaf]
             try:
-                array = leaf.stored(piece)
-                encoding = leaf.encoding or self._encoding(request.leaf, array)
+                array = leaf.form.stored(piece)
+                encoding = leaf.form.encoding or self._encoding(request.leaf, array)
                 if encoding == "stored" and key is not None:
                     values[key] = zarr.encode_stored(array)
                     continue
                 if encoding == "stored":
-                    for index, chunk in _chunks(leaf, request.box, array):
+                    for index, chunk in _chunks(leaf.form, request.box, array):
                         chunk_key = zarr.chunk_key(leaf.name, index, zarr3=self._plan.zarr3)
                         values[chunk_key] = zarr.encode_stored(chunk)
                     continue
-                document = leaf.document(encoding, zarr3=self._plan.zarr3)
+                document = leaf.form.document(encoding, zarr3=self._plan.zarr3)
                 pending.append(
                     store.put_chunk(transaction, leaf.name, document, request.box, array)
                 )
                 if encoding == "raw" and is_read_directly:
-                    for index, chunk in _chunks(leaf, request.box, array):
+                    for index, chunk in _chunks(leaf.form, request.box, array):
                         whole = np.ascontiguousarray(chunk) if key is None else chunk
                         if whole.flags.c_contiguous:  # not worth a copy of all of it
                             sums = zarr.block_checksums(whole)
@@ -411,9 +440,9 @@ class SavePipeline:
                 raise errors.WriteError(leaf.label, f"cannot be written: {error}") from error
         for first in loop.sliced(batch.first_of):
             leaf = self._leaves[first]
-            encoding = leaf.encoding or self._encoding(first, None)
+            encoding = leaf.form.encoding or self._encoding(first, None)
             key = zarr.document_key(leaf.name, zarr3=self._plan.zarr3)
-            values[key] = leaf.document(encoding, zarr3=self._plan.zarr3)
+            values[key] = leaf.form.document(encoding, zarr3=self._plan.zarr3)
         store.put(transaction, loop.sliced(values.items()))
         return transaction, pending
 
@@ -425,7 +454,9 @@ class SavePipeline:
         found = self._sampled.get(index)
         if found is None:
             saving = 0.0 if array is None else zarr.compression_saving(array)
-            sampled: zarr.Encoding = "zstd" if saving >= self._leaves[index].min_saving else "raw"
+            sampled: zarr.Encoding = (
+                "zstd" if saving >= self._leaves[index].form.min_saving else "raw"
+            )
             found = self._sampled.setdefault(index, sampled)
         return found
 

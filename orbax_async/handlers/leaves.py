@@ -84,22 +84,12 @@ class LeafForm:
         """Whether it is a leaf, not an empty node."""
         return self.shape is not None or self.kind == schema.STRING
 
-    def spec(
-        self,
-        index: int,
-        *,
-        host_process: int,
-        is_prioritized: bool,
-        itemsize: int,
-        delay: int = 0,
-    ) -> plan.LeafSpec:
-        """Returns what the plan needs to know; host arrays belong to `host_process`."""
+    def shards(self, host_process: int) -> tuple[plan.ShardSpec, ...]:
+        """Returns each device's part of its array; host arrays belong to `host_process`."""
         assert self.shape is not None
         if self.sharding is not None:
-            shards = shards_of(self.sharding, self.shape)
-        else:
-            shards = (plan.ShardSpec(-1, host_process, plan.whole(self.shape)),)
-        return plan.LeafSpec(index, self.shape, itemsize, shards, is_prioritized, delay)
+            return shards_of(self.sharding, self.shape)
+        return (plan.ShardSpec(-1, host_process, plan.whole(self.shape)),)
 
 
 Described = tuple[LeafForm, Any]  # with its array, its text, or None
@@ -173,32 +163,30 @@ def _describe_jax(keys: KeyPath, value: jax.Array) -> Described:
             "or deleted before the save. Save before that, or save the array that replaced it.",
         )
     impl = None
-    private: dict[str, Any] = {}
     if is_prng_key(value):
         impl = str(jax.random.key_impl(value))
         value = jax.random.key_data(value)
-    dtype, logical = disk_dtype(value.dtype)
-    if logical:
-        private["logical_dtype"] = logical
-    if not value.shape and value.weak_type:
-        private["weak_type"] = True
-    sharding = value.sharding
-    memory_kind = _special_memory_kind(sharding)
-    if memory_kind is not None:
-        private["memory_kind"] = memory_kind
-    form = LeafForm(
-        keys,
-        schema.JAX_ARRAY,
-        value.shape,
-        dtype,
-        sharding,
-        prng_impl=impl,
-        private=private,
-    )
-    return form, value
+    shape, sharding = value.shape, value.sharding
+    dtype, private = _recorded(value.dtype, sharding, not shape and value.weak_type)
+    return LeafForm(
+        keys, schema.JAX_ARRAY, shape, dtype, sharding, prng_impl=impl, private=private
+    ), value
 
 
 @functools.lru_cache(maxsize=4096)
+def _recorded(
+    dtype: np.dtype[Any], sharding: jax.sharding.Sharding, is_weak: bool
+) -> tuple[np.dtype[Any], Mapping[str, Any]]:
+    """Returns the dtype on disk of a jax array, and what only we record of it."""
+    stored, logical = disk_dtype(dtype)
+    private = {
+        "logical_dtype": logical,
+        "weak_type": is_weak or None,
+        "memory_kind": _special_memory_kind(sharding),
+    }
+    return stored, {name: value for name, value in private.items() if value is not None}
+
+
 def _special_memory_kind(sharding: jax.sharding.Sharding) -> str | None:
     """Returns the memory kind to record: none for that in which a device puts arrays anyway."""
     kind = sharding.memory_kind

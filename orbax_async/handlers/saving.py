@@ -5,18 +5,26 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import jax
 
 from orbax_async import arrays, errors, multihost
 from orbax_async import context as ambient
 from orbax_async._engine import loop, plan, transfer
-from orbax_async._engine.save_pipeline import SavePipeline, WritableLeaf, WritePlan, encoding_of
+from orbax_async._engine.save_pipeline import (
+    SavePipeline,
+    WritableLeaf,
+    WriteForm,
+    WritePlan,
+    encoding_of,
+)
 from orbax_async._storage import files, names, ocdbt, zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import operation, ordering, storing
 from orbax_async.handlers.forms import PreparedTree
+from orbax_async.handlers.leaves import LeafForm
 from orbax_async.handlers.storing import Stored
 from orbax_async.path import PathAwaitingCreation
 from orbax_async.tree import rich, schema
@@ -24,6 +32,67 @@ from orbax_async.tree import rich, schema
 __all__ = ["Saving"]
 
 _BATCH_NBYTES = 64 << 20
+
+
+class _Alike(NamedTuple):
+    """What is decided once for leaves that are alike.
+
+    Attributes:
+      form: how they are written.
+      itemsize: bytes of an element, of its values or on disk: of those that are more.
+      shards: each device's part of such an array.
+      write_shape: the shape of the pieces that are written.
+      is_separate: whether replicas write a part each, to a database of their own.
+    """
+
+    form: WriteForm
+    itemsize: int
+    shards: tuple[plan.ShardSpec, ...]
+    write_shape: tuple[int, ...]
+    is_separate: bool
+
+
+def _decide(
+    leaf: LeafForm,
+    how: Stored,
+    options: ambient.Context,
+    processes: multihost.Processes,
+    policy: plan.ReplicaParallel | None,
+) -> _Alike:
+    assert leaf.shape is not None
+    saving = options.array.saving
+    shards = leaf.shards(processes.primary or 0)
+    # A cast may need more bytes than the values that it starts from, or fewer.
+    itemsize = max(leaf.dtype.itemsize, how.dtype.itemsize)
+    spec = plan.LeafSpec(0, leaf.shape, itemsize, shards)
+    write_shape = plan.write_shape(spec, policy)
+    chunk_shape = how.chunk_shape(leaf.shape, write_shape)
+    form = WriteForm(
+        shape=leaf.shape,
+        chunk_shape=chunk_shape,
+        dtype=how.dtype,
+        cast=how.cast,
+        mode=transfer.capture_mode(
+            leaf.sharding,
+            is_mutable=leaf.is_mutable and options.memory.deepcopy_host_arrays,
+            use_pinned_host=saving.enable_pinned_host_transfer,
+        ),
+        has_one_shard=len(shards) == 1,
+        encoding=encoding_of(
+            chunk_shape,
+            how.dtype,
+            may_compress=saving.use_compression,
+            min_saving=saving.compression_min_saving,
+            may_sample=not processes.are_several,
+        ),
+        min_saving=saving.compression_min_saving,
+    )
+    is_separate = (
+        saving.use_ocdbt
+        and saving.enable_replica_parallel_separate_folder
+        and write_shape != plan.write_shape(spec, None)
+    )
+    return _Alike(form, itemsize, shards, write_shape, is_separate)
 
 
 class _Plan:
@@ -37,71 +106,46 @@ class _Plan:
         processes: multihost.Processes,
         batch_nbytes: int,
     ) -> None:
-        form = prepared.form
-        saving, memory = options.array.saving, options.memory
-        prioritized = ordering.prioritized(prepared, memory.is_prioritized_key_fn)
-        specs = [
-            leaf.spec(
-                index,
-                host_process=processes.primary or 0,
-                is_prioritized=index in prioritized,
-                delay=prepared.delays.get(index, 0),
-                # A cast may need more bytes than the values that it starts from, or fewer.
-                itemsize=max(leaf.dtype.itemsize, how.dtype.itemsize),
-            )
-            for index, (leaf, how) in enumerate(zip(form.arrays, stored, strict=True))
-        ]
-        policy = _replica_parallel(options)
-        self._form = form
+        self._form = prepared.form
         self._stored = stored
         self._options = options
         self._containers: Any = None
         self._empty_named_tuples: frozenset[int] = frozenset()
         if _supports_rich_types(options):
             self._containers, self._empty_named_tuples = rich.describe(prepared.state)
-        self.write_shapes = [plan.write_shape(spec, policy) for spec in specs]
-        self.chunk_shapes = [
-            how.chunk_shape(spec.shape, shape)
-            for how, spec, shape in zip(stored, specs, self.write_shapes, strict=True)
-        ]
+        saving = options.array.saving
+        policy = _replica_parallel(options)
+        prioritized = ordering.prioritized(prepared, options.memory.is_prioritized_key_fn)
+        leaves: list[WritableLeaf] = []
+        specs: list[plan.LeafSpec] = []
+        self.write_shapes: list[tuple[int, ...]] = []
         self.separate: set[int] = set()
-        if saving.use_ocdbt and saving.enable_replica_parallel_separate_folder:
-            self.separate = {
-                spec.place
-                for spec, shape in zip(specs, self.write_shapes, strict=True)
-                if shape != plan.write_shape(spec, None)  # replicas write a part each
-            }
+        decided: dict[Hashable, _Alike] = {}
+        for index, (leaf, how) in enumerate(zip(self._form.arrays, stored, strict=True)):
+            kind = (leaf.shape, leaf.dtype, leaf.sharding, leaf.is_mutable, how.kind)
+            alike = decided.get(kind)
+            if alike is None:
+                alike = decided[kind] = _decide(leaf, how, options, processes, policy)
+            delay = prepared.delays.get(index, 0)
+            specs.append(
+                plan.LeafSpec(
+                    index,
+                    alike.form.shape,
+                    alike.itemsize,
+                    alike.shards,
+                    index in prioritized,
+                    delay,
+                )
+            )
+            leaves.append(WritableLeaf(leaf.keys, leaf.name, alike.form))
+            self.write_shapes.append(alike.write_shape)
+            if alike.is_separate:
+                self.separate.add(index)
         requests = plan.plan_writes(specs, process=processes.index, policy=policy)
         if self.separate:  # so that few batches are mixed; prioritized leaves still come first
             requests.sort(key=lambda each: (each.priority, each.leaf in self.separate))
         self.arrays = WritePlan(
-            [
-                WritableLeaf(
-                    label=leaf.label,
-                    name=leaf.name,
-                    shape=spec.shape,
-                    chunk_shape=chunk_shape,
-                    dtype=how.dtype,
-                    cast=how.cast,
-                    mode=transfer.capture_mode(
-                        leaf.sharding,
-                        is_mutable=leaf.is_mutable and memory.deepcopy_host_arrays,
-                        use_pinned_host=saving.enable_pinned_host_transfer,
-                    ),
-                    has_one_shard=len(spec.shards) == 1,
-                    encoding=encoding_of(
-                        chunk_shape,
-                        how.dtype,
-                        may_compress=saving.use_compression,
-                        min_saving=saving.compression_min_saving,
-                        may_sample=not processes.are_several,
-                    ),
-                    min_saving=saving.compression_min_saving,
-                )
-                for leaf, how, spec, chunk_shape in zip(
-                    form.arrays, stored, specs, self.chunk_shapes, strict=True
-                )
-            ],
+            leaves,
             requests,
             batch_nbytes=batch_nbytes,
             writes_documents=processes.is_primary,
@@ -113,7 +157,8 @@ class _Plan:
     def documents(self) -> dict[str, bytes]:
         """The documents that describe the tree, by file name."""
         saving = self._options.array.saving
-        of_arrays = zip(self._form.arrays, self.write_shapes, self.chunk_shapes, strict=True)
+        chunk_shapes = [leaf.form.chunk_shape for leaf in self.arrays.leaves]
+        of_arrays = zip(self._form.arrays, self.write_shapes, chunk_shapes, strict=True)
         jax_leaves = [each for each in of_arrays if each[0].sharding is not None]
         write_shapes = {leaf.name: shape for leaf, shape, _ in jax_leaves}
         private = {
@@ -275,7 +320,7 @@ class Saving:
             expected = [zarr.document_key(leaf.name, zarr3=saving.use_zarr3)]
             grid = [
                 range(side // piece)
-                for side, piece in zip(leaf.shape, leaf.chunk_shape, strict=True)
+                for side, piece in zip(leaf.form.shape, leaf.form.chunk_shape, strict=True)
             ]
             expected += [
                 zarr.chunk_key(leaf.name, index, zarr3=saving.use_zarr3)

@@ -46,6 +46,11 @@ class Stored(NamedTuple):
     chunk_nbytes: int | None
     axes: tuple[int, ...]
 
+    @property
+    def kind(self) -> Hashable:
+        """What leaves have in common that are stored alike."""
+        return self.dtype, self.cast, self.chunk_nbytes, self.axes
+
     def chunk_shape(self, shape: tuple[int, ...], write_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of the chunks into which pieces of an array are divided."""
         count = None if self.chunk_nbytes is None else self.chunk_nbytes // self.dtype.itemsize

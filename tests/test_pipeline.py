@@ -185,7 +185,8 @@ def test_i2_a_failing_save_returns_its_reservations(
     """When a write fails in the middle, no budget keeps anything, and the error names the leaf."""
 
     def put(self: ArrayStore, transaction: Any, values: Any) -> None:
-        if any(key.startswith("n07/") for key in values):
+        values = list(values)
+        if any(key.startswith("n07/") for key, _ in values):
             raise OSError("no more room")
         original(self, transaction, values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,12 +29,21 @@ def is_named_tuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(type(value), "_fields")
 
 
+@functools.lru_cache(maxsize=256)
+def _are_leaves(kind: type) -> bool:
+    """Says whether the values of a type are neither None nor containers."""
+    return issubclass(
+        kind, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, str, int, float)
+    )
+
+
 def empty_kind(value: Any) -> str | None:
     """Returns how an empty node (None, an empty container) is recorded, None for anything else."""
     if value is None:
         return "None"
-    if isinstance(value, (jax.Array, np.ndarray, str, int, float)):
-        return None  # most values by far: no need for the slower questions below
+    kind: Any = type(value)
+    if _are_leaves(kind):  # most values by far: no need for the slower questions below
+        return None
     if isinstance(value, tuple) and not value:
         # Without rich types the format has no empty named tuple: it is recorded as None.
         return "None" if is_named_tuple(value) else "Tuple"

@@ -56,17 +56,17 @@ def test_chunks_divide_pieces_and_respect_the_limit(rng: np.random.Generator) ->
     """Whatever is asked for, a chunk divides the piece, has no more than the limit, or one row."""
     for _ in range(300):
         rank = int(rng.integers(0, 4))
-        piece = [int(side) for side in rng.integers(1, 40, rank)]
-        shape = [
+        piece = tuple(int(side) for side in rng.integers(1, 40, rank))
+        shape = tuple(
             side * int(times) for side, times in zip(piece, rng.integers(1, 3, rank), strict=True)
-        ]
-        axes = [axis for axis in range(rank) if rng.random() < 0.2]
+        )
+        axes = tuple(axis for axis in range(rank) if rng.random() < 0.2)
         count = int(rng.integers(1, 500))
         chunk = plan.chunk_shape(shape, piece, max_count=count, axes=axes)
         assert all(side % part == 0 for side, part in zip(piece, chunk, strict=True))
         assert np.prod(chunk, dtype=int) <= count
         assert all(chunk[axis] == 1 for axis in axes)
-        assert plan.chunk_shape(shape, piece, max_count=None) == tuple(piece)
+        assert plan.chunk_shape(shape, piece, max_count=None) == piece
 
 
 def test_small_chunks_are_values_of_their_own(tmp_path: Path) -> None:

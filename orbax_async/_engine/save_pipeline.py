@@ -35,7 +35,7 @@ from orbax_async.tree.keypath import KeyPath
 
 __all__ = ["SavePipeline", "WritableLeaf", "WriteForm", "WritePlan", "encoding_of"]
 
-_LARGE_NBYTES = 16 << 20  # batches from this size on begin to be synced at once
+_SYNC_NBYTES = 128 << 20  # when so much is written, it begins to be synced
 _STORED_NBYTES = 64 << 10  # pieces up to this size are encoded here, without opening an array
 
 
@@ -259,6 +259,7 @@ class SavePipeline:
         self._pieces_unstaged = write_plan.pieces.copy()
         self._pieces_unwritten = write_plan.pieces.copy()
         self._sampled: dict[int, zarr.Encoding] = {}
+        self._unsynced_nbytes = 0
         self._is_syncing = False
         recorder.add(leaves_planned=write_plan.leaf_count, bytes_planned=write_plan.nbytes)
 
@@ -293,7 +294,8 @@ class SavePipeline:
             finally:
                 pieces.clear()
                 self.transfer_budget.release(batch.staging_nbytes)
-            if batch.nbytes >= _LARGE_NBYTES and not self._is_syncing:
+            self._unsynced_nbytes += batch.nbytes
+            if self._unsynced_nbytes >= _SYNC_NBYTES and not self._is_syncing:
                 await self._sync(stores[batch.is_separate])
 
         try:
@@ -393,7 +395,7 @@ class SavePipeline:
 
         What it misses is synced with everything else when the checkpoint is committed.
         """
-        self._is_syncing = True
+        self._is_syncing, self._unsynced_nbytes = True, 0
         try:
             with self._recorder.span("sync"):
                 await loop.to_worker(store.sync_large)

@@ -64,14 +64,13 @@ def ratio(record: Record, measure: str, above: str, below: str) -> Spread | None
     return spread(ratios(record, measure, above, below))
 
 
-def floor(record: Record, measure: str) -> str | None:
-    """Returns the name of the peer that is the floor of a measure: the better of the raw ones."""
-    medians = {
-        name: found.median
+def floors(record: Record) -> list[str]:
+    """Returns the names of the raw peers that were measured."""
+    return [
+        name
         for name, about in record["peers"].items()
-        if about["is_floor"] and (found := of(record, name, measure))
-    }
-    return min(medians, key=medians.__getitem__, default=None)
+        if about["is_floor"] and of(record, name, "committed")
+    ]
 
 
 def slope(sizes: Iterable[float], values: Iterable[float]) -> float:

@@ -100,28 +100,23 @@ def tables(record: Record) -> str:
 
 
 def _ratios(record: Record, present: list[str]) -> str:
-    """Returns how many times faster than Orbax each peer is, and its share of the floor's speed."""
+    """Returns how many times as fast as Orbax each peer is, and its shares of raw speed."""
 
     def faster(name: str, time: str) -> str:
         return times(figures.ratio(record, time, "orbax", name))
 
-    def share(name: str, time: str) -> str:
-        floor = figures.floor(record, time)
-        return times(figures.ratio(record, time, floor, name)) if floor else NOTHING
-
+    shares = [(floor, time) for time in ("committed", "loaded") for floor in figures.floors(record)]
     return markdown(
         [
             "times as fast as Orbax",
             *TIMES,
-            "committed, share of raw write+fsync",
-            "loaded, share of raw read",
+            *(f"{time}, share of {floor}" for floor, time in shares),
         ],
         [
             [
                 name,
                 *(faster(name, time) for time in TIMES),
-                share(name, "committed"),
-                share(name, "loaded"),
+                *(times(figures.ratio(record, time, floor, name)) for floor, time in shares),
             ]
             for name in present
         ],

@@ -197,9 +197,9 @@ def test_every_figure_is_taken(tmp_path: Path) -> None:
         "raw-1": "",
     }
     wanted = {measure for measure, _ in report.COSTS.values()} | set(report.TIMES)
-    for name, missing in (("ours", set()), ("raw-1", {"step_pace", "counter_pace"})):
+    for name in ("ours", "raw-1"):
         found = {key for turn in record["turns"] if turn["peer"] == name for key in turn["figures"]}
-        assert wanted - found == missing
+        assert wanted <= found
     assert not list(tmp_path.iterdir())
     (figure,) = figures.by_round(record, "raw-1", "disk_nbytes").values()
     assert figure == record["nbytes"]
@@ -313,8 +313,7 @@ def test_medians_and_ratios() -> None:
     assert figures.ratios(record, "committed", "orbax", "ours") == [10.0, 20.0, 5.0]
     assert figures.ratio(record, "committed", "orbax", "ours") == Spread(7.5, 10.0, 15.0)
     assert figures.ratio(record, "loaded", "orbax", "ours") is None
-    assert figures.floor(record, "committed") == "raw-2"
-    assert figures.floor(record, "loaded") is None
+    assert figures.floors(record) == ["raw-1", "raw-2"]
     assert figures.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
     assert figures.slope([10, 100, 1000], [3, 30, 300]) == pytest.approx(1.0)
     assert figures.slope([10, 100], [1, 100]) == pytest.approx(2.0)

@@ -194,7 +194,7 @@ def test_a_cancelled_task_waits_for_its_blocking_call() -> None:
 def test_a_sliced_loop_lets_others_have_the_gil_every_millisecond(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It yields every item, and sleeps a moment whenever a millisecond has passed, not 0 s."""
+    """It yields all items, and sleeps a moment between two where a millisecond has passed."""
     now, slept = [0.0], list[tuple[float, float]]()
 
     def sleep(secs: float) -> None:
@@ -209,7 +209,7 @@ def test_a_sliced_loop_lets_others_have_the_gil_every_millisecond(
         items.append(item)
         now[0] += 0.00051
     assert items == list(range(8))
-    assert [round(at * 1e3, 2) for at, _ in slept] == [1.02, 2.14, 3.26, 4.38]
+    assert [round(at * 1e3, 2) for at, _ in slept] == [1.02, 2.14, 3.26]  # none at the end
     assert all(0 < secs < 1e-3 for _, secs in slept)
 
 

@@ -370,10 +370,10 @@ def sliced(items: Iterable[T]) -> Iterator[T]:
     """
     until = time.perf_counter() + _SLICE_SECS
     for item in items:
-        yield item
         if time.perf_counter() >= until:
             time.sleep(_PAUSE_SECS)  # not 0: whoever waits for the GIL has to wake up first
             until = time.perf_counter() + _SLICE_SECS
+        yield item
 
 
 class Background:

@@ -19,6 +19,7 @@ import orbax_async as ocp
 from acceptance import children
 
 LIMIT_MS = 25.0
+FIRST_LEAF_MS = 0.01  # to describe and plan a leaf of a structure that was not saved before
 BUSY_MS = 10.0  # where an idle loop has longer gaps, the machine is too busy to measure anything
 ROUNDS = 3
 
@@ -72,8 +73,11 @@ def test_the_callers_loop_goes_on(
     if is_full and len(quiet) < ROUNDS:
         pytest.skip(f"the machine was too busy to measure in all but {len(quiet)} rounds")
     # Something that blocks the loop shows in every round; what else the machine does, in some.
-    for figures in (medians, of_firsts):
-        assert max(figures["save"], figures["load"]) <= soak(1000, 1) * LIMIT_MS
+    # An eager save that is the first of its structure works out each leaf before it returns.
+    first_limit = LIMIT_MS + (leaves * FIRST_LEAF_MS if staging == "eager" else 0)
+    for figures, limit in ((medians, LIMIT_MS), (of_firsts, first_limit)):
+        assert figures["save"] <= soak(1000, 1) * limit
+        assert figures["load"] <= soak(1000, 1) * LIMIT_MS
 
 
 async def test_a_steady_state_save_starts_no_thread_and_no_loop(

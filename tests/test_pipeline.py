@@ -18,7 +18,7 @@ from orbax_async import errors
 from orbax_async._engine import load_pipeline, save_pipeline
 from orbax_async._engine.transfer import Piece
 from orbax_async._storage.kvstore import ArrayStore
-from orbax_async.handlers import reading, saving
+from orbax_async.handlers import pytree, reading, saving
 
 
 class Watched:
@@ -315,16 +315,32 @@ def test_i3_a_view_keeps_a_donated_buffer(tmp_path: Path, watched: Watched) -> N
     address = value.unsafe_buffer_pointer()
     with ocp.Context():
         response = ocp.save_async(tmp_path / "checkpoint", {"a": value, "b": other})
-    (staged,) = watched.pieces["['a']"]
-    assert np.asarray(staged).ctypes.data == address
     update(value).block_until_ready()
     other.delete()
-    del value, other, staged
-    watched.pieces.clear()
+    del value, other
     response.result()
+    (staged,) = watched.pieces["['a']"]
+    assert np.asarray(staged).ctypes.data == address
     loaded = ocp.load(tmp_path / "checkpoint")
     assert np.array_equal(loaded["a"], np.arange(10_000.0))
     assert np.array_equal(loaded["b"], np.arange(10_000.0) + 1)
+
+
+def test_views_let_the_caller_go_before_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save of views alone is staged before it is planned; copies have to wait for the plan."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no plan")
+
+    monkeypatch.setattr(pytree, "Saving", refuse)
+    response = ocp.save_async(tmp_path / "views", {"a": jnp.ones(3), "b": 1.5})
+    response.wait_staged(timeout=0)
+    with pytest.raises(RuntimeError, match="no plan"):
+        response.result()
+    with pytest.raises(RuntimeError, match="no plan"):
+        ocp.save_async(tmp_path / "copies", {"a": jnp.ones(3), "b": np.ones(3)})
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("x", "y"), PartitionSpec("x"), PartitionSpec()])

@@ -176,11 +176,15 @@ class Save:
         directory = _Awaited(Path(self._place.directory), created)
         if not self._options.asynchronous.create_directories_asynchronously:
             await self._create(created)
-        waited_for = set(self._typestrs)
+        waited_for, unheld = set(self._typestrs), set(self._typestrs)
 
-        def let_go(name: str) -> None:
+        def let_go(name: str, is_held: bool = True) -> None:
             waited_for.discard(name)
-            if not waited_for:
+            if is_held:
+                unheld.discard(name)
+            if not unheld:
+                response._set_staged()
+            elif not waited_for:
                 response._let_caller_go()
 
         self._doing.when_let_go(let_go)

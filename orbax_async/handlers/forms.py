@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from orbax_async import context as ambient
 from orbax_async import errors
+from orbax_async._engine import transfer
 from orbax_async.handlers import leaves
 from orbax_async.handlers.leaves import Described, LeafForm
 from orbax_async.tree import schema, structure
@@ -85,6 +87,28 @@ class PreparedTree:
             raise errors.DuplicateLeafError(
                 "", f"the string leaves can't be stored together: {error}; rename a key"
             ) from None
+
+    def hold(self, options: ambient.Context) -> bool:
+        """I3: takes views of all arrays, if that is how each is captured; says whether it is.
+
+        It needs no plan, and is all that a save needs for the owner to go on. A pipeline that
+        finds views takes them as they are.
+        """
+        for leaf in self.form.arrays:
+            mode = transfer.capture_mode(
+                leaf.sharding,
+                is_mutable=leaf.is_mutable and options.memory.deepcopy_host_arrays,
+                use_pinned_host=options.array.saving.enable_pinned_host_transfer,
+            )
+            if mode != "view" or (leaf.sharding is not None and leaf.sharding.num_devices > 1):
+                return False
+        with jax.transfer_guard("allow"), jax.enable_x64(True):
+            for index, leaf in enumerate(self.form.arrays):
+                try:
+                    self.arrays[index] = np.asarray(self.arrays[index])
+                except Exception as error:
+                    raise errors.StagingError(leaf.label, f"cannot be captured: {error}") from error
+        return True
 
     def array_leaves(self) -> list[tuple[JaxKeyPath, Any]]:
         """Returns jax's key path and the user's own leaf for each array, for callbacks."""

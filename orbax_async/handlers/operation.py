@@ -47,7 +47,9 @@ class Operation:
     transfer_budget: ByteBudget
     read_budget: ByteBudget
     _running: set[loop.Background] = dataclasses.field(default_factory=set, repr=False)
-    _when_let_go: list[Callable[[str], None]] = dataclasses.field(default_factory=list, repr=False)
+    _when_let_go: list[Callable[[str, bool], None]] = dataclasses.field(
+        default_factory=list, repr=False
+    )
 
     @classmethod
     def begin(cls, *, is_joint: bool = False) -> Operation:
@@ -90,13 +92,18 @@ class Operation:
         limit, end = memory.regulator_options.regulator.begin(memory.expected_surge_bytes)
         return dataclasses.replace(self, transfer_budget=ByteBudget(limit)), end
 
-    def let_go(self, name: str) -> None:
-        """Says that the caller need not wait any longer for the first tier of a checkpointable."""
-        for callback in self._when_let_go:
-            callback(name)
+    def let_go(self, name: str, *, is_held: bool) -> None:
+        """Says that the caller need not wait any longer for the first tier of a checkpointable.
 
-    def when_let_go(self, callback: Callable[[str], None]) -> None:
-        """Calls `callback` with the name of each checkpointable that is let go."""
+        Args:
+          name: the checkpointable's.
+          is_held: whether all its values are captured, not just those that had to be.
+        """
+        for callback in self._when_let_go:
+            callback(name, is_held)
+
+    def when_let_go(self, callback: Callable[[str, bool], None]) -> None:
+        """Calls `callback` with what `let_go` is told of each checkpointable."""
         self._when_let_go.append(callback)
 
     def background(self, function: Callable[[], Awaitable[None]]) -> loop.Background:

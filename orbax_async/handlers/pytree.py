@@ -11,6 +11,7 @@ import os
 from collections.abc import Awaitable, Hashable
 from typing import Any
 
+import anyio
 import jax
 
 from orbax_async import context as ambient
@@ -27,6 +28,8 @@ from orbax_async.tree import structure
 from orbax_async.tree.selection import Select, Selection
 
 __all__ = ["PyTreeHandler"]
+
+_HEAD_START_SECS = 1e-3  # for the caller that is let go: what follows would keep the GIL from it
 
 
 class PyTreeHandler:
@@ -95,12 +98,16 @@ class PyTreeHandler:
             else self.flatten(checkpointable)
         )
         doing = operation.current(is_joint=True)
-        saving = Saving(prepared, self._options(), doing, is_part=self._partial_save_mode)
+        options = self._options()
+        if not _asks_callbacks(options) and await loop.to_worker(prepared.hold, options):
+            doing.let_go(directory.path.name, is_held=True)
+            await anyio.sleep(_HEAD_START_SECS)
+        saving = Saving(prepared, options, doing, is_part=self._partial_save_mode)
         running = doing.background(lambda: saving.run(directory))
         try:
             await saving.pipeline.let_go.wait()
             if not saving.pipeline.staged.is_set():
-                doing.let_go(directory.path.name)
+                doing.let_go(directory.path.name, is_held=False)
                 await saving.pipeline.staged.wait()
         except BaseException:
             await running.cancel()
@@ -199,3 +206,11 @@ class PyTreeHandler:
 
     def _options(self) -> ambient.Context:
         return self._context or ambient.current()
+
+
+def _asks_callbacks(options: ambient.Context) -> bool:
+    """Says whether functions of the user's are asked while a save is planned and captured."""
+    memory = options.memory
+    return (
+        memory.is_prioritized_key_fn is not None or memory.serialization_status_callback is not None
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -341,6 +342,33 @@ def test_views_let_the_caller_go_before_the_plan(
         response.result()
     with pytest.raises(RuntimeError, match="no plan"):
         ocp.save_async(tmp_path / "copies", {"a": jnp.ones(3), "b": np.ones(3)})
+
+
+def test_i3_a_tree_within_another_handler_lets_nobody_go(tmp_path: Path) -> None:
+    """A handler that saves a tree first, and captures more after it, is waited for to the end."""
+    noted: list[str] = []
+
+    class Noted:
+        def __init__(self, note: str) -> None:
+            self.note = note
+
+    class NotedHandler(pytree.PyTreeHandler):
+        async def save(self, directory: Any, checkpointable: Any) -> Any:
+            second = await super().save(directory, {"a": jnp.ones(3)})
+            await anyio.sleep(0.05)
+            noted.append(checkpointable.note)
+            return second
+
+        def is_handleable(self, checkpointable: Any) -> bool:
+            return isinstance(checkpointable, Noted)
+
+    context, value = ocp.Context(), Noted("before")
+    context.checkpointables.registry = ocp.handlers.local_registry().add(NotedHandler)
+    with context:
+        response = ocp.save_checkpointables_async(tmp_path / "checkpoint", {"it": value})
+    value.note = "after"
+    response.result()
+    assert noted == ["before"]
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("x", "y"), PartitionSpec("x"), PartitionSpec()])

@@ -99,16 +99,18 @@ class PyTreeHandler:
         )
         doing = operation.current(is_joint=True)
         options = self._options()
-        if not _asks_callbacks(options) and await loop.to_worker(prepared.hold, options):
+        # A tree that a handler of the user's passes on may be only a part of what that captures.
+        is_all = prepared is checkpointable
+        if is_all and not _asks_callbacks(options) and await loop.to_worker(prepared.hold, options):
             doing.let_go(directory.path.name, is_held=True)
             await anyio.sleep(_HEAD_START_SECS)
         saving = Saving(prepared, options, doing, is_part=self._partial_save_mode)
         running = doing.background(lambda: saving.run(directory))
         try:
             await saving.pipeline.let_go.wait()
-            if not saving.pipeline.staged.is_set():
+            if is_all and not saving.pipeline.staged.is_set():
                 doing.let_go(directory.path.name, is_held=False)
-                await saving.pipeline.staged.wait()
+            await saving.pipeline.staged.wait()
         except BaseException:
             await running.cancel()
             raise

@@ -211,7 +211,8 @@ class LoadPipeline:
             targets = [
                 self._targets(request, array) for request, array in zip(batch, arrays, strict=True)
             ]
-            placed = place(targets)
+            pieces = iter(place([piece for of_request in targets for piece in of_request]))
+            placed = [list(itertools.islice(pieces, len(of_request))) for of_request in targets]
         if any(self._leaves[request.leaf].form.copies for request in batch):
             self._broadcast(batch, placed)
         return placed

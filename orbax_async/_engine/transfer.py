@@ -21,10 +21,11 @@ import functools
 import math
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from orbax_async._engine.plan import Box
@@ -45,6 +46,9 @@ __all__ = [
 
 _MAPPED_NBYTES = 256 << 10
 _ALIGNMENT = 64  # bytes; jax aliases host memory on CPU where it is aligned so
+_MANY_ALIKE = 1000  # arrays for which it pays to compile what puts them on a device
+_PER_CALL = 8  # compiling takes longer for more, and a call gets no cheaper for each
+_COPIED_NBYTES = 64 << 10
 
 
 Piece = np.ndarray[Any, Any] | jax.Array
@@ -171,27 +175,73 @@ def _mapped(nbytes: int) -> np.ndarray[Any, Any] | None:
 
 
 def place(
-    targets: Sequence[Sequence[tuple[np.ndarray[Any, Any], jax.sharding.Sharding | None]]],
-) -> list[list[Piece]]:
+    pieces: Sequence[tuple[np.ndarray[Any, Any], jax.sharding.Sharding | None]],
+) -> list[Piece]:
     """Puts host arrays on devices, and waits until they have arrived.
 
     Args:
-      targets: for each of several leaves its pieces, and where each goes: all of it on the one
-        device of its sharding, or nowhere.
+      pieces: arrays, and where each goes: all of it on the one device of its sharding, or nowhere.
     """
-    # These settings belong to threads: a worker keeps every dtype as it is.
-    with jax.transfer_guard("allow"), jax.enable_x64(True):
-        placed = [
-            [array if where is None else _put(array, where) for array, where in pieces]
-            for pieces in targets
-        ]
+    placed: list[Piece] = [array for array, _ in pieces]
+    alike: dict[Hashable, list[int]] = {}
+    for index, (array, where) in enumerate(pieces):
+        if where is not None:
+            alike.setdefault((id(where), array.shape, array.dtype), []).append(index)
+    with _of_no_caller():
+        for indexes in alike.values():
+            array, where = pieces[indexes[0]]
+            assert where is not None
+            rest = len(indexes) % _PER_CALL
+            if len(indexes) >= _MANY_ALIKE and _can_compile(array, where):
+                put_some = _compiled(where)
+                for start in range(rest, len(indexes), _PER_CALL):
+                    some = indexes[start : start + _PER_CALL]
+                    put = put_some(*[pieces[index][0] for index in some])
+                    for index, each in zip(some, put, strict=True):
+                        placed[index] = each
+                del indexes[rest:]
+            for index in indexes:
+                placed[index] = _put(pieces[index][0], where)
         jax.block_until_ready(placed)
     return placed
+
+
+@contextlib.contextmanager
+def _of_no_caller() -> Iterator[None]:
+    """Sets what is a thread's own in jax so that any value passes as it is."""
+    with (
+        jax.transfer_guard("allow"),
+        jax.enable_x64(True),
+        jax.disable_jit(False),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+    ):
+        yield
 
 
 def _put(array: np.ndarray[Any, Any], where: jax.sharding.Sharding) -> jax.Array:
     # Half as much work for jax as device_put.
     return jax.make_array_from_callback(array.shape, where, lambda _: array)
+
+
+def _can_compile(array: np.ndarray[Any, Any], where: jax.sharding.Sharding) -> bool:
+    """Says whether compiled code may copy an array; some dtypes of few bits it can't."""
+    (device,) = where.device_set
+    return (
+        device.platform == "cpu"
+        and where.memory_kind in (None, device.default_memory().kind)
+        and array.nbytes <= _COPIED_NBYTES
+        and (array.dtype.kind in "biufc" or array.dtype == jnp.bfloat16)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(where: jax.sharding.Sharding) -> Callable[..., tuple[jax.Array, ...]]:
+    """Returns what puts a few arrays on a device in one call, compiled for each shape and dtype.
+
+    Compiling takes as long as putting some hundred arrays one by one, and a call a third.
+    """
+    return jax.jit(lambda *arrays: arrays, in_shardings=where, out_shardings=where)
 
 
 def send(pieces: Sequence[tuple[jax.Array, jax.sharding.Sharding]]) -> list[jax.Array]:

@@ -38,9 +38,9 @@ from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async._trace import Recorder
 from orbax_async.tree import keypath
-from orbax_async.tree.keypath import KeyPath
+from orbax_async.tree.schema import Entry
 
-__all__ = ["LoadPipeline", "ReadForm", "ReadableLeaf", "read_error"]
+__all__ = ["LoadPipeline", "Placed", "ReadForm", "read_error"]
 
 _VALUE_NBYTES = 64 << 10  # arrays up to this size are read as values, many at once
 
@@ -92,23 +92,17 @@ class ReadForm:
             )
 
 
-class ReadableLeaf(NamedTuple):
-    """A leaf on its way in: where it is in the tree and in storage, and how it is read."""
+class Placed(NamedTuple):
+    """Pieces where they belong, and the leaf of each."""
 
-    keys: KeyPath
-    name: str
-    form: ReadForm
-
-    @property
-    def label(self) -> str:
-        """Its key path, for messages."""
-        return keypath.label(self.keys)
+    leaves: list[int]
+    pieces: list[Piece]
 
 
 class _Copy(NamedTuple):
-    """A piece to send to another device, and the list of its leaf's pieces."""
+    """A piece to send to another device."""
 
-    pieces: list[Piece]
+    leaf: int
     piece: Any
     where: jax.sharding.Sharding
 
@@ -125,11 +119,9 @@ def _device_id(piece: Any) -> int:
 class LoadPipeline:
     """Reads and places the requests of one load.
 
-    After `run`, `pieces` holds by leaf its host array, its jax array on one device, or its shards
-    in the order of the plan.
-
     Args:
-      leaves: by their index.
+      entries: of the leaves, by their index.
+      forms: how each of them is read.
       requests: what to read of them.
       store: where they are.
       batch_nbytes: of requests that are read together.
@@ -142,7 +134,8 @@ class LoadPipeline:
 
     def __init__(
         self,
-        leaves: Mapping[int, ReadableLeaf],
+        entries: Mapping[int, Entry],
+        forms: Mapping[int, ReadForm],
         requests: Sequence[ReadRequest],
         store: ArrayStore,
         *,
@@ -152,8 +145,10 @@ class LoadPipeline:
         broadcast_nbytes: int | None = None,
         broadcast_share: float = 1.0,
     ) -> None:
-        self.pieces: dict[int, list[Piece]] = {index: [] for index in leaves}
-        self._leaves = leaves
+        self._pieces: dict[int, Piece] = {}  # the first of each leaf
+        self._more_pieces: dict[int, list[Piece]] = {}
+        self._entries = entries
+        self._forms = forms
         self._store = store
         self.read_budget = read_budget
         self._recorder = recorder
@@ -171,7 +166,7 @@ class LoadPipeline:
 
     async def run(self) -> None:
         """Reads everything; the first failure cancels the rest."""
-        results: list[list[list[Piece]]] = [[] for _ in self._batches]
+        results: dict[int, Placed] = {}
 
         async def read_batch(index: int) -> None:
             batch = self._batches[index]
@@ -187,13 +182,20 @@ class LoadPipeline:
             async with anyio.create_task_group() as group:
                 for index in range(len(self._batches)):
                     group.start_soon(read_batch, index)
-        for batch, placed in zip(self._batches, results, strict=True):
-            for request, of_request in zip(batch, placed, strict=True):
-                self.pieces[request.leaf].extend(of_request)
+        for _, placed in sorted(results.items()):
+            for leaf, piece in zip(*placed, strict=True):
+                if self._pieces.setdefault(leaf, piece) is not piece:
+                    self._more_pieces.setdefault(leaf, []).append(piece)
+
+    def pieces_of(self, leaf: int) -> list[Piece]:
+        """Returns what was read: a host array, a jax array on one device, or a leaf's shards."""
+        if leaf not in self._pieces:
+            return []
+        return [self._pieces[leaf], *self._more_pieces.get(leaf, ())]
 
     def _map_memory(self) -> None:
         for request in itertools.chain.from_iterable(self._batches):
-            form = self._leaves[request.leaf].form
+            form = self._forms[request.leaf]
             if form.whole is None and (form.sharding is None or lies_on_host(form.sharding)):
                 self._mapped[id(request)] = self._memory_for(request)
 
@@ -201,37 +203,32 @@ class LoadPipeline:
         mapped = self._mapped.pop(id(request), None)
         if mapped is not None:
             return mapped
-        form = self._leaves[request.leaf].form
+        form = self._forms[request.leaf]
         return aligned_empty(plan.box_shape(request.region.box), form.read_dtype)
 
-    def _read_and_place(self, batch: list[ReadRequest], nbytes: int) -> list[list[Piece]]:
+    def _read_and_place(self, batch: list[ReadRequest], nbytes: int) -> Placed:
         with self._recorder.span("read", nbytes):
             arrays = self._read(batch)
         with self._recorder.span("place", nbytes):
-            targets = [
-                self._targets(request, array) for request, array in zip(batch, arrays, strict=True)
-            ]
-            pieces = iter(place([piece for of_request in targets for piece in of_request]))
-            placed = [list(itertools.islice(pieces, len(of_request))) for of_request in targets]
-        if any(self._leaves[request.leaf].form.copies for request in batch):
-            self._broadcast(batch, placed)
+            leaves, pieces, wheres = self._targets(batch, arrays)
+            placed = Placed(leaves, place(pieces, wheres))
+        if any(self._forms[leaf].copies for leaf in leaves):
+            self._broadcast(placed)
         return placed
 
-    def _broadcast(self, batch: list[ReadRequest], placed: list[list[Piece]]) -> None:
+    def _broadcast(self, placed: Placed) -> None:
         """Sends pieces on from device to device, some at a time, and adds what arrives."""
         copies: list[_Copy] = []
-        for request, pieces in zip(batch, placed, strict=True):
-            targets = self._leaves[request.leaf].form.copies
-            for piece in list(pieces) if targets else ():
-                wheres = targets.get(_device_id(piece), ())
-                copies += [_Copy(pieces, piece, where) for where in wheres]
+        for leaf, piece in zip(*placed, strict=True):
+            targets = self._forms[leaf].copies
+            wheres = targets.get(_device_id(piece), ()) if targets else ()
+            copies += [_Copy(leaf, piece, where) for where in wheres]
         with self._broadcasting:
             limit = self._limit_of_broadcasts(copies)
             for group in plan.batches(copies, limit):
                 with self._recorder.span("broadcast", sum(copy.nbytes for copy in group)):
-                    arrived = send([(copy.piece, copy.where) for copy in group])
-                for copy, piece in zip(group, arrived, strict=True):
-                    copy.pieces.append(piece)
+                    placed.pieces.extend(send([(copy.piece, copy.where) for copy in group]))
+                placed.leaves.extend(copy.leaf for copy in group)
 
     def _limit_of_broadcasts(self, copies: Sequence[_Copy]) -> int:
         if self._broadcast_nbytes is not None:
@@ -240,31 +237,34 @@ class LoadPipeline:
         return sys.maxsize if free is None else int(free * self._broadcast_share)
 
     def _targets(
-        self, request: ReadRequest, array: np.ndarray[Any, Any]
-    ) -> list[tuple[np.ndarray[Any, Any], jax.sharding.Sharding | None]]:
-        """Returns what goes where of what was read by one request."""
-        form = self._leaves[request.leaf].form
-        if not form.device_shardings:
-            return [(_filled_up(array, form.piece_shape), form.sharding)]
-        region = request.region
-        pieces = [
-            (array if box == region.box else array[_within(box, region.box)], devices)
-            for box, devices in region.parts
-        ]
-        return [
-            (_filled_up(piece, form.piece_shape), where)
-            for piece, devices in pieces
-            for where in map(form.device_shardings.__getitem__, devices)
-        ]
+        self, batch: Sequence[ReadRequest], arrays: Sequence[np.ndarray[Any, Any]]
+    ) -> tuple[list[int], list[np.ndarray[Any, Any]], list[jax.sharding.Sharding | None]]:
+        """Returns the pieces of what was read: of which leaf each is, itself, and where it goes."""
+        leaves: list[int] = []
+        pieces: list[np.ndarray[Any, Any]] = []
+        wheres: list[jax.sharding.Sharding | None] = []
+        for request, array in zip(batch, arrays, strict=True):
+            form, region = self._forms[request.leaf], request.region
+            if not form.device_shardings:
+                leaves.append(request.leaf)
+                pieces.append(_filled_up(array, form.piece_shape))
+                wheres.append(form.sharding)
+                continue
+            for box, devices in region.parts:
+                piece = array if box == region.box else array[_within(box, region.box)]
+                leaves += [request.leaf] * len(devices)
+                pieces += [_filled_up(piece, form.piece_shape)] * len(devices)
+                wheres += [form.device_shardings[device] for device in devices]
+        return leaves, pieces, wheres
 
     def _read(self, batch: list[ReadRequest]) -> list[np.ndarray[Any, Any]]:
         """Reads the regions of a batch: small arrays as values, raw ones in place."""
         values = self._read_values(batch)
         arrays: list[np.ndarray[Any, Any]] = []
-        pending: list[tuple[ReadableLeaf, Any]] = []
+        pending: list[tuple[Entry, Any]] = []
         for request in batch:
-            leaf, box = self._leaves[request.leaf], request.region.box
-            form = leaf.form
+            entry, form = self._entries[request.leaf], self._forms[request.leaf]
+            box = request.region.box
             try:
                 if request.region.is_empty:
                     arrays.append(self._memory_for(request))
@@ -276,51 +276,64 @@ class LoadPipeline:
                 if form.whole is not None and not form.fills_missing:
                     raise FileNotFoundError("its data is missing from the checkpoint")
                 target = self._memory_for(request)
-                if not self._read_raw(leaf, box, target):
+                if not self._read_raw(entry.name, form, box, target):
                     source = self._store.open_array(
-                        leaf.name,
+                        entry.name,
                         form.document,
                         form.read_dtype,
                         fills_missing=form.fills_missing,
                     )
-                    pending.append((leaf, ts.array(target).write(source[_slices(box)])))
+                    pending.append((entry, ts.array(target).write(source[_slices(box)])))
                 arrays.append(target)
             except Exception as error:
-                raise read_error(leaf, error) from error
-        for leaf, done in pending:
+                raise read_error(entry, error) from error
+        for entry, done in pending:
             try:
                 done.result()
             except Exception as error:
-                raise read_error(leaf, error) from error
-        forms = [self._leaves[request.leaf].form for request in batch]
-        return [_as_asked(form, array) for form, array in zip(forms, arrays, strict=True)]
+                raise read_error(entry, error) from error
+        return [
+            _as_asked(self._forms[request.leaf], array)
+            for request, array in zip(batch, arrays, strict=True)
+        ]
 
     def _read_values(self, batch: list[ReadRequest]) -> Iterator[bytes | memoryview | None]:
-        leaves = [self._leaves[request.leaf] for request in batch if not request.region.is_empty]
-        small = [leaf for leaf in leaves if leaf.form.whole is not None]
-        keys = [
-            f"{leaf.name}/{leaf.form.whole_key}" if leaf.name else leaf.form.whole_key
-            for leaf in small
-        ]
+        small: list[Entry] = []
+        keys: list[str] = []
+        for request in batch:
+            entry, form = self._entries[request.leaf], self._forms[request.leaf]
+            if form.whole is not None and not request.region.is_empty:
+                small.append(entry)
+                keys.append(f"{entry.name}/{form.whole_key}" if entry.name else form.whole_key)
         try:
-            return iter(self._store.read_many(keys) if keys else ())
+            values = self._store.read_many(keys) if keys else []
         except Exception as error:
-            for leaf, key in zip(small, keys, strict=True):
+            for entry, key in zip(small, keys, strict=True):
                 try:
                     self._store.read_many([key])
                 except Exception as of_leaf:
-                    raise read_error(leaf, of_leaf) from of_leaf
+                    raise read_error(entry, of_leaf) from of_leaf
             raise read_error(small[0], error) from error  # it has gone away
+        return _drained(values)
 
-    def _read_raw(self, leaf: ReadableLeaf, box: plan.Box, target: np.ndarray[Any, Any]) -> bool:
+    def _read_raw(
+        self, name: str, form: ReadForm, box: plan.Box, target: np.ndarray[Any, Any]
+    ) -> bool:
         """Reads a region without TensorStore where that is possible."""
-        raw, direct = leaf.form.raw, self._store.direct
+        raw, direct = form.raw, self._store.direct
         return (
             raw is not None
             and direct is not None
-            and (not leaf.form.fills_missing or direct.has_region(leaf.name, raw, box))
-            and direct.read_region(leaf.name, raw, box, target)
+            and (not form.fills_missing or direct.has_region(name, raw, box))
+            and direct.read_region(name, raw, box, target)
         )
+
+
+def _drained(values: list[Any]) -> Iterator[Any]:
+    """Yields values and keeps none of them."""
+    values.reverse()
+    while values:
+        yield values.pop()
 
 
 def _from_value(form: ReadForm, data: bytes | memoryview, box: plan.Box) -> np.ndarray[Any, Any]:
@@ -377,13 +390,14 @@ _DAMAGE = (
 )
 
 
-def read_error(leaf: ReadableLeaf, error: Exception) -> errors.LeafError:
+def read_error(entry: Entry, error: Exception) -> errors.LeafError:
     """Makes the error of a leaf that can't be read; damage is told from what may pass."""
+    label = keypath.label(entry.keys)
     text = str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
     if any(sign in text for sign in _DAMAGE):
         return errors.CorruptDataError(
-            leaf.label,
+            label,
             f"its stored data is damaged: {text}. Load another checkpoint, or copy this one "
             "again from its source.",
         )
-    return errors.ReadError(leaf.label, f"cannot be read: {text}")
+    return errors.ReadError(label, f"cannot be read: {text}")

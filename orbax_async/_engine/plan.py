@@ -120,6 +120,7 @@ def whole(shape: Sequence[int]) -> Box:
     return tuple((0, side) for side in shape)
 
 
+@functools.lru_cache(maxsize=1024)
 def box_shape(box: Box) -> tuple[int, ...]:
     """Returns the shape of a box."""
     return tuple(stop - start for start, stop in box)

@@ -175,33 +175,34 @@ def _mapped(nbytes: int) -> np.ndarray[Any, Any] | None:
 
 
 def place(
-    pieces: Sequence[tuple[np.ndarray[Any, Any], jax.sharding.Sharding | None]],
+    arrays: Sequence[np.ndarray[Any, Any]], wheres: Sequence[jax.sharding.Sharding | None]
 ) -> list[Piece]:
     """Puts host arrays on devices, and waits until they have arrived.
 
     Args:
-      pieces: arrays, and where each goes: all of it on the one device of its sharding, or nowhere.
+      arrays: what to put there.
+      wheres: for each array where it goes: all of it on the one device of a sharding, or nowhere.
     """
-    placed: list[Piece] = [array for array, _ in pieces]
+    placed: list[Piece] = list(arrays)
     alike: dict[Hashable, list[int]] = {}
-    for index, (array, where) in enumerate(pieces):
+    for index, (array, where) in enumerate(zip(arrays, wheres, strict=True)):
         if where is not None:
             alike.setdefault((id(where), array.shape, array.dtype), []).append(index)
     with _of_no_caller():
         for indexes in alike.values():
-            array, where = pieces[indexes[0]]
+            array, where = arrays[indexes[0]], wheres[indexes[0]]
             assert where is not None
-            rest = len(indexes) % _PER_CALL
+            rest = len(indexes)
             if len(indexes) >= _MANY_ALIKE and _can_compile(array, where):
+                rest %= _PER_CALL
                 put_some = _compiled(where)
                 for start in range(rest, len(indexes), _PER_CALL):
                     some = indexes[start : start + _PER_CALL]
-                    put = put_some(*[pieces[index][0] for index in some])
+                    put = put_some(*[arrays[index] for index in some])
                     for index, each in zip(some, put, strict=True):
                         placed[index] = each
-                del indexes[rest:]
-            for index in indexes:
-                placed[index] = _put(pieces[index][0], where)
+            for index in indexes[:rest]:
+                placed[index] = _put(arrays[index], where)
         jax.block_until_ready(placed)
     return placed
 
@@ -226,7 +227,7 @@ def _put(array: np.ndarray[Any, Any], where: jax.sharding.Sharding) -> jax.Array
 
 def _can_compile(array: np.ndarray[Any, Any], where: jax.sharding.Sharding) -> bool:
     """Says whether compiled code may copy an array; some dtypes of few bits it can't."""
-    (device,) = where.device_set
+    device: Any = next(iter(where.device_set))
     return (
         device.platform == "cpu"
         and where.memory_kind in (None, device.default_memory().kind)

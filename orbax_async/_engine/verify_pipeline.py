@@ -9,10 +9,8 @@ import numpy as np
 import tensorstore as ts
 
 from orbax_async import errors
-from orbax_async._engine import plan
-from orbax_async._engine.load_pipeline import LoadPipeline, ReadableLeaf, read_error
+from orbax_async._engine.load_pipeline import LoadPipeline, Placed, read_error
 from orbax_async._engine.plan import ReadRequest
-from orbax_async._engine.transfer import Piece
 
 __all__ = ["VerifyPipeline"]
 
@@ -33,7 +31,7 @@ class VerifyPipeline(LoadPipeline):
     def _map_memory(self) -> None:
         """Maps nothing: what is read is dropped again, batch by batch."""
 
-    def _read_and_place(self, batch: list[ReadRequest], nbytes: int) -> list[list[Piece]]:
+    def _read_and_place(self, batch: list[ReadRequest], nbytes: int) -> Placed:
         with self._recorder.span("verify", nbytes):
             try:
                 self._check(batch)
@@ -43,21 +41,21 @@ class VerifyPipeline(LoadPipeline):
                         self._check([request])
                     except errors.LeafError as error:
                         self.damaged.setdefault(request.leaf, error)
-        return [[] for _ in batch]
+        return Placed([], [])
 
     def _check(self, batch: Sequence[ReadRequest]) -> None:
         arrays = self._read(list(batch))
         # What was read by its blocks has one more checksum, which only TensorStore computes.
         for request, array in zip(batch, arrays, strict=True):
-            leaf = self._leaves[request.leaf]
-            raw = leaf.form.raw
-            if leaf.form.whole is None and raw is not None and raw.has_crc32c:
-                self._read_again(leaf, request.region.box, array)
+            form = self._forms[request.leaf]
+            if form.whole is None and form.raw is not None and form.raw.has_crc32c:
+                self._read_again(request, array)
 
-    def _read_again(self, leaf: ReadableLeaf, box: plan.Box, array: np.ndarray[Any, Any]) -> None:
+    def _read_again(self, request: ReadRequest, array: np.ndarray[Any, Any]) -> None:
+        entry, box = self._entries[request.leaf], request.region.box
         slices = tuple(slice(start, stop) for start, stop in box)
         try:
-            source = self._store.open_array(leaf.name, leaf.form.document)
+            source = self._store.open_array(entry.name, self._forms[request.leaf].document)
             ts.array(array).write(source[slices]).result()
         except Exception as error:
-            raise read_error(leaf, error) from error
+            raise read_error(entry, error) from error

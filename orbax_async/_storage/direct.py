@@ -7,6 +7,7 @@ without a copy in between, and is verified block by block as it arrives.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
@@ -37,6 +38,9 @@ class Extent(NamedTuple):
 class DirectReader:
     """The values of one database as it is now; for one operation, on any thread.
 
+    TensorStore starts to read the index, beside what else there is to do until a value is asked
+    for. What keeps the index from being read is raised then.
+
     Raises:
       ValueError: the index is damaged, or of a kind that TensorStore alone reads.
       FileNotFoundError: the index is not all there.
@@ -44,23 +48,38 @@ class DirectReader:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._entries: dict[str, bytes | str] = {}
-        base = ts.KvStore.open(
+        self._base = ts.KvStore.open(
             {"driver": "file", "path": os.path.join(directory, "")},
             context=ts.Context({"file_io_concurrency": {"limit": 1}}),
         ).result()
-        versions = ts.ocdbt.dump(base).result()["versions"]
-        root = versions[-1]["root"].get("location") if versions else None
-        nodes = [(root, b"")] if root else []
-        while nodes:
-            location, prefix = nodes.pop()
-            for entry in ts.ocdbt.dump(base, location).result()["entries"]:
+        self._root: Any = None
+        with contextlib.suppress(ValueError, OSError):
+            self._root = self._read_root()
+
+    def _read_root(self) -> Any:
+        versions = ts.ocdbt.dump(self._base).result()["versions"]
+        location = versions[-1]["root"].get("location") if versions else None
+        return ts.ocdbt.dump(self._base, location) if location else None
+
+    @functools.cached_property
+    def _entries(self) -> dict[str, bytes | str]:
+        found: dict[str, bytes | str] = {}
+        node, prefix = self._root or self._read_root(), b""
+        below: list[tuple[str, bytes]] = []
+        while node is not None:
+            entries = node.result()["entries"]
+            while entries:  # fewer objects at a time are less work for the collector
+                entry = entries.pop()
                 if "location" in entry:
-                    nodes.append((entry["location"], prefix + entry["subtree_common_prefix"]))
+                    below.append((entry["location"], prefix + entry["subtree_common_prefix"]))
                     continue
                 value = entry.get("inline_value")
                 key = (prefix + entry["key"]).decode()
-                self._entries[key] = entry["indirect_value"] if value is None else value
+                found[key] = entry["indirect_value"] if value is None else value
+            location, prefix = below.pop() if below else (None, b"")
+            node = ts.ocdbt.dump(self._base, location) if location else None
+        self._root = None
+        return found
 
     def sizes(self) -> dict[str, int]:
         """Returns the bytes of each value, by key."""

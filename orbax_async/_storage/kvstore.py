@@ -217,6 +217,12 @@ def _array_spec(document: bytes) -> ts.Spec:
     return ts.Spec(_unplaced(zarr.parse_document(document)))
 
 
+def read_index(directory: str) -> DirectReader | None:
+    """Starts to read where the values of `directory` lie, if it is an OCDBT database."""
+    _check_process()
+    return DirectReader(directory) if holds_ocdbt(directory) else None
+
+
 def holds_ocdbt(directory: str) -> bool:
     """Says whether `directory` is an OCDBT database."""
     return os.path.isfile(os.path.join(directory, names.OCDBT_MANIFEST))

@@ -369,7 +369,7 @@ def decode_whole(layout: WholeLayout, data: bytes | memoryview) -> np.ndarray[An
             raise ValueError(f"checksum or framing error ({error})") from None
     if len(data) != layout.nbytes:
         raise ValueError(f"{len(data)} bytes found, {layout.nbytes} expected")
-    return np.frombuffer(data, layout.dtype).reshape(layout.shape)
+    return np.ndarray(layout.shape, layout.dtype, data)
 
 
 def compression_saving(array: np.ndarray[Any, Any]) -> float:

@@ -53,7 +53,9 @@ def check_addition(form: TreeForm, options: ambient.Context, additions: list[str
     taken = union.Taken(as_files=not saving.use_ocdbt)
     for _, tree in trees:
         taken.add(tree.entries)
-    _refuse(taken, [schema.Entry(leaf.keys, leaf.kind) for leaf in form.leaves], is_new=True)
+    _refuse(
+        taken, [schema.Entry(leaf.keys, leaf.kind, leaf.name) for leaf in form.leaves], is_new=True
+    )
 
 
 def _refuse(taken: union.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:

@@ -131,9 +131,7 @@ def prepare(state: Any, *, as_files: bool, are_several: bool) -> PreparedTree:
     if form is not None:
         return PreparedTree(form, form.describe(values), state)
     flat = structure.flatten(state)
-    if all(not keys for keys, _ in flat.entries) and (
-        not flat.entries or structure.empty_kind(flat.entries[0][1]) is not None
-    ):
+    if not any(flat.keys) and (not flat.leaves or structure.empty_kind(flat.leaves[0]) is not None):
         raise errors.UnsupportedLeafError(
             "", f"Found empty item. There is nothing to save in {state!r}."
         )

@@ -10,7 +10,7 @@ from typing import Any
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._engine import loop, plan
-from orbax_async._engine.load_pipeline import ReadableLeaf, ReadForm
+from orbax_async._engine.load_pipeline import ReadForm
 from orbax_async._engine.verify_pipeline import VerifyPipeline
 from orbax_async._storage import files, names, safetensors, zarr
 from orbax_async._storage.kvstore import ArrayStore
@@ -78,11 +78,11 @@ async def inspect_tree(
         await pipeline.run()
         for index, error in sorted(pipeline.damaged.items()):
             inspection.add_leaf(inspection.arrays[index].keys, error)
-        damaged = {inspection.arrays[index].keys for index in pipeline.damaged}
         inspection.findings.unproven = [
-            f"{name}{leaf.label}"
-            for leaf in inspection.arrays.values()
-            if leaf.keys not in damaged and not zarr.has_checksum(leaf.form.document)
+            f"{name}{keypath.label(entry.keys)}"
+            for index, entry in inspection.arrays.items()
+            if index not in pipeline.damaged
+            and not zarr.has_checksum(inspection.forms[index].document)
         ]
     return inspection.findings
 
@@ -94,7 +94,8 @@ class _Inspection:
         self._name = name
         self._directory = directory
         self.findings = Findings()
-        self.arrays: dict[int, ReadableLeaf] = {}
+        self.arrays: dict[int, schema.Entry] = {}
+        self.forms: dict[int, ReadForm] = {}
 
     def begin(self, options: ambient.Context, doing: operation.Operation) -> VerifyPipeline | None:
         """Checks the documents; returns what checks the arrays. Blocks."""
@@ -124,6 +125,7 @@ class _Inspection:
         limit = options.memory.read_concurrent_bytes
         return VerifyPipeline(
             self.arrays,
+            self.forms,
             requests,
             store,
             batch_nbytes=_BATCH_NBYTES if limit is None else min(limit, _BATCH_NBYTES),
@@ -183,16 +185,16 @@ class _Inspection:
         self, stored: StoredTree, documents: list[tuple[schema.Entry, dict[str, Any]]]
     ) -> list[plan.ReadRequest]:
         requests = []
-        forms: dict[int, tuple[ReadForm, list[plan.Region]]] = {}
+        alike: dict[int, tuple[ReadForm, list[plan.Region]]] = {}
         for index, (entry, document) in enumerate(documents):
-            if id(document) not in forms:
+            if id(document) not in alike:
                 is_divisible = isinstance(stored, TensorTree)
                 prepared = self._attempt(entry.keys, _prepared, document, is_divisible)
                 if prepared is None:
                     continue
-                forms[id(document)] = prepared
-            form, regions = forms[id(document)]
-            self.arrays[index] = ReadableLeaf(entry.keys, entry.name, form)
+                alike[id(document)] = prepared
+            self.forms[index], regions = alike[id(document)]
+            self.arrays[index] = entry
             requests += [plan.ReadRequest(index, region, region.nbytes) for region in regions]
         return requests
 

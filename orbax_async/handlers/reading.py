@@ -12,7 +12,7 @@ import numpy as np
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._engine import loop, plan
-from orbax_async._engine.load_pipeline import LoadPipeline, ReadableLeaf
+from orbax_async._engine.load_pipeline import LoadPipeline
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import leaves, operation, targets
@@ -64,8 +64,10 @@ class Loading:
         stored = open_tree(directory, doing.context, is_for_jax=abstract.sharding is not None)
         self._is_of_tensors = isinstance(stored, TensorTree)
         self._nest = stored.nest_for(options)
-        pairs = self._matched(stored.tree.entries, is_partial=options.pytree.loading.partial_load)
-        to_load = self._without_data(stored, pairs)
+        self._wanted = self._matched(
+            stored.tree.entries, is_partial=options.pytree.loading.partial_load
+        )
+        to_load = self._without_data(stored)
         self._targets: dict[int, targets.Target] = {}
         store = stored.open_store() if to_load else None
         if store is not None:
@@ -78,10 +80,8 @@ class Loading:
         limit = options.memory.read_concurrent_bytes
         broadcast = options.array.loading.load_and_broadcast_options
         self._pipeline = LoadPipeline(
-            {
-                index: ReadableLeaf(entry.keys, entry.name, self._targets[index].form)
-                for index, entry, _ in to_load
-            },
+            to_load,
+            {index: target.form for index, target in self._targets.items()},
             [
                 plan.ReadRequest(index, region, region.nbytes)
                 for index, target in self._targets.items()
@@ -97,8 +97,8 @@ class Loading:
 
     def _matched(
         self, entries: Sequence[schema.Entry], *, is_partial: bool
-    ) -> list[tuple[schema.Entry | None, targets.Wanted]]:
-        """Pairs what is stored with what is asked for, and notes all differences."""
+    ) -> Sequence[targets.Wanted]:
+        """Finds what is stored for each leaf, notes all differences; returns what is asked for."""
         flat, selection = self._abstract.flat, self._abstract.selection
         by_keys = {entry.keys: entry for entry in entries}
         selected = by_keys
@@ -111,20 +111,19 @@ class Loading:
                 None if entry.keys in selected else structure.LEFT_OUT for entry in entries
             ]
             return [
-                (entry, targets.STORED if entry.keys in selected else targets.SKIPPED)
-                for entry in entries
+                targets.STORED if entry.keys in selected else targets.SKIPPED for entry in entries
             ]
         if selection is not None:
             flat = flat._replace(
-                entries=tuple(
-                    (keys, leaf)
+                leaves=[
+                    leaf
                     if keys in selected or structure.empty_kind(leaf) or selection.has(keys)
-                    else (keys, ...)
+                    else ...
                     for keys, leaf in flat.entries
-                ),
+                ],
             )
         if self._is_of_tensors:  # of which any may be left out
-            asked = {keys for keys, _ in flat.entries}
+            asked = set(flat.keys)
             selected = {keys: entry for keys, entry in selected.items() if keys in asked}
         self._entries, problems = structure.match(
             flat,
@@ -133,22 +132,20 @@ class Loading:
             is_partial=is_partial,
         )
         self._problems += problems
-        self._values = [leaf for _, leaf in flat.entries]
-        return list(zip(self._entries, self._abstract.wanted, strict=True))
+        self._values = list(flat.leaves)
+        return self._abstract.wanted
 
-    def _without_data(
-        self, stored: StoredTree, pairs: list[tuple[schema.Entry | None, targets.Wanted]]
-    ) -> list[tuple[int, schema.Entry, targets.Wanted]]:
+    def _without_data(self, stored: StoredTree) -> dict[int, schema.Entry]:
         """Sets the values that are in the documents; returns the leaves that are not."""
-        to_load: list[tuple[int, schema.Entry, targets.Wanted]] = []
+        to_load: dict[int, schema.Entry] = {}
         texts: list[tuple[int, schema.Entry]] = []
-        for index, (entry, wanted) in enumerate(pairs):
+        for index, (entry, wanted) in enumerate(zip(self._entries, self._wanted, strict=True)):
             if entry is None or wanted is targets.SKIPPED:
                 continue
             if entry.is_empty:
                 self._values[index] = entry.empty_value()
             elif entry.kind != schema.STRING:
-                to_load.append((index, entry, wanted))
+                to_load[index] = entry
             elif wanted.form in ("string", "stored"):
                 texts.append((index, entry))
             else:
@@ -167,18 +164,18 @@ class Loading:
         self,
         stored: StoredTree,
         store: ArrayStore,
-        to_load: list[tuple[int, schema.Entry, targets.Wanted]],
+        to_load: Mapping[int, schema.Entry],
         terms: targets.Terms,
     ) -> None:
         """Decides how each array is read; those that are alike share what is decided."""
-        documents = stored.documents(store, [entry for _, entry, _ in to_load])
+        documents = stored.documents(store, list(to_load.values()))
         given = self._abstract.sharding
         function = given if callable(given) else None
         for_all = None if callable(given) else given
         default = replicated() if self._is_of_tensors else None
         needs_shardings = for_all is None and any(
             wanted.form == "stored" or (wanted.form == "jax" and wanted.sharding is None)
-            for _, _, wanted in to_load
+            for wanted in (self._wanted[index] for index in to_load)
         )
         shardings = stored.shardings() if needs_shardings else {}
         # Typed keys are stored as uint32; nothing else needs the records of arrays.
@@ -186,7 +183,8 @@ class Loading:
         may_hold_keys = any(zarr.stored_dtype(each).name == "uint32" for each in distinct)
         impls = stored.prng_impls() if may_hold_keys else {}
         alike: dict[Any, targets.Target] = {}
-        for index, entry, wanted in to_load:
+        for index, entry in to_load.items():
+            wanted = self._wanted[index]
             document, saved = documents[entry.name], shardings.get(entry.name)
             impl = impls.get(entry.name)
             private = tuple(sorted(entry.private.items())) if entry.private else ()
@@ -253,7 +251,7 @@ class Loading:
             assert self._pipeline is not None
             entry = self._entries[index]
             assert entry is not None
-            self._values[index] = target.finish(entry, self._pipeline.pieces[index])
+            self._values[index] = target.finish(entry, self._pipeline.pieces_of(index))
         if self._abstract.flat is not None:
             return self._abstract.flat.rebuild(self._values)
         # What is left out leaves gaps that only plain containers can have.

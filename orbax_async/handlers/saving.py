@@ -171,6 +171,7 @@ class _Plan:
                 schema.Entry(
                     leaf.keys,
                     rich.EMPTY_NAMED_TUPLE if at in self._empty_named_tuples else leaf.kind,
+                    leaf.name,
                     write_shapes.get(leaf.name) if records_arrays else None,
                     private.get(leaf.name, {}) if leaf.shape is not None else {},
                 )

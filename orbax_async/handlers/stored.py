@@ -9,7 +9,7 @@ from typing import Any
 from orbax_async import arrays, errors
 from orbax_async import context as ambient
 from orbax_async._storage import files, names, zarr
-from orbax_async._storage.kvstore import ArrayStore, holds_ocdbt
+from orbax_async._storage.kvstore import ArrayStore, read_index
 from orbax_async.tree import keypath, rich, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
@@ -35,6 +35,7 @@ class StoredTree:
             raise errors.InvalidLayoutError(
                 f"{directory} holds no pytree: it has no {names.TREE_METADATA}"
             )
+        index = read_index(directory)
         try:
             self.tree = schema.TreeDocument.load(data)
         except _DAMAGED as error:
@@ -43,13 +44,14 @@ class StoredTree:
             ) from error
         self.uses_ocdbt = self.tree.uses_ocdbt
         if self.uses_ocdbt is None:
-            self.uses_ocdbt = holds_ocdbt(directory)
+            self.uses_ocdbt = index is not None
+        self._index = index if self.uses_ocdbt else None
         self.arrays = [
             entry
             for entry in self.tree.entries
             if not entry.is_empty and entry.kind != schema.STRING
         ]
-        if self.arrays and self.uses_ocdbt and not holds_ocdbt(directory):
+        if self.arrays and self.uses_ocdbt and index is None:
             raise errors.InvalidLayoutError(
                 f"{directory} is damaged: {names.OCDBT_MANIFEST} is missing"
             )
@@ -73,7 +75,12 @@ class StoredTree:
 
     def open_store(self) -> ArrayStore:
         """Opens the store of its arrays."""
-        return ArrayStore(self.directory, ocdbt=bool(self.uses_ocdbt), zarr3=self.tree.uses_zarr3)
+        return ArrayStore(
+            self.directory,
+            ocdbt=bool(self.uses_ocdbt),
+            zarr3=self.tree.uses_zarr3,
+            direct=self._index,
+        )
 
     def documents(
         self, store: ArrayStore, entries: list[schema.Entry]

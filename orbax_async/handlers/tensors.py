@@ -40,6 +40,7 @@ class TensorTree(StoredTree):
             schema.Entry(
                 (Key(name, False),),
                 schema.JAX_ARRAY if is_for_jax else schema.NUMPY_ARRAY,
+                name,
                 private={"logical_dtype": tensor.dtype.name},
             )
             for name, tensor in self.contents.tensors.items()

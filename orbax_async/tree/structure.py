@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,10 +62,16 @@ def is_empty(value: Any) -> bool:
 
 
 class FlatTree(NamedTuple):
-    """A tree taken apart: its leaves and empty nodes by key path, and its definition."""
+    """A tree taken apart: key paths, leaves and empty nodes in their order, and its definition."""
 
-    entries: tuple[tuple[KeyPath, Any], ...]
+    keys: Sequence[KeyPath]
+    leaves: Sequence[Any]
     treedef: jax.tree_util.PyTreeDef
+
+    @property
+    def entries(self) -> Iterator[tuple[KeyPath, Any]]:
+        """The leaves and empty nodes, each with its key path."""
+        return zip(self.keys, self.leaves, strict=True)
 
     def rebuild(self, values: Sequence[Any]) -> Any:
         """Returns a tree of the same containers around other values."""
@@ -78,9 +86,26 @@ def flatten_with_path(
 
 
 def flatten(tree: Any) -> FlatTree:
-    """Takes a tree apart, keeping None and empty containers as entries."""
-    paths, treedef = flatten_with_path(tree)
-    return FlatTree(tuple((keypath.keys_of(path), leaf) for path, leaf in paths), treedef)
+    """Takes a tree apart, keeping None and empty containers as leaves."""
+    leaves, treedef = jax.tree_util.tree_flatten(tree, is_leaf=is_empty)
+    try:
+        keys = _known_keys.get(treedef)
+    except Exception:  # whatever comparing what the user's nodes hold may raise
+        keys = None
+    if keys is None:
+        paths, _ = flatten_with_path(tree)
+        keys = tuple([keypath.keys_of(path) for path, _ in paths])
+        with contextlib.suppress(Exception), _lock:
+            _known_keys[treedef] = keys
+            while len(_known_keys) > _KEPT:
+                del _known_keys[next(iter(_known_keys))]
+    return FlatTree(keys, leaves, treedef)
+
+
+# Of the trees that were taken apart last. A program has few, and most of the work is their keys.
+_known_keys: dict[jax.tree_util.PyTreeDef, tuple[KeyPath, ...]] = {}
+_KEPT = 8
+_lock = threading.Lock()
 
 
 LEFT_OUT: Any = object()
@@ -184,7 +209,7 @@ def _misfits(
     abstract: FlatTree, stored: Iterable[KeyPath], leaves: Container[KeyPath]
 ) -> list[str]:
     """Returns where two trees differ by more than keys of dicts."""
-    asked, held = _inner([keys for keys, _ in abstract.entries]), _inner(stored)
+    asked, held = _inner(abstract.keys), _inner(stored)
     problems = []
     for keys, children in asked.items():
         others = held.get(keys)

@@ -10,6 +10,7 @@ waits for the interpreter: the caller's loop, too.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import threading
@@ -145,8 +146,6 @@ class LoadPipeline:
         broadcast_nbytes: int | None = None,
         broadcast_share: float = 1.0,
     ) -> None:
-        self._pieces: dict[int, Piece] = {}  # the first of each leaf
-        self._more_pieces: dict[int, list[Piece]] = {}
         self._entries = entries
         self._forms = forms
         self._store = store
@@ -158,23 +157,23 @@ class LoadPipeline:
         self._mapped: dict[int, np.ndarray[Any, Any]] = {}  # by the id of the request
         self._slots = BatchSlots()
         self._batches = list(plan.batches(requests, batch_nbytes))
-        self._pieces_unread = Counter(request.leaf for request in requests)
+        self._results: dict[int, Placed] = {}  # by the index of the batch
+        self._requests_left = dict(Counter(request.leaf for request in requests))
         recorder.add(
-            leaves_planned=len(self._pieces_unread),
+            leaves_planned=len(self._requests_left),
             bytes_planned=sum(request.nbytes for request in requests),
         )
 
     async def run(self) -> None:
         """Reads everything; the first failure cancels the rest."""
-        results: dict[int, Placed] = {}
 
         async def read_batch(index: int) -> None:
             batch = self._batches[index]
             nbytes = sum(request.nbytes for request in batch)
             async with self._slots.of(nbytes, len(batch)), self.read_budget.reserve(nbytes):
-                results[index] = await loop.to_worker(self._read_and_place, batch, nbytes)
+                self._results[index] = await loop.to_worker(self._read_and_place, batch, nbytes)
             self._recorder.add(
-                leaves_written=_count_off(self._pieces_unread, batch), bytes_written=nbytes
+                leaves_written=_count_off(self._requests_left, batch), bytes_written=nbytes
             )
 
         await loop.to_worker(self._map_memory)
@@ -182,16 +181,22 @@ class LoadPipeline:
             async with anyio.create_task_group() as group:
                 for index in range(len(self._batches)):
                     group.start_soon(read_batch, index)
-        for _, placed in sorted(results.items()):
-            for leaf, piece in zip(*placed, strict=True):
-                if self._pieces.setdefault(leaf, piece) is not piece:
-                    self._more_pieces.setdefault(leaf, []).append(piece)
 
     def pieces_of(self, leaf: int) -> list[Piece]:
         """Returns what was read: a host array, a jax array on one device, or a leaf's shards."""
-        if leaf not in self._pieces:
-            return []
-        return [self._pieces[leaf], *self._more_pieces.get(leaf, ())]
+        first, more = self._pieces
+        return [first[leaf], *more.get(leaf, ())] if leaf in first else []
+
+    @functools.cached_property
+    def _pieces(self) -> tuple[dict[int, Piece], dict[int, list[Piece]]]:
+        """By leaf, the first piece and, of few leaves, more."""
+        first: dict[int, Piece] = {}
+        more: dict[int, list[Piece]] = {}
+        for _, placed in sorted(self._results.items()):
+            for leaf, piece in zip(*placed, strict=True):
+                if first.setdefault(leaf, piece) is not piece:
+                    more.setdefault(leaf, []).append(piece)
+        return first, more
 
     def _map_memory(self) -> None:
         for request in itertools.chain.from_iterable(self._batches):
@@ -367,10 +372,13 @@ def _filled_up(array: np.ndarray[Any, Any], shape: tuple[int, ...] | None) -> np
     return target
 
 
-def _count_off(left: Counter[int], batch: Sequence[ReadRequest]) -> int:
+def _count_off(left: dict[int, int], batch: Sequence[ReadRequest]) -> int:
     """Counts the requests of a batch as done; returns how many leaves have none left."""
-    left.subtract(request.leaf for request in batch)
-    return sum(left[leaf] == 0 for leaf in {request.leaf for request in batch})
+    done = 0
+    for request in batch:
+        left[request.leaf] -= 1
+        done += not left[request.leaf]
+    return done
 
 
 def _slices(box: plan.Box) -> tuple[slice, ...]:

@@ -68,14 +68,18 @@ class DirectReader:
         below: list[tuple[str, bytes]] = []
         while node is not None:
             entries = node.result()["entries"]
-            while entries:  # fewer objects at a time are less work for the collector
-                entry = entries.pop()
-                if "location" in entry:
-                    below.append((entry["location"], prefix + entry["subtree_common_prefix"]))
-                    continue
-                value = entry.get("inline_value")
-                key = (prefix + entry["key"]).decode()
-                found[key] = entry["indirect_value"] if value is None else value
+            if entries and "location" in entries[0]:
+                below += [
+                    (entry["location"], prefix + entry["subtree_common_prefix"])
+                    for entry in entries
+                ]
+            else:
+                found |= {
+                    (prefix + entry["key"]).decode(): entry["inline_value"]
+                    if "inline_value" in entry
+                    else entry["indirect_value"]
+                    for entry in entries
+                }
             location, prefix = below.pop() if below else (None, b"")
             node = ts.ocdbt.dump(self._base, location) if location else None
         self._root = None
@@ -92,7 +96,7 @@ class DirectReader:
         """Returns whole values, None for each key that is absent; neighbours are read together."""
         found = [self._entries.get(key) for key in keys]
         where = [
-            (*_extent(value), index) for index, value in enumerate(found) if isinstance(value, str)
+            (*_located(value), index) for index, value in enumerate(found) if isinstance(value, str)
         ]
         values: list[Any] = found
         where.sort()
@@ -236,9 +240,13 @@ def read_into(file: io.FileIO, offset: int, into: memoryview) -> None:
 
 
 def _extent(location: str) -> Extent:
+    return Extent(*_located(location))
+
+
+def _located(location: str) -> tuple[str, int, int]:
     """Reads `value:<directory>:<file>:<offset>:<nbytes>`, as TensorStore writes a location."""
     _, base, path, offset, nbytes = location.split(":")
-    return Extent(_file(base, path), int(offset), int(nbytes))
+    return _file(base, path), int(offset), int(nbytes)
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -46,15 +47,19 @@ class StoredTree:
         if self.uses_ocdbt is None:
             self.uses_ocdbt = index is not None
         self._index = index if self.uses_ocdbt else None
-        self.arrays = [
+        if self.uses_ocdbt and index is None and self.arrays:
+            raise errors.InvalidLayoutError(
+                f"{directory} is damaged: {names.OCDBT_MANIFEST} is missing"
+            )
+
+    @functools.cached_property
+    def arrays(self) -> list[schema.Entry]:
+        """The leaves that are stored as arrays."""
+        return [
             entry
             for entry in self.tree.entries
             if not entry.is_empty and entry.kind != schema.STRING
         ]
-        if self.arrays and self.uses_ocdbt and index is None:
-            raise errors.InvalidLayoutError(
-                f"{directory} is damaged: {names.OCDBT_MANIFEST} is missing"
-            )
 
     def nest_for(self, options: ambient.Context) -> Callable[[Entries], Any]:
         """Returns what builds the tree: of plain containers, or of those that were recorded."""

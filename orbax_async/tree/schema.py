@@ -125,34 +125,39 @@ class TreeDocument(NamedTuple):
     @classmethod
     def load(cls, data: bytes) -> TreeDocument:
         """Reads the document; raises ValueError or KeyError where it is damaged."""
-        document = json.loads(data)
-        tree = document["tree_metadata"]
-        entries = []
-        for path in list(tree):
-            item = tree.pop(path)  # fewer objects at a time are less work for the collector
-            value = item["value_metadata"]
-            shape = value.get("write_shape")
-            keys = tuple(
-                [
-                    keypath.key(each["key"], each["key_type"] == _SEQUENCE_KEY)
-                    for each in item["key_metadata"]
-                ]
-            )
-            entries.append(
-                Entry(
-                    keys,
-                    value["value_type"],
-                    stored_name(keys),
-                    None if shape is None else _shared(tuple(shape)),
-                    value.get(_PRIVATE, _NOTHING),
-                )
-            )
-        return cls(
-            entries=tuple(entries),
-            uses_zarr3=bool(document.get("use_zarr3", False)),
-            uses_ocdbt=document.get("use_ocdbt"),
-            rich=document.get("value_metadata_tree"),
+        return _tree_document(data)
+
+
+@functools.lru_cache(maxsize=4)  # the checkpoints of a run have equal ones
+def _tree_document(data: bytes) -> TreeDocument:
+    document = json.loads(data)
+    tree = document["tree_metadata"]
+    entries = []
+    for path in list(tree):
+        item = tree.pop(path)  # fewer objects at a time are less work for the collector
+        value = item["value_metadata"]
+        shape = value.get("write_shape")
+        keys = tuple(
+            [
+                keypath.key(each["key"], each["key_type"] == _SEQUENCE_KEY)
+                for each in item["key_metadata"]
+            ]
         )
+        entries.append(
+            Entry(
+                keys,
+                value["value_type"],
+                stored_name(keys),
+                None if shape is None else _shared(tuple(shape)),
+                value.get(_PRIVATE, _NOTHING),
+            )
+        )
+    return TreeDocument(
+        entries=tuple(entries),
+        uses_zarr3=bool(document.get("use_zarr3", False)),
+        uses_ocdbt=document.get("use_ocdbt"),
+        rich=document.get("value_metadata_tree"),
+    )
 
 
 def dump_shardings(shardings: Mapping[str, Mapping[str, Any]]) -> bytes:

@@ -174,9 +174,13 @@ def match(
     """
     found: list[Any] = []
     problems: list[str] = []
-    unused = dict(stored)
-    for keys, wanted in abstract.entries:
-        entry = unused.pop(keys, None)
+    unused: dict[KeyPath, Any] = {}
+    if list(stored) == list(abstract.keys):  # nearly always, and quick to see
+        entries = list(stored.values())
+    else:
+        unused = dict(stored)
+        entries = [unused.pop(keys, None) for keys in abstract.keys]
+    for keys, wanted, entry in zip(abstract.keys, abstract.leaves, entries, strict=True):
         if entry is None:
             if not is_partial and wanted is not ... and not is_empty(wanted):
                 problems.append(f"{_named(keys)}: asked for, not in the checkpoint")

@@ -56,10 +56,11 @@ class Pacer:
         return Mark(self._steps, time.perf_counter())
 
     def rate(self, secs: float) -> float:
-        """Returns the steps per second over the next seconds."""
-        before = self.mark()
-        time.sleep(secs)
-        after = self.mark()
+        """Returns the steps per second over the next seconds, or until one is done."""
+        before = after = self.mark()
+        while after.steps == before.steps and self._thread.is_alive():
+            time.sleep(secs)
+            after = self.mark()
         return (after.steps - before.steps) / (after.secs - before.secs)
 
 

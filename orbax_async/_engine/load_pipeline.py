@@ -164,6 +164,13 @@ class LoadPipeline:
             bytes_planned=sum(request.nbytes for request in requests),
         )
 
+    def map_memory(self) -> None:
+        """Maps the memory that stays on the host; blocks."""
+        for request in itertools.chain.from_iterable(self._batches):
+            form = self._forms[request.leaf]
+            if form.whole is None and (form.sharding is None or lies_on_host(form.sharding)):
+                self._mapped[id(request)] = self._memory_for(request)
+
     async def run(self) -> None:
         """Reads everything; the first failure cancels the rest."""
 
@@ -176,7 +183,6 @@ class LoadPipeline:
                 leaves_written=_count_off(self._requests_left, batch), bytes_written=nbytes
             )
 
-        await loop.to_worker(self._map_memory)
         with errors.ungrouped():
             async with anyio.create_task_group() as group:
                 for index in range(len(self._batches)):
@@ -197,12 +203,6 @@ class LoadPipeline:
                 if first.setdefault(leaf, piece) is not piece:
                     more.setdefault(leaf, []).append(piece)
         return first, more
-
-    def _map_memory(self) -> None:
-        for request in itertools.chain.from_iterable(self._batches):
-            form = self._forms[request.leaf]
-            if form.whole is None and (form.sharding is None or lies_on_host(form.sharding)):
-                self._mapped[id(request)] = self._memory_for(request)
 
     def _memory_for(self, request: ReadRequest) -> np.ndarray[Any, Any]:
         mapped = self._mapped.pop(id(request), None)

@@ -28,9 +28,6 @@ class VerifyPipeline(LoadPipeline):
         self.damaged = {}
         await super().run()
 
-    def _map_memory(self) -> None:
-        """Maps nothing: what is read is dropped again, batch by batch."""
-
     def _read_and_place(self, batch: list[ReadRequest], nbytes: int) -> Placed:
         with self._recorder.span("verify", nbytes):
             try:

@@ -94,6 +94,7 @@ class Loading:
             broadcast_nbytes=broadcast.broadcast_memory_limit_bytes,
             broadcast_share=broadcast.broadcast_memory_scaling_factor or 1.0,
         )
+        self._pipeline.map_memory()
 
     def _matched(
         self, entries: Sequence[schema.Entry], *, is_partial: bool

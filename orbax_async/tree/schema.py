@@ -133,7 +133,7 @@ def _tree_document(data: bytes) -> TreeDocument:
     document = json.loads(data)
     tree = document["tree_metadata"]
     entries = []
-    for path in list(tree):
+    for path in list(tree.keys()):  # what is no dict has none, and is damage
         item = tree.pop(path)  # fewer objects at a time are less work for the collector
         value = item["value_metadata"]
         shape = value.get("write_shape")

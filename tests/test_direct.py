@@ -300,3 +300,85 @@ def test_i3_donating_one_replica_leaves_the_others(tmp_path: Path, mesh8: Mesh) 
     update = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     update(replicas[0]).block_until_ready()
     assert all(np.array_equal(replica, LARGE) for replica in replicas[1:])
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """What was read of which array in each go, where 100 kB count as a large part."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+    original = DirectReader.read_region
+
+    def read_region(
+        self: DirectReader, name: str, layout: Any, box: Any, into: np.ndarray[Any, Any]
+    ) -> bool:
+        found.append((name, into.shape))
+        return original(self, name, layout, box, into)
+
+    monkeypatch.setattr(load_pipeline, "_PART_NBYTES", 100_000)
+    monkeypatch.setattr(DirectReader, "read_region", read_region)
+    return found
+
+
+@pytest.mark.parametrize("chunk_nbytes", [None, 400_000])
+def test_a_large_array_is_read_in_parts(
+    tmp_path: Path,
+    mesh8: Mesh,
+    rng: np.random.Generator,
+    parts: list[tuple[str, tuple[int, ...]]],
+    chunk_nbytes: int | None,
+) -> None:
+    """Rows that lie together, of one chunk or several, are read in parts; columns are not."""
+    values = {
+        "flat": rng.standard_normal(400_000, np.float32),
+        "deep": rng.standard_normal((9, 30, 500), np.float32),
+    }
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = chunk_nbytes
+    with context:
+        ocp.save(tmp_path / "checkpoint", values)
+    loaded = ocp.load(tmp_path / "checkpoint")
+    assert all(np.array_equal(loaded[name], values[name]) for name in values)
+    of_flat = [shape for name, shape in parts if name == "flat"]
+    of_deep = [shape for name, shape in parts if name == "deep"]
+    assert of_flat == [(25_000,)] * 16
+    # Divided to 400 kB its chunks have all rows and some columns each.
+    assert of_deep == ([(1, 30, 500)] * 9 if chunk_nbytes is None else [(9, 30, 500)])
+    sharding = NamedSharding(mesh8, PartitionSpec(None, "y"))
+    abstract = {"deep": jax.ShapeDtypeStruct((9, 30, 500), np.float32, sharding=sharding)}
+    abstract["flat"] = ...
+    deep = ocp.load(tmp_path / "checkpoint", abstract)["deep"]
+    assert deep.sharding == sharding
+    assert np.array_equal(deep, values["deep"])
+
+
+def test_damage_in_a_part_is_named(
+    tmp_path: Path, parts: list[tuple[str, tuple[int, ...]]], rng: np.random.Generator
+) -> None:
+    """One flipped bit in one of the parts fails the load, with the leaf's name."""
+    value = rng.standard_normal(333_333, np.float32)
+    ocp.save(tmp_path / "checkpoint", {"flat": value})
+    probe = value[200_000:200_016].tobytes()
+    (path,) = [
+        path
+        for path in (tmp_path / "checkpoint").rglob("*")
+        if path.is_file() and probe in path.read_bytes()
+    ]
+    data = bytearray(path.read_bytes())
+    data[data.index(probe)] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ocp.errors.CorruptDataError, match=r"\['flat'\]"):
+        ocp.load(tmp_path / "checkpoint")
+    assert len(parts) > 1
+
+
+def test_parts_that_only_tensorstore_verifies(
+    tmp_path: Path, parts: list[tuple[str, tuple[int, ...]]], rng: np.random.Generator
+) -> None:
+    """Where an array's checksums are missing its parts are given up, and it is read whole."""
+    value = rng.standard_normal(333_333, np.float32)
+    ocp.save(tmp_path / "checkpoint", {"flat": value})
+    base = (tmp_path / "checkpoint" / "state").as_uri() + "/"
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    store[zarr.checksums_key("flat", (0,))] = None
+    assert np.array_equal(ocp.load(tmp_path / "checkpoint")["flat"], value)
+    assert ("flat", value.shape) in parts

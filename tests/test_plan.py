@@ -289,3 +289,23 @@ def test_batches_are_as_full_as_they_can_be() -> None:
         [10, 90],
         [1],
     ]
+
+
+@pytest.mark.parametrize(
+    ("box", "shape", "chunk_shape", "parts"),
+    [
+        (((0, 10),), (10,), (10,), [((0, 4),), ((4, 8),), ((8, 10),)]),
+        (((2, 7),), (10,), (5,), [((2, 6),), ((6, 7),)]),
+        (((0, 1), (0, 6)), (1, 6), (1, 6), [((0, 1), (0, 4)), ((0, 1), (4, 6))]),
+        (((0, 3), (0, 3)), (3, 3), (2, 3), [((at, at + 1), (0, 3)) for at in range(3)]),
+        # Columns lie in other chunks, or outside the box; rows lie among those of other chunks.
+        (((0, 3), (0, 4)), (3, 4), (3, 2), None),
+        (((0, 3), (0, 2)), (3, 4), (3, 4), None),
+        (((1, 2), (0, 6)), (2, 6), (2, 6), None),
+        (((0, 1), (3, 4)), (1, 6), (1, 6), None),
+        ((), (), (), None),
+    ],
+)
+def test_rows(box: Any, shape: Any, chunk_shape: Any, parts: Any) -> None:
+    """Parts of at most four bytes, or of one row; whole where they are no runs of their own."""
+    assert plan.rows(box, shape, chunk_shape, 1, 4) == (parts or [box])

@@ -44,6 +44,7 @@ from orbax_async.tree.schema import Entry
 __all__ = ["LoadPipeline", "Placed", "ReadForm", "read_error"]
 
 _VALUE_NBYTES = 64 << 10  # arrays up to this size are read as values, many at once
+_PART_NBYTES = 64 << 20  # of a region that several workers read
 
 
 class ReadForm:
@@ -155,6 +156,7 @@ class LoadPipeline:
         self._broadcast_share = broadcast_share
         self._broadcasting = threading.Lock()  # on workers: one batch at a time
         self._mapped: dict[int, np.ndarray[Any, Any]] = {}  # by the id of the request
+        self._filled: set[int] = set()  # the ids of requests that are read
         self._slots = BatchSlots()
         self._batches = list(plan.batches(requests, batch_nbytes))
         self._results: dict[int, Placed] = {}  # by the index of the batch
@@ -178,6 +180,9 @@ class LoadPipeline:
             batch = self._batches[index]
             nbytes = sum(request.nbytes for request in batch)
             async with self._slots.of(nbytes, len(batch)), self.read_budget.reserve(nbytes):
+                for request in batch:
+                    if request.nbytes > _PART_NBYTES:
+                        await self._read_in_parts(request)
                 self._results[index] = await loop.to_worker(self._read_and_place, batch, nbytes)
             self._recorder.add(
                 leaves_written=_count_off(self._requests_left, batch), bytes_written=nbytes
@@ -187,6 +192,34 @@ class LoadPipeline:
             async with anyio.create_task_group() as group:
                 for index in range(len(self._batches)):
                     group.start_soon(read_batch, index)
+
+    async def _read_in_parts(self, request: ReadRequest) -> None:
+        """Reads a large region on several workers, if it is of those that go straight in place."""
+        entry, form, box = (
+            self._entries[request.leaf],
+            self._forms[request.leaf],
+            request.region.box,
+        )
+        target = self._mapped.get(id(request))
+        if target is None or form.raw is None or form.fills_missing:
+            return
+        parts = plan.rows(box, form.shape, form.raw.chunk_shape, target.itemsize, _PART_NBYTES)
+        were_read: list[bool] = []
+
+        async def read(part: plan.Box) -> None:
+            into = target[_within(part, box)]
+            try:
+                were_read.append(await loop.to_worker(self._read_raw, entry.name, form, part, into))
+            except Exception as error:
+                raise read_error(entry, error) from error
+
+        if len(parts) > 1:
+            with errors.ungrouped():
+                async with anyio.create_task_group() as group:
+                    for part in parts:
+                        group.start_soon(read, part)
+            if all(were_read):
+                self._filled.add(id(request))
 
     def pieces_of(self, leaf: int) -> list[Piece]:
         """Returns what was read: a host array, a jax array on one device, or a leaf's shards."""
@@ -271,7 +304,7 @@ class LoadPipeline:
             entry, form = self._entries[request.leaf], self._forms[request.leaf]
             box = request.region.box
             try:
-                if request.region.is_empty:
+                if request.region.is_empty or id(request) in self._filled:
                     arrays.append(self._memory_for(request))
                     continue
                 value = next(values) if form.whole is not None else None

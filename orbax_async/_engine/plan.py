@@ -43,6 +43,7 @@ __all__ = [
     "chunk_shape",
     "plan_writes",
     "read_regions",
+    "rows",
     "whole",
 ]
 
@@ -309,6 +310,31 @@ def _is_separate(box: Box, shape: Sequence[int], chunk_shape: Sequence[int], is_
     (axis,) = cut
     pairs = zip(shape[axis + 1 :], chunk_shape[axis + 1 :], strict=True)
     return math.prod(chunk_shape[:axis]) == 1 and not any(side % piece for side, piece in pairs)
+
+
+def rows(
+    box: Box, shape: Sequence[int], chunk_shape: Sequence[int], itemsize: int, target_nbytes: int
+) -> list[Box]:
+    """Divides a box of an array whose chunks are raw into parts that several can read.
+
+    Each is one run of bytes in each chunk that it meets. Where there are no such runs, or what lies
+    between them would be read more than once, the box stays whole.
+    """
+    axis = next((axis for axis, (start, stop) in enumerate(box) if stop - start > 1), None)
+    if axis is None:
+        return [box]
+    inner = slice(axis + 1, None)
+    if (
+        math.prod(chunk_shape[:axis]) != 1
+        or tuple(chunk_shape)[inner] != tuple(shape)[inner]
+        or box[inner] != whole(shape)[inner]
+    ):
+        return [box]
+    start, stop = box[axis]
+    step = max(1, target_nbytes * (stop - start) // box_nbytes(box, itemsize))
+    return [
+        (*box[:axis], (at, min(at + step, stop)), *box[inner]) for at in range(start, stop, step)
+    ]
 
 
 def chunk_regions(

@@ -28,7 +28,7 @@ def secs(found: Spread | None) -> str:
         return NOTHING
     unit, factor = ("ms", 1e3) if found.median < 1 else ("s", 1)
     low, median, high = (_rounded(value * factor) for value in found)
-    return f"{median} ({low} to {high}) {unit}"
+    return f"{median} {unit}" if found.low == found.high else f"{median} ({low} to {high}) {unit}"
 
 
 def _rounded(value: float) -> str:
@@ -50,6 +50,8 @@ def _scaled(factor: float, form: str) -> Callable[[Spread | None], str]:
 
 MEBIBYTES = _scaled(1 / MIB, "{:.1f}")
 COSTS: dict[str, tuple[str, Callable[[Spread | None], str]]] = {
+    "first save": ("first_save", secs),
+    "first load": ("first_load", secs),
     "on disk, MiB": ("disk_nbytes", MEBIBYTES),
     "files": ("disk_files", _scaled(1, "{:.0f}")),
     "CPU of a save": ("save_cpu", secs),

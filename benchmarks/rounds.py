@@ -54,9 +54,9 @@ def measure(
 ) -> Record:
     """Measures peers at one state, and returns the record.
 
-    The first round is for warming up and is not in it: each peer saves, loads, and what it loads is
-    compared. A peer that is not installed or that fails, then or later, is left out from there on,
-    with the reason in the record.
+    The first round stands apart: each peer saves, loads, imports what it takes for that, and what
+    it loads is compared. A peer that is not installed or that fails, then or later, is left out
+    from there on, with the reason in the record.
     """
     record: Record = {
         "kind": "run",
@@ -100,16 +100,18 @@ def measure(
         finally:
             shutil.rmtree(plan.directory / f"{peer}-{os.getpid()}", ignore_errors=True)
 
+    def note(kind: str, number: int, peer: str, figures: Any) -> None:
+        if figures is not None:
+            entry = {"kind": kind, "round": number, "peer": peer, "figures": figures}
+            record["turns"].append(entry)
+
     for name in list(trials):
-        turn(name, measures.checked)
+        note("first", 0, name, turn(name, measures.first))
     for kind, count in plan.rounds.items():
         for number in range(count):
             order = list(trials)
             first = number % max(len(order), 1)
             for name in order[first:] + order[:first]:
-                figures = turn(name, measures.KINDS[kind])
-                if figures is not None:
-                    entry = {"kind": kind, "round": number, "peer": name, "figures": figures}
-                    record["turns"].append(entry)
+                note(kind, number, name, turn(name, measures.KINDS[kind]))
         tell(f"  {count} rounds of {kind}")
     return record

@@ -109,7 +109,7 @@ def test_every_peer_gives_a_workload_back(name: str, tmp_path: Path) -> None:
     assert jax.tree.leaves(state)
     for peer in INSTALLED:
         one = trial(PEERS[peer], tmp_path, state, settings=workloads.WORKLOADS[name].settings)
-        measures.checked(one)
+        measures.first(one)
         one.clear()
 
 
@@ -141,7 +141,7 @@ def test_a_peer_that_loads_other_values_is_refused(tmp_path: Path) -> None:
     for other in changed:
         wrong = replace(PEERS["raw-1"], load=lambda *_, o=other: o, matches=trees.same_values)
         with pytest.raises(ValueError, match="other values"):
-            measures.checked(trial(wrong, tmp_path, state))
+            measures.first(trial(wrong, tmp_path, state))
     trial(PEERS["raw-1"], tmp_path, state).clear()
 
 
@@ -206,7 +206,7 @@ def test_every_figure_is_taken(tmp_path: Path) -> None:
 
 
 def test_peers_take_turns(tmp_path: Path) -> None:
-    """The order of a round is that of the one before, rotated; warming up is not recorded."""
+    """The order of a round is that of the one before, rotated, after a first turn of each."""
     seen = []
 
     def spy(name: str) -> Peer:
@@ -221,7 +221,7 @@ def test_peers_take_turns(tmp_path: Path) -> None:
     plan = rounds.Plan(directory=tmp_path, rounds={"timed": 4})
     record = rounds.measure("none", {"x": 1}, always, plan)
     assert "".join(seen) == "abc" + "abcbcacababc"
-    assert len(record["turns"]) == 12
+    assert [turn["kind"] for turn in record["turns"]] == ["first"] * 3 + ["timed"] * 12
 
 
 def test_who_cannot_take_part_is_listed_with_the_reason(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_tables_say_what_was_measured(tmp_path: Path) -> None:
     half = {time: [values[0] / 2] for time, values in times.items()}
     record = record_of({"ours": times, "orbax": slow, "raw-1": half}, floors=("raw-1",))
     text = report.tables(record)
-    assert "| ours | all | 10 (10 to 10) ms | 500 (500 to 500) ms | 2 (2 to 2) s |" in text
+    assert "| ours | all | 10 ms | 500 ms | 2 s |" in text
     ours = "10 (10 to 10) | " * 3 + "0.5 (0.5 to 0.5) | 0.5 (0.5 to 0.5)"
     assert f"| ours | {ours} |" in text
     report.write_json(record, tmp_path / "results" / "run-made-up.json")
@@ -498,7 +498,7 @@ def test_runs_write_tables_plots_and_records(tmp_path: Path) -> None:
     assert list(records) == ["run-leaves-2000.json", "run-sharded.json"]
     for record in records.values():
         assert not any(about["left_out"] for about in record["peers"].values())
-        assert len(record["turns"]) == 2
+        assert len(record["turns"]) == 4
     assert not list((tmp_path / "storage").iterdir())
     text = (out / "tables.md").read_text()
     assert "8 rounds" not in text and "1 rounds" in text

@@ -195,12 +195,8 @@ class LoadPipeline:
 
     async def _read_in_parts(self, request: ReadRequest) -> None:
         """Reads a large region on several workers, if it is of those that go straight in place."""
-        entry, form, box = (
-            self._entries[request.leaf],
-            self._forms[request.leaf],
-            request.region.box,
-        )
-        target = self._mapped.get(id(request))
+        entry, form = self._entries[request.leaf], self._forms[request.leaf]
+        box, target = request.region.box, self._mapped.get(id(request))
         if target is None or form.raw is None or form.fills_missing:
             return
         parts = plan.rows(box, form.shape, form.raw.chunk_shape, target.itemsize, _PART_NBYTES)

@@ -188,7 +188,7 @@ def place(
     for index, (array, where) in enumerate(zip(arrays, wheres, strict=True)):
         if where is not None:
             alike.setdefault((id(where), array.shape, array.dtype), []).append(index)
-    with _of_no_caller():
+    with _neutral_settings():
         for indexes in alike.values():
             array, where = arrays[indexes[0]], wheres[indexes[0]]
             assert where is not None
@@ -208,8 +208,8 @@ def place(
 
 
 @contextlib.contextmanager
-def _of_no_caller() -> Iterator[None]:
-    """Sets what is a thread's own in jax so that any value passes as it is."""
+def _neutral_settings() -> Iterator[None]:
+    """Sets aside what jax would do to values, or not do, by the settings of the program."""
     with (
         jax.transfer_guard("allow"),
         jax.enable_x64(True),

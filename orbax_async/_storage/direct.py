@@ -53,7 +53,7 @@ class DirectReader:
             context=ts.Context({"file_io_concurrency": {"limit": 1}}),
         ).result()
         self._root: Any = None
-        with contextlib.suppress(ValueError, OSError):
+        with contextlib.suppress(Exception):
             self._root = self._read_root()
 
     def _read_root(self) -> Any:

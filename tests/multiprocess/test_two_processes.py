@@ -117,6 +117,11 @@ def test_both_processes_load_what_they_saved(saved: Outcome, how: str) -> None:
     assert [report[how] for report in saved.reports] == [[], []]
 
 
+def test_many_leaves_that_are_alike(saved: Outcome) -> None:
+    """Each process compiles, for its own devices alone, what puts many small pieces there."""
+    assert [report["many"] for report in saved.reports] == [[worker.MANY, True]] * 2
+
+
 def test_a_save_that_returns_is_visible_to_every_process(saved: Outcome) -> None:
     """No process comes back from a save before the checkpoint is committed."""
     assert [report["visible"] for report in saved.reports] == [True, True]

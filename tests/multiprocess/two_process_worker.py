@@ -62,6 +62,7 @@ RESHARDED = SPECS | {
 
 
 SCALARS = ("int", "float", "bool")
+MANY = 1_100  # leaves that are alike: enough to be put on each device by compiled code
 
 
 def plain(seed: int) -> dict[str, Any]:
@@ -210,6 +211,14 @@ def saves(index: int, folder: Path) -> Report:
     )
     report["saved shardings"] = differences(ocp.load(folder / "first"), 1)
     report["custom_metadata"] = ocp.metadata(folder / "first").custom_metadata
+
+    many = [_put(np.full(8, number, np.float32), ("x",)) for number in range(MANY)]
+    ocp.save(folder / "many", many)
+    shards = [array.addressable_shards for array in ocp.load(folder / "many", many)]
+    report["many"] = [
+        len(shards),
+        all(np.array_equal(each.data, [i, i]) for i, here in enumerate(shards) for each in here),
+    ]
 
     ocp.save(folder / "replaced", state(2))
     meet()

@@ -201,7 +201,7 @@ def test_host_local_arrays_are_refused(saved: Outcome) -> None:
 def test_no_temporary_is_left(saved: Outcome) -> None:
     """The saves leave checkpoints only."""
     made = {"seed", "first", "replaced", "flight 4", "flight 5", "files", "led by 1", "last"}
-    made |= {"separate", "in place", "parts"}
+    made |= {"separate", "in place", "parts", "many"}
     assert set(os.listdir(saved.folder)) == made | {"alone 0", "alone 1"}
 
 

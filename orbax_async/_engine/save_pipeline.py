@@ -26,7 +26,7 @@ from orbax_async._engine import loop, plan
 from orbax_async._engine.budget import BatchSlots, ByteBudget
 from orbax_async._engine.plan import WriteRequest
 from orbax_async._engine.status import Reporter
-from orbax_async._engine.transfer import Mode, Piece, capture
+from orbax_async._engine.transfer import Mode, Piece, capture, give_back_freed
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async._trace import Recorder
@@ -36,6 +36,7 @@ from orbax_async.tree.keypath import KeyPath
 __all__ = ["SavePipeline", "WritableLeaf", "WriteForm", "WritePlan", "encoding_of"]
 
 _SYNC_NBYTES = 128 << 20  # when so much is written, it begins to be synced
+_GIVEN_BACK_NBYTES = 8 << 20  # of a batch whose encoded bytes are not worth keeping the memory of
 _STORED_NBYTES = 64 << 10  # pieces up to this size are encoded here, without opening an array
 
 
@@ -382,12 +383,21 @@ class SavePipeline:
                 # Not to be abandoned: the files below must not change once they are removed.
                 await transaction.commit_async()
             del pending
+            if batch.nbytes >= _GIVEN_BACK_NBYTES and self._is_encoded(batch):
+                await loop.to_worker(give_back_freed)
         except errors.LeafError:
             raise
         except Exception as error:
             raise self._write_error(batch, error) from error
         self._recorder.add(
             leaves_written=count_off(self._pieces_unwritten, batch), bytes_written=batch.nbytes
+        )
+
+    def _is_encoded(self, batch: WriteBatch) -> bool:
+        """Says whether TensorStore made other bytes of a batch than it was given."""
+        return not self._plan.zarr3 or any(
+            (self._leaves[request.leaf].form.encoding or self._sampled.get(request.leaf)) == "zstd"
+            for request in batch.requests
         )
 
     async def _sync(self, store: ArrayStore) -> None:

@@ -36,7 +36,7 @@ from orbax_async.tree.keypath import KeyPath
 __all__ = ["SavePipeline", "WritableLeaf", "WriteForm", "WritePlan", "encoding_of"]
 
 _SYNC_NBYTES = 128 << 20  # when so much is written, it begins to be synced
-_GIVEN_BACK_NBYTES = 8 << 20  # of a batch whose encoded bytes are not worth keeping the memory of
+_GIVEN_BACK_NBYTES = 8 << 20  # encoded in one batch: what was freed is given back after it
 _STORED_NBYTES = 64 << 10  # pieces up to this size are encoded here, without opening an array
 
 

@@ -22,7 +22,8 @@ from listing import entries
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._commit import atomicity
-from orbax_async._storage import files, names
+from orbax_async._engine import save_pipeline
+from orbax_async._storage import files, kvstore, names
 
 STATE = {"a": jnp.arange(2000.0), "b": np.arange(10), "c": "text", "d": 1}
 
@@ -81,6 +82,28 @@ def test_i5_everything_is_durable_before_it_is_visible(
     expected = {root + str(path)[len(str(final)) :] for path in (final, *final.rglob("*"))}
     assert set(synced_before) == expected
     assert record[published + 1 :] == [("sync", str(tmp_path))]
+
+
+@linux_only
+def test_i5_what_was_synced_during_the_save_is_not_synced_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: list[tuple[str, str]]
+) -> None:
+    """Large data files are synced once, while others are written; the rest at the end."""
+    monkeypatch.setattr(save_pipeline, "_SYNC_NBYTES", 1)
+    monkeypatch.setattr(kvstore, "_LARGE_FILE_NBYTES", 256 << 10)
+    final, context = tmp_path / "checkpoint", ocp.Context()
+    context.memory.write_concurrent_bytes = 1 << 20  # a batch for each
+    context.array.saving.use_compression = False
+    with context:
+        ocp.save(final, {name: np.full(1 << 18, ord(name), np.float32) for name in "abcd"})
+    synced = [path for kind, path in record if kind == "sync"]
+    temporary = next(path for path in synced if names.TEMPORARY_MARK in path)
+    root = temporary[: temporary.index("/", temporary.index(names.TEMPORARY_MARK))]
+    expected = [root + str(path)[len(str(final)) :] for path in (final, *final.rglob("*"))]
+    assert sorted(synced) == sorted([*expected, str(tmp_path)])
+    data = [path for path in synced if os.path.dirname(path).endswith("/d")]
+    sizes = [(final / path[len(root) + 1 :]).stat().st_size for path in data]
+    assert [size > 256 << 10 for size in sizes[:2]] == [True, True]  # before all that is small
 
 
 @linux_only

@@ -13,7 +13,6 @@ import sys
 import textwrap
 import threading
 import time
-import types
 import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -191,26 +190,46 @@ def test_a_cancelled_task_waits_for_its_blocking_call() -> None:
     assert order == ["worker ended", "task ended"]
 
 
+class SlicedClock:
+    """A clock for `sliced`: the time, what the thread has worked of it, and when it slept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.worked = 0.0
+        self.slept: list[tuple[float, float]] = []
+        monkeypatch.setattr(loop, "time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def thread_time(self) -> float:
+        return self.worked
+
+    def sleep(self, secs: float) -> None:
+        self.slept.append((round(self.now * 1e3, 2), secs))
+        self.now += 1e-4
+
+
 def test_a_sliced_loop_lets_others_have_the_gil_every_millisecond(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It yields all items, and sleeps a moment between two where a millisecond has passed."""
-    now, slept = [0.0], list[tuple[float, float]]()
-
-    def sleep(secs: float) -> None:
-        slept.append((now[0], secs))
-        now[0] += 1e-4
-
-    monkeypatch.setattr(
-        loop, "time", types.SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep)
-    )
-    items = []
+    clock, items = SlicedClock(monkeypatch), []
     for item in loop.sliced(range(8)):
         items.append(item)
-        now[0] += 0.00051
+        clock.now += 0.00051
+        clock.worked += 0.00051
     assert items == list(range(8))
-    assert [round(at * 1e3, 2) for at, _ in slept] == [1.02, 2.14, 3.26]  # none at the end
-    assert all(0 < secs < 1e-3 for _, secs in slept)
+    assert [at for at, _ in clock.slept] == [1.02, 2.14, 3.26]  # none at the end
+    assert all(0 < secs < 1e-3 for _, secs in clock.slept)
+
+
+def test_a_sliced_loop_that_waits_itself_does_not_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is work: a loop that waits for others to let go of the GIL asks less often."""
+    clock = SlicedClock(monkeypatch)
+    for _ in loop.sliced(range(8)):
+        clock.now += 0.0051
+        clock.worked += 0.00026
+    assert [at for at, _ in clock.slept] == [20.4]
 
 
 # What runs beside a task.

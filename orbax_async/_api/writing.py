@@ -251,7 +251,8 @@ class Save:
             with self._doing.recorder.span("documents"):
                 await loop.to_worker(self._write_all_documents)
         with self._doing.recorder.span("sync"):
-            paths, directories = await loop.to_worker(files.walk, self._place.directory)
+            found, directories = await loop.to_worker(files.walk, self._place.directory)
+            paths = [path for path in found if path not in self._doing.synced]
             share = max(1, -(-len(paths) // _SYNCS_AT_ONCE))
             async with anyio.create_task_group() as group:
                 for start in range(0, len(paths), share):

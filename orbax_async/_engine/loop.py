@@ -362,16 +362,19 @@ async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
 
 
 def sliced(items: Iterable[T]) -> Iterator[T]:
-    """Yields the items of a loop on a worker, which lets go of the GIL every millisecond.
+    """Yields the items of a loop on a worker, which lets go of the GIL every millisecond of work.
 
     A thread that wants the GIL asks for it after 5 ms of waiting, and waits anew when a call has
     let go of it and was quicker to take it back. A training step wants it once or twice, an event
     loop each time it wakes: beside a worker that computes, each would wait for long.
     """
-    until = time.perf_counter() + _SLICE_SECS
+    until, since = time.perf_counter() + _SLICE_SECS, time.thread_time()
     for item in items:
         if time.perf_counter() >= until:
-            time.sleep(_PAUSE_SECS)  # not 0: whoever waits for the GIL has to wake up first
+            # Whoever has waited for the GIL itself has not kept it from anyone meanwhile.
+            if time.thread_time() - since >= _SLICE_SECS:
+                time.sleep(_PAUSE_SECS)  # not 0: whoever waits for the GIL has to wake up first
+                since = time.thread_time()
             until = time.perf_counter() + _SLICE_SECS
         yield item
 

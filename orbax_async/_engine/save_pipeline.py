@@ -418,12 +418,12 @@ class SavePipeline:
 
     def _fill(
         self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]
-    ) -> tuple[ts.Transaction, list[ts.WriteFutures]]:
+    ) -> tuple[ts.Transaction, list[ts.Future[None]]]:
         """Puts a batch into a transaction: small pieces as encoded values, large by reference."""
         transaction = store.begin()
         is_read_directly = store.is_ocdbt and self._plan.zarr3
         values: dict[str, bytes] = {}
-        pending: list[ts.WriteFutures] = []
+        pending: list[ts.Future[None]] = []
         described = zip(batch.requests, batch.keys, pieces, strict=True)
         for request, key, piece in loop.sliced(described):
             leaf = self._leaves[request.leaf]

@@ -72,6 +72,7 @@ class ArrayStore:
         syncs: bool = False,
         target_data_file_nbytes: int | None = None,
         direct: DirectReader | TensorReader | None = None,
+        synced: set[str] | None = None,
     ) -> None:
         _check_process()
         base = pathlib.Path(os.path.abspath(directory)).as_uri() + "/"
@@ -91,7 +92,8 @@ class ArrayStore:
             self._spec = {"driver": "file", "path": os.path.abspath(directory) + "/"}
         self._creates = create
         self._given = direct
-        self._synced: set[str] = set()
+        self._synced = set() if synced is None else synced
+        self._seen: set[str] = set()
 
     @functools.cached_property
     def _kvstore(self) -> ts.KvStore:
@@ -125,11 +127,11 @@ class ArrayStore:
         document: bytes,
         box: Sequence[tuple[int, int]],
         array: np.ndarray[Any, Any],
-    ) -> ts.WriteFutures:
+    ) -> ts.Future[None]:
         """Adds the elements of `box` to a transaction, referring to `array` until it commits.
 
-        The caller must hold the returned futures until the commit: TensorStore abandons a write
-        whose futures are dropped.
+        The caller must hold the returned future until the commit: TensorStore abandons a write of
+        which no future is left. One is enough; each takes the GIL when it is done.
         """
         target = ts.open(
             _array_spec(document),
@@ -139,21 +141,24 @@ class ArrayStore:
             assume_metadata=True,
         ).result()
         region = tuple(slice(start, stop) for start, stop in box)
-        return target[region].write(array, can_reference_source_data_indefinitely=True)
+        return target[region].write(array, can_reference_source_data_indefinitely=True).copy
 
     def sync_large(self) -> None:
         """Syncs the large data files that commits have added since the last call.
 
-        The commit of the checkpoint syncs every file; what is on its way to the disk while other
+        The commit of the checkpoint syncs every other file; what is on its way to the disk while
         batches are still being encoded, it need not wait for.
         """
         if not self.is_ocdbt:
             return
         for entry in files.scan(os.path.join(self.directory, names.OCDBT_DATA)):
+            if entry.name in self._seen:
+                continue
+            self._seen.add(entry.name)
             with contextlib.suppress(FileNotFoundError):  # a file that is still being written
-                if entry.name not in self._synced and entry.stat().st_size >= _LARGE_FILE_NBYTES:
-                    self._synced.add(entry.name)
+                if entry.stat().st_size >= _LARGE_FILE_NBYTES:
                     files.fsync_file(entry.path)
+                    self._synced.add(entry.path)
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | memoryview | None]:
         """Reads whole values, None for each key that is absent; all reads are under way at once."""

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import pace
+from benchmarks import apart, pace
 from benchmarks.peers import Peer, Pending, Settings
 from benchmarks.trees import resident_nbytes, stored_nbytes
 from benchmarks.workloads import State
@@ -240,18 +240,22 @@ def training_pace(trial: Trial) -> Figures:
     """Takes the rate of a training step and of a Python counter beside a background save.
 
     Relative to the rate without a save just before and just after. A peer that blocks saves on a
-    thread, as a program would have it do.
+    thread, as a program would have it do. Of each also: the share of the time in which its thread
+    had its core, and its rate beside another process that writes as much.
     """
+    steps = {"step": pace.training_step(), "counter": pace.count}
     return {
-        "step_pace": _relative_pace(trial, pace.training_step()),
-        "counter_pace": _relative_pace(trial, pace.count),
+        f"{name}_{figure}": value
+        for name, step in steps.items()
+        for figure, value in _paces(trial, step).items()
     }
 
 
-def _relative_pace(trial: Trial, step: Callable[[], Any]) -> float:
+def _paces(trial: Trial, step: Callable[[], Any]) -> Figures:
+    nbytes = resident_nbytes(trial.state)
     with pace.Pacer(step) as pacer, ThreadPoolExecutor(1) as blocking:
         quiet = pacer.rate(trial.pace_secs / 2)
-        steps, secs = 0, 0.0
+        steps, secs, cpu_secs = 0, 0.0, 0.0
         while secs < trial.pace_secs:  # a short save is repeated, for a rate that means something
             shutil.rmtree(trial.path, ignore_errors=True)
             pending = trial.save() if trial.peer.is_async else blocking.submit(trial.save)
@@ -259,9 +263,13 @@ def _relative_pace(trial: Trial, step: Callable[[], Any]) -> float:
             pending.result()
             after = pacer.mark()
             steps, secs = steps + after.steps - before.steps, secs + after.secs - before.secs
+            cpu_secs += after.cpu_secs - before.cpu_secs
+        settle()
+        with apart.writer(trial.path.with_name(f"{trial.path.name}-apart"), nbytes):
+            beside = pacer.rate(trial.pace_secs)
         settle()
         quiet = (quiet + pacer.rate(trial.pace_secs / 2)) / 2
-    return steps / secs / quiet
+    return {"pace": steps / secs / quiet, "core": cpu_secs / secs, "apart": beside / quiet}
 
 
 KINDS: dict[str, Callable[[Trial], Figures]] = {

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 
 class Mark(NamedTuple):
-    """How many steps were done at a moment."""
+    """How many steps were done at a moment, and how long the thread had a core for them."""
 
     steps: int
     secs: float
+    cpu_secs: float
 
 
 class Pacer:
@@ -53,7 +54,9 @@ class Pacer:
 
     def mark(self) -> Mark:
         """Returns how far the steps are now."""
-        return Mark(self._steps, time.perf_counter())
+        assert self._thread.ident is not None
+        clock = time.pthread_getcpuclockid(self._thread.ident)
+        return Mark(self._steps, time.perf_counter(), time.clock_gettime(clock))
 
     def rate(self, secs: float) -> float:
         """Returns the steps per second over the next seconds, or until one is done."""

@@ -60,8 +60,12 @@ COSTS: dict[str, tuple[str, Callable[[Spread | None], str]]] = {
     "peak of a load, MiB": ("peak_load", MEBIBYTES),
     "threads": ("threads", _scaled(1, "{:.0f}")),
     "longest gap of the loop": ("loop_gap", secs),
-    "pace of a step": ("step_pace", _scaled(100, "{:.0f} %")),
-    "pace of a counter": ("counter_pace", _scaled(100, "{:.0f} %")),
+}
+PERCENT = _scaled(100, "{:.0f} %")
+PACES = {
+    "of its rate": "pace",
+    "of its core": "core",
+    "of its rate beside another process": "apart",
 }
 
 
@@ -98,7 +102,21 @@ def tables(record: Record) -> str:
             for name in present
         ],
     )
-    return "\n\n".join([title, facts, seconds, _ratios(record, present), costs])
+    paces = markdown(
+        ["peer", *(f"{name}: {share}" for name in ("step", "counter") for share in PACES)],
+        [
+            [
+                peer,
+                *(
+                    PERCENT(figures.of(record, peer, f"{name}_{measure}"))
+                    for name in ("step", "counter")
+                    for measure in PACES.values()
+                ),
+            ]
+            for peer in present
+        ],
+    )
+    return "\n\n".join([title, facts, seconds, _ratios(record, present), costs, paces])
 
 
 def _ratios(record: Record, present: list[str]) -> str:

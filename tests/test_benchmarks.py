@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 import orbax_async as ocp
 from benchmarks import (
     __main__,
+    apart,
     commands,
     figures,
     footprint,
@@ -197,6 +199,7 @@ def test_every_figure_is_taken(tmp_path: Path) -> None:
         "raw-1": "",
     }
     wanted = {measure for measure, _ in report.COSTS.values()} | set(report.TIMES)
+    wanted |= {f"{name}_{pace}" for name in ("step", "counter") for pace in report.PACES.values()}
     for name in ("ours", "raw-1"):
         found = {key for turn in record["turns"] if turn["peer"] == name for key in turn["figures"]}
         assert wanted <= found
@@ -292,6 +295,36 @@ def test_a_pacer_counts_and_gives_the_cores_back() -> None:
         assert not (len(cores) > 1 and os.sched_getaffinity(0) & held[-1])
     assert len(held[-1]) == 1
     assert os.sched_getaffinity(0) == cores
+
+
+def test_a_pacer_tells_how_long_it_had_its_core() -> None:
+    """The time of its own thread counts, not that of others; waiting takes none of it."""
+    with pace.Pacer(lambda: time.sleep(0.001)) as pacer:
+        before = pacer.mark()
+        while pacer.mark().steps < before.steps + 20:
+            sum(range(10_000))
+        after = pacer.mark()
+    assert 0 < after.cpu_secs - before.cpu_secs < (after.secs - before.secs) / 2
+
+
+def test_a_process_beside_writes_until_it_is_told_to_end(tmp_path: Path) -> None:
+    """It writes the file again and again; afterwards there is neither file nor process."""
+    path, seen = tmp_path / "written", set[int]()
+    with apart.writer(path, 100_000):
+        while len(seen) < 3:
+            with contextlib.suppress(FileNotFoundError):
+                seen.add(path.stat().st_mtime_ns)
+        assert path.stat().st_size <= 100_000
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_beside_that_cannot_write_is_an_error(tmp_path: Path) -> None:
+    """What would be measured as a quiet machine is refused."""
+    with (
+        pytest.raises(RuntimeError, match="ended"),
+        apart.writer(tmp_path / "missing" / "written", 1000),
+    ):
+        pytest.fail("it has not begun")
 
 
 # ------------------------------------------------------------------------------- arithmetic

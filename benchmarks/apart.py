@@ -23,7 +23,7 @@ def writer(path: Path, nbytes: int) -> Iterator[None]:
 
     It has begun when the block is entered, and runs on the cores of the thread that enters it.
     """
-    command = [sys.executable, "-m", "benchmarks.apart", str(path), str(nbytes)]
+    command = [sys.executable, __file__, str(path), str(nbytes)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None

@@ -9,9 +9,11 @@ returns every reservation.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -37,6 +39,7 @@ __all__ = ["SavePipeline", "WritableLeaf", "WriteForm", "WritePlan", "encoding_o
 
 _SYNC_NBYTES = 128 << 20  # when so much is written, it begins to be synced
 _GIVEN_BACK_NBYTES = 8 << 20  # encoded in one batch: what was freed is given back after it
+_ENCODED_AT_ONCE = max(2, min(3, os.cpu_count() or 2))  # each takes a core, and what it makes
 _STORED_NBYTES = 64 << 10  # pieces up to this size are encoded here, without opening an array
 
 
@@ -257,6 +260,7 @@ class SavePipeline:
         if may_delay:
             self._undelayed = sum(not batch.is_delayed for batch in write_plan.batches)
         self._slots = BatchSlots()
+        self._encoding_slots = anyio.Semaphore(_ENCODED_AT_ONCE)
         self._pieces_unstaged = write_plan.pieces.copy()
         self._pieces_unwritten = write_plan.pieces.copy()
         self._sampled: dict[int, zarr.Encoding] = {}
@@ -379,12 +383,14 @@ class SavePipeline:
     async def _write(self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]) -> None:
         try:
             transaction, pending = await loop.to_worker(self._fill, store, batch, pieces)
-            with anyio.CancelScope(shield=True):
-                # Not to be abandoned: the files below must not change once they are removed.
-                await transaction.commit_async()
-            del pending
-            if batch.nbytes >= _GIVEN_BACK_NBYTES and self._is_encoded(batch):
-                await loop.to_worker(give_back_freed)
+            is_encoded = self._is_encoded(batch)
+            async with self._encoding_slots if is_encoded else contextlib.nullcontext():
+                with anyio.CancelScope(shield=True):
+                    # Not to be abandoned: the files below must not change once they are removed.
+                    await transaction.commit_async()
+                del pending
+                if is_encoded and batch.nbytes >= _GIVEN_BACK_NBYTES:
+                    await loop.to_worker(give_back_freed)
         except errors.LeafError:
             raise
         except Exception as error:

@@ -49,15 +49,18 @@ def test_budgets_bound_memory(limit: int, tmp_path: Path, soak: Callable[[int, i
         assert figures["load"] <= limit + 64
 
 
+@pytest.mark.parametrize("limit", [0, 32])
 def test_what_is_compressed_leaves_no_memory_behind(
-    tmp_path: Path, soak: Callable[[int, int], int]
+    limit: int, tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
     """What TensorStore's threads encoded stays under the budget, and not in their arenas."""
     mebibytes = soak(320, 1024)
-    figures = json.loads(children.output("memory.py", tmp_path, "compressed", 32, mebibytes))
+    figures = json.loads(children.output("memory.py", tmp_path, "compressed", limit, mebibytes))
     print(
-        f"\n{mebibytes} MiB of bf16, stored as {figures['stored']:.0f} MiB, budget 32: saves take "
-        f"{', '.join(f'{peak:.0f}' for peak in figures['peaks'])} MiB more at their peaks"
+        f"\n{mebibytes} MiB of bf16, stored as {figures['stored']:.0f} MiB, budget "
+        f"{limit or 'none'}: saves take {', '.join(f'{peak:.0f}' for peak in figures['peaks'])} "
+        "MiB more at their peaks"
     )
     assert figures["stored"] < 0.9 * mebibytes
-    assert max(figures["peaks"]) <= 32 + 64
+    # Without a budget: 0.15 of a state that is large beside what is encoded at a time.
+    assert max(figures["peaks"]) <= (limit + 64 if limit else max(0.15 * mebibytes, 128))

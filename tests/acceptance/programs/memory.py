@@ -95,9 +95,9 @@ def budget(directory: Path, limit: int, mebibytes: int) -> dict[str, Any]:
 
 
 def compressed(directory: Path, limit: int, mebibytes: int) -> dict[str, Any]:
-    """Saves jax arrays of 32 MiB that are compressed: what is encoded takes memory, they do not."""
-    keys = jax.random.split(jax.random.key(0), mebibytes // 32)
-    state = [jax.random.normal(key, (4096, 4096), jnp.bfloat16) for key in keys]
+    """Saves jax arrays of 64 MiB that are compressed: what is encoded takes memory, they do not."""
+    keys = jax.random.split(jax.random.key(0), mebibytes // 64)
+    state = [jax.random.normal(key, (8192, 4096), jnp.bfloat16) for key in keys]
     jax.block_until_ready(state)
     context = ocp.Context()
     context.memory.write_concurrent_bytes = limit * MIB or None

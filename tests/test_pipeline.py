@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 from jax.sharding import NamedSharding, PartitionSpec
 
 import orbax_async as ocp
@@ -430,3 +431,37 @@ def test_a_capture_that_fails_names_its_leaf(
         ocp.save(tmp_path / "checkpoint", {"a": [jnp.zeros(3), np.zeros(3)]})
     assert caught.value.keypath == "['a'][1]"
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("compressed", "together"), [(True, 2), (False, 3)])
+def test_as_many_batches_are_encoded_at_a_time_as_there_are_cores(
+    compressed: bool, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is encoded takes memory, so a third batch waits; what is stored as it is does not."""
+    under_way, peak = 0, 0
+
+    class Transaction(NamedTuple):
+        inner: ts.Transaction
+
+        async def commit_async(self) -> None:
+            nonlocal under_way, peak
+            under_way += 1
+            peak = max(peak, under_way)
+            await anyio.sleep(0.2)  # for another batch to come along
+            await self.inner.commit_async()
+            under_way -= 1
+
+    def fill(pipeline: Any, store: Any, batch: Any, pieces: Any) -> Any:
+        transaction, pending = original(pipeline, store, batch, pieces)
+        return Transaction(transaction), pending
+
+    original = save_pipeline.SavePipeline._fill
+    monkeypatch.setattr(save_pipeline.SavePipeline, "_fill", fill)
+    monkeypatch.setattr(save_pipeline, "_ENCODED_AT_ONCE", 2)
+    monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 18)
+    context = ocp.Context()
+    context.array.saving.use_compression = compressed
+    context.array.saving.compression_min_saving = 0
+    with context:
+        ocp.save(tmp_path / "checkpoint", [np.full(1 << 16, i, np.float32) for i in range(6)])
+    assert peak == together

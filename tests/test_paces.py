@@ -1,0 +1,59 @@
+"""What the benchmarks run beside a save: a program that keeps count, and a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import apart, pace
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="the benchmarks read Linux's counters"
+)
+
+
+def test_a_pacer_counts_and_gives_the_cores_back() -> None:
+    """Steps are done while it runs, on one core, and afterwards threads may run on all again."""
+    cores = os.sched_getaffinity(0)
+    held = []
+    with pace.Pacer(lambda: held.append(os.sched_getaffinity(0))) as pacer:
+        while pacer.mark().steps < 3:
+            time.sleep(0.001)
+        assert not (len(cores) > 1 and os.sched_getaffinity(0) & held[-1])
+    assert len(held[-1]) == 1
+    assert os.sched_getaffinity(0) == cores
+
+
+def test_a_pacer_tells_how_long_it_had_its_core() -> None:
+    """The time of its own thread counts, not that of others; waiting takes none of it."""
+    with pace.Pacer(lambda: time.sleep(0.001)) as pacer:
+        before = pacer.mark()
+        while pacer.mark().steps < before.steps + 20:
+            sum(range(10_000))
+        after = pacer.mark()
+    assert 0 < after.cpu_secs - before.cpu_secs < (after.secs - before.secs) / 2
+
+
+def test_a_process_beside_writes_until_it_is_told_to_end(tmp_path: Path) -> None:
+    """It writes the file again and again; afterwards there is neither file nor process."""
+    path, seen = tmp_path / "written", set[int]()
+    with apart.writer(path, 100_000):
+        while len(seen) < 3:
+            with contextlib.suppress(FileNotFoundError):
+                seen.add(path.stat().st_mtime_ns)
+        assert path.stat().st_size <= 100_000
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_beside_that_cannot_write_is_an_error(tmp_path: Path) -> None:
+    """What would be measured as a quiet machine is refused."""
+    with (
+        pytest.raises(RuntimeError, match="ended"),
+        apart.writer(tmp_path / "missing" / "written", 1000),
+    ):
+        pytest.fail("it has not begun")

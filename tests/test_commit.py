@@ -107,6 +107,24 @@ def test_i5_what_was_synced_during_the_save_is_not_synced_again(
 
 
 @linux_only
+def test_i5_a_data_file_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
+    """TensorStore writes under another name: what was synced under its own has all its bytes."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    large, sizes = jnp.ones(1 << 24), dict[str, set[int]]()
+    with context:
+        response = ocp.save_async(tmp_path / "checkpoint", dict.fromkeys("abcd", large))
+        while not response.done():
+            with contextlib.suppress(FileNotFoundError):
+                for path in tmp_path.glob("*/state/d/*"):
+                    sizes.setdefault(path.name, set()).add(path.stat().st_size)
+        response.result()
+    partial = {name for name in sizes if name.endswith(".__lock")}
+    assert any(len(sizes.pop(name)) > 1 for name in sorted(partial))  # it was watched growing
+    assert {len(found) for name, found in sizes.items() if name not in partial} == {1}
+
+
+@linux_only
 def test_i5_a_directory_is_synced_after_what_is_in_it(
     tmp_path: Path, record: list[tuple[str, str]]
 ) -> None:

@@ -155,7 +155,8 @@ class ArrayStore:
             if entry.name in self._seen:
                 continue
             self._seen.add(entry.name)
-            with contextlib.suppress(FileNotFoundError):  # a file that is still being written
+            # A file that was still being written, under another name, may be gone from there.
+            with contextlib.suppress(FileNotFoundError):
                 if entry.stat().st_size >= _LARGE_FILE_NBYTES:
                     files.fsync_file(entry.path)
                     self._synced.add(entry.path)

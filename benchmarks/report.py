@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 from benchmarks import figures, machine
 from benchmarks.figures import Record, Spread
@@ -154,6 +155,9 @@ def draw_times(record: Record, path: Path) -> None:
                 colour = "crimson" if name == "ours" else "0.4"
                 axes.errorbar(found.median, name, xerr=errors, fmt="o", capsize=3, color=colour)
         axes.set(title=time, xlabel="seconds", xscale="log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.grid(visible=True, alpha=0.3)
         axes.invert_yaxis()
     figure.suptitle(f"{record['workload']}: {record['about']}")

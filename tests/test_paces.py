@@ -6,11 +6,15 @@ import contextlib
 import os
 import sys
 import time
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import apart, pace
+from benchmarks import apart, measures, pace
+from benchmarks.peers import PEERS
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the benchmarks read Linux's counters"
@@ -57,3 +61,24 @@ def test_a_process_beside_that_cannot_write_is_an_error(tmp_path: Path) -> None:
         apart.writer(tmp_path / "missing" / "written", 1000),
     ):
         pytest.fail("it has not begun")
+
+
+@pytest.mark.parametrize("figure", ["gap", "pace"])
+def test_gaps_and_paces_follow_a_save_that_does_not_count(figure: str, tmp_path: Path) -> None:
+    """One save more is made than is measured, and each is removed before the next."""
+    path, saves = tmp_path / "saved", []
+
+    def save(path: Path, *_: Any) -> Future[None]:
+        assert not path.exists()
+        path.mkdir()
+        saves.append(path)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    peer = replace(PEERS["raw-1"], save=save, is_async=True)
+    state = {"x": 1}
+    measures.KINDS[figure](
+        measures.Trial(peer=peer, path=path, state=state, abstract=state, pace_secs=1e-6)
+    )
+    assert len(saves) == {"gap": 2, "pace": 4}[figure]  # paces are taken beside two programs

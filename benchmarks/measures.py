@@ -72,10 +72,11 @@ def touch(nbytes: int) -> None:
 
 
 def warm_up(trial: Trial) -> None:
-    """Saves once and removes it, so that the next files take the memory that these gave back.
+    """Saves once and removes it, so that the next files can take the memory that these gave back.
 
-    Where a virtual machine asks its host for them, the kernel may take 5 ms to copy 2 MiB to a
-    file, 15 times as long as otherwise, and meanwhile lets nothing else run on that core.
+    Where a virtual machine asks its host for memory, the kernel may take 5 ms to copy 2 MiB to a
+    file, 15 times as long as otherwise, and meanwhile lets nothing else run on that core. This
+    makes it rarer, not impossible: which memory is taken next, the kernel decides.
     """
     trial.clear()
     trial.save().result()
@@ -266,7 +267,7 @@ def _paces(trial: Trial, step: Callable[[], Any]) -> Figures:
     nbytes = resident_nbytes(trial.state)
     with pace.Pacer(step) as pacer, ThreadPoolExecutor(1) as blocking:
         quiet = pacer.rate(trial.pace_secs / 2)
-        warm_up(trial)  # the files of the process below take the memory of those before as well
+        warm_up(trial)  # as the process below does, whose files follow one another
         steps, secs, cpu_secs = 0, 0.0, 0.0
         while secs < trial.pace_secs:  # a short save is repeated, for a rate that means something
             shutil.rmtree(trial.path, ignore_errors=True)

@@ -24,7 +24,7 @@ def _named(tree: State) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
 
 
-def _placed(leaves: list[Any], abstract: State) -> State:
+def placed(leaves: list[Any], abstract: State) -> State:
     """Returns host values as the abstract tree says; one transfer for all arrays."""
     wanted, structure = jax.tree.flatten(abstract)
     on_device = [
@@ -50,7 +50,7 @@ def save_safetensors(path: Path, state: State) -> None:
 def load_safetensors(path: Path, abstract: State) -> State:
     """Reads the file, then one transfer."""
     values = importlib.import_module("safetensors.numpy").load_file(path)
-    return _placed([values[name] for name in _named(abstract)], abstract)
+    return placed([values[name] for name in _named(abstract)], abstract)
 
 
 def save_equinox(path: Path, state: State) -> None:
@@ -61,7 +61,7 @@ def save_equinox(path: Path, state: State) -> None:
 def load_equinox(path: Path, abstract: State) -> State:
     """Equinox makes jax arrays itself; sharded ones are placed afterwards."""
     loaded = importlib.import_module("equinox").tree_deserialise_leaves(path, abstract)
-    return _placed(jax.tree.leaves(loaded), abstract)
+    return placed(jax.tree.leaves(loaded), abstract)
 
 
 def save_flax(path: Path, state: State) -> None:
@@ -72,7 +72,7 @@ def save_flax(path: Path, state: State) -> None:
 def load_flax(path: Path, abstract: State) -> State:
     """Reads the message, then one transfer."""
     library = importlib.import_module("flax.serialization")
-    return _placed(jax.tree.leaves(library.from_bytes(abstract, path.read_bytes())), abstract)
+    return placed(jax.tree.leaves(library.from_bytes(abstract, path.read_bytes())), abstract)
 
 
 def save_dcp(path: Path, state: State) -> Any:
@@ -108,4 +108,4 @@ def load_dcp(path: Path, abstract: State) -> State:
         else value
         for value, want in zip(values.values(), wanted, strict=True)
     ]
-    return _placed(leaves, abstract)
+    return placed(leaves, abstract)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import libraries, raw
+from benchmarks import bare, libraries, raw
 from benchmarks.trees import same_values
 from benchmarks.workloads import State
 
@@ -126,8 +126,13 @@ def variant(name: str, settings: Settings) -> Peer:
     return dataclasses.replace(OURS, name=name, save=save, load=load)
 
 
-def _blocking(name: str, save: Callable[[Path, State], None], load: libraries.Load) -> Peer:
-    """A library that writes one file before it returns, and syncs nothing."""
+def _blocking(
+    name: str,
+    save: Callable[[Path, State], None],
+    load: libraries.Load,
+    durable: str = "nothing",
+) -> Peer:
+    """A library that has written everything when it returns; most sync nothing."""
 
     def save_now(path: Path, state: State, _: Settings) -> Pending:
         path.mkdir(parents=True)
@@ -138,7 +143,7 @@ def _blocking(name: str, save: Callable[[Path, State], None], load: libraries.Lo
         name=name,
         module=name,
         package=name,
-        durable="nothing",
+        durable=durable,
         save=save_now,
         load=lambda path, abstract, _: load(path / "state", abstract),
     )
@@ -183,6 +188,7 @@ PEERS = {
         _blocking("equinox", libraries.save_equinox, libraries.load_equinox),
         _blocking("flax", libraries.save_flax, libraries.load_flax),
         DCP,
+        _blocking("tensorstore", bare.save, bare.load, "all"),
         _raw(1),
         _raw(2),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import zlib
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import orbax_async as ocp
@@ -445,12 +448,13 @@ def test_as_many_batches_are_encoded_at_a_time_as_there_are_cores(
     class Transaction(NamedTuple):
         inner: ts.Transaction
 
-        async def commit_async(self) -> None:
+        @property
+        async def future(self) -> None:
             nonlocal under_way, peak
             under_way += 1
             peak = max(peak, under_way)
             await anyio.sleep(0.2)  # for another batch to come along
-            await self.inner.commit_async()
+            await self.inner.future
             under_way -= 1
 
     def fill(pipeline: Any, store: Any, batch: Any, pieces: Any) -> Any:
@@ -483,3 +487,17 @@ def test_a_sample_tells_what_compression_saves(kind: str) -> None:
     }[kind]
     whole = 1 - len(zlib.compress(array.tobytes(), 1)) / array.nbytes
     assert zarr.compression_saving(array) == pytest.approx(whole, abs=0.02)
+
+
+@given(st.one_of(st.binary(max_size=64), st.sampled_from([4095, 4096, 4097, 65535, 65536])))
+def test_what_is_stored_is_a_gzip_member(content: bytes | int) -> None:
+    """Any reader of gzip finds the bytes of a small array again, and one flipped bit of them."""
+    if isinstance(content, int):
+        content = np.random.default_rng(content).bytes(content)
+    member = zarr.encode_stored(np.frombuffer(content, np.uint8))
+    assert gzip.decompress(member) == content
+    if content:
+        damaged = bytearray(member)
+        damaged[-9] ^= 1  # the last byte before the CRC-32 and the length
+        with pytest.raises(gzip.BadGzipFile, match="CRC"):
+            gzip.decompress(damaged)

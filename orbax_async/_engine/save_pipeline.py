@@ -76,9 +76,8 @@ class WriteForm(NamedTuple):
 
     def document(self, encoding: zarr.Encoding, *, zarr3: bool) -> bytes:
         """Returns the array's metadata document."""
-        return zarr.array_document(
-            self.shape, self.chunk_shape, self.dtype.name, encoding, zarr3=zarr3
-        )
+        dtype_name = zarr.name_of(self.dtype)
+        return zarr.array_document(self.shape, self.chunk_shape, dtype_name, encoding, zarr3=zarr3)
 
 
 class WritableLeaf(NamedTuple):
@@ -387,7 +386,8 @@ class SavePipeline:
             async with self._encoding_slots if is_encoded else contextlib.nullcontext():
                 with anyio.CancelScope(shield=True):
                     # Not to be abandoned: the files below must not change once they are removed.
-                    await transaction.commit_async()
+                    # To wait for it begins the commit, without the GIL that commit_async holds.
+                    await transaction.future
                 del pending
                 if is_encoded and batch.nbytes >= _GIVEN_BACK_NBYTES:
                     await loop.to_worker(give_back_freed)

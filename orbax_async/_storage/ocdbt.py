@@ -47,5 +47,5 @@ def merge_process_databases(directory: str) -> int:
     ]
     for copied in pending:
         copied.result()
-    transaction.commit_async().result()
+    transaction.future.result()  # begins the commit, without the GIL that commit_async holds
     return len(databases)

@@ -28,6 +28,11 @@ def save(path: Path, state: State) -> None:
     """Writes 64 MiB to a commit, fills one while another is under way, and syncs everything."""
     store, context = _database(path)
     under_way: list[Any] = []
+
+    def end_one() -> None:
+        committed, _writes = under_way.pop(0)  # a write of which no future is left is abandoned
+        committed.result()
+
     for batch in _batches([np.asarray(leaf) for leaf in jax.tree.leaves(state)]):
         transaction = ts.Transaction(atomic=True)
         inside = store.with_transaction(transaction)
@@ -39,9 +44,8 @@ def save(path: Path, state: State) -> None:
         ]
         under_way.append((transaction.commit_async(), writes))
         if len(under_way) == 2:
-            under_way.pop(0)[0].result()
-    for committed, _ in under_way:
-        committed.result()
+            end_one()
+    end_one()
     _sync(path)
 
 

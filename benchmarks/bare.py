@@ -1,8 +1,8 @@
 """TensorStore alone: the arrays of a state in one OCDBT database, and nothing else.
 
 No documents, no samples, no checksums of our own, one thread: what is left of a save is the calls
-that TensorStore's Python API needs for each array. It is the floor for a library that stands on it,
-above all for a program beside the save, which waits for the GIL each time such a call takes it.
+that TensorStore's Python API needs for each array. A library that stands on it has to make them
+too, and a program beside the save waits for the GIL each time one of them takes it.
 """
 
 from __future__ import annotations
@@ -101,9 +101,10 @@ def _batches(arrays: list[np.ndarray[Any, Any]]) -> Iterator[list[tuple[int, Any
 
 
 def _sync(path: Path) -> None:
+    """Syncs all files and names, up to that of the folder that `path` was made in."""
     while any(path.rglob("*.__lock")):  # TensorStore removes it a moment after the commit
         time.sleep(1e-3)
-    for each in (path.parent, path, *path.rglob("*")):
+    for each in (path.parent.parent, path.parent, path, *path.rglob("*")):
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(each, os.O_RDONLY)
             os.fsync(descriptor)

@@ -76,9 +76,8 @@ class WriteForm(NamedTuple):
 
     def document(self, encoding: zarr.Encoding, *, zarr3: bool) -> bytes:
         """Returns the array's metadata document."""
-        return zarr.array_document(
-            self.shape, self.chunk_shape, self.dtype.name, encoding, zarr3=zarr3
-        )
+        dtype_name = zarr.name_of(self.dtype)
+        return zarr.array_document(self.shape, self.chunk_shape, dtype_name, encoding, zarr3=zarr3)
 
 
 class WritableLeaf(NamedTuple):

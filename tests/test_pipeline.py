@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -463,7 +464,7 @@ def test_as_many_batches_are_encoded_at_a_time_as_there_are_cores(
 
     original = save_pipeline.SavePipeline._fill
     monkeypatch.setattr(save_pipeline.SavePipeline, "_fill", fill)
-    monkeypatch.setattr(save_pipeline, "_ENCODED_AT_ONCE", 2)
+    monkeypatch.setattr(save_pipeline, "_ENCODED_NBYTES", 1 << 19)
     monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 18)
     context = ocp.Context()
     context.array.saving.use_compression = compressed
@@ -471,6 +472,63 @@ def test_as_many_batches_are_encoded_at_a_time_as_there_are_cores(
     with context:
         ocp.save(tmp_path / "checkpoint", [np.full(1 << 16, i, np.float32) for i in range(6)])
     assert peak == together
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "counts"),
+    [
+        ({}, "float32", [4, 4]),
+        ({}, "bfloat16", [2, 2, 2, 2]),
+        ({"use_compression": False}, "bfloat16", [4, 4]),
+        ({"compression_min_saving": 0}, "float32", [2, 2, 2, 2]),
+        ({"use_compression": False, "use_zarr3": False}, "float32", [2, 2, 2, 2]),
+        ({"write_concurrent_bytes": 1 << 21}, "float32", [2, 2, 2, 2]),
+        ({"write_concurrent_bytes": 1 << 18}, "float32", [1] * 8),
+    ],
+)
+def test_batches_are_smaller_where_they_take_memory(
+    options: dict[str, Any],
+    dtype: str,
+    counts: list[int],
+    tmp_path: Path,
+    watched: Watched,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is likely to be encoded counts twice, and within a limit batches are half as large."""
+    monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 20)
+    context = ocp.Context()
+    for name, value in options.items():
+        setattr(context.memory if "bytes" in name else context.array.saving, name, value)
+    side = (1 << 18) // jnp.dtype(dtype).itemsize
+    with context:
+        ocp.save(tmp_path / "checkpoint", [jnp.full(side, i, dtype) for i in range(8)])
+    (pipeline,) = watched.saves
+    assert [len(batch.requests) for batch in pipeline._plan.batches] == counts
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_no_more_batches_are_filled_at_a_time_than_is_said(
+    together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that fill batches wait for each other's GIL: only so many do at a time."""
+    under_way, peak = 0, 0
+
+    def fill(pipeline: Any, store: Any, batch: Any, pieces: Any) -> Any:
+        nonlocal under_way, peak
+        under_way += 1
+        peak = max(peak, under_way)
+        time.sleep(0.1)  # for another worker to come along
+        under_way -= 1
+        return original(pipeline, store, batch, pieces)
+
+    original = save_pipeline.SavePipeline._fill
+    monkeypatch.setattr(save_pipeline.SavePipeline, "_fill", fill)
+    monkeypatch.setattr(save_pipeline, "_FILLED_AT_ONCE", together)
+    monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 18)
+    state = {f"n{i}": np.full(1 << 16, i, np.float32) for i in range(4)}
+    ocp.save(tmp_path / "checkpoint", state)
+    assert peak == together
+    check(tmp_path / "checkpoint", state)
 
 
 @pytest.mark.parametrize("kind", ["weights", "bfloat16", "moments", "sparse", "tokens"])

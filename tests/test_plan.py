@@ -291,6 +291,14 @@ def test_batches_are_as_full_as_they_can_be() -> None:
     ]
 
 
+def test_a_batch_counts_what_its_requests_weigh() -> None:
+    """What takes more memory than its bytes fills a batch sooner."""
+    batches = plan.batches(
+        _requests([40, 40, 40, 10, 10]), 100, weigh=lambda each: each.nbytes * (1 + each.leaf // 2)
+    )
+    assert [[request.leaf for request in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
+
+
 @pytest.mark.parametrize(
     ("box", "shape", "chunk_shape", "parts"),
     [

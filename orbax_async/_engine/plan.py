@@ -26,7 +26,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 __all__ = [
@@ -361,15 +362,29 @@ class _Sized(Protocol):
 S = TypeVar("S", bound=_Sized)
 
 
-def batches(requests: Iterable[S], target_nbytes: int, max_count: int = 4096) -> Iterator[list[S]]:
-    """Groups requests in order; a batch exceeds `target_nbytes` only as a single request."""
+def batches(
+    requests: Iterable[S],
+    target_nbytes: int,
+    max_count: int = 4096,
+    *,
+    weigh: Callable[[S], int] = operator.attrgetter("nbytes"),
+) -> Iterator[list[S]]:
+    """Groups requests in order; a batch exceeds `target_nbytes` only as a single request.
+
+    Args:
+      requests: what to group.
+      target_nbytes: the most that a batch weighs.
+      max_count: the most requests of a batch.
+      weigh: what a request counts for; its bytes, unless it takes more than those.
+    """
     batch: list[S] = []
-    nbytes = 0
+    weight = 0
     for request in requests:
-        if batch and (nbytes + request.nbytes > target_nbytes or len(batch) == max_count):
+        own = weigh(request)
+        if batch and (weight + own > target_nbytes or len(batch) == max_count):
             yield batch
-            batch, nbytes = [], 0
+            batch, weight = [], 0
         batch.append(request)
-        nbytes += request.nbytes
+        weight += own
     if batch:
         yield batch

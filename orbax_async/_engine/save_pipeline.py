@@ -39,7 +39,11 @@ __all__ = ["SavePipeline", "WritableLeaf", "WriteForm", "WritePlan", "encoding_o
 
 _SYNC_NBYTES = 128 << 20  # when so much is written, it begins to be synced
 _GIVEN_BACK_NBYTES = 8 << 20  # encoded in one batch: what was freed is given back after it
-_ENCODED_AT_ONCE = max(2, min(3, os.cpu_count() or 2))  # each takes a core, and what it makes
+# What is encoded at a time: what comes of it takes memory, and each 64 MiB of it a core.
+_ENCODED_NBYTES = max(2, min(3, os.cpu_count() or 2)) * (64 << 20)
+# Batches that workers fill at a time. Each asks for the GIL all the while, and beside a program in
+# Python they wait for each other too; a large machine may write faster than one worker fills.
+_FILLED_AT_ONCE = max(1, min(4, (os.cpu_count() or 1) // 4))
 _STORED_NBYTES = 64 << 10  # pieces up to this size are encoded here, without opening an array
 
 
@@ -110,8 +114,12 @@ def encoding_of(
         return "zstd"
     if may_sample:
         return None
-    # Of several processes none may look at its own values, for all must choose alike. Narrow floats
-    # and integers are where zstd usually pays.
+    # Of several processes none may look at its own values, for all must choose alike.
+    return _likely_encoding(dtype)
+
+
+def _likely_encoding(dtype: np.dtype[Any]) -> zarr.Encoding:
+    """Says how arrays of a dtype are mostly stored: for narrow floats and integers zstd pays."""
     return "raw" if dtype.itemsize > 2 else "zstd"
 
 
@@ -185,7 +193,8 @@ class WritePlan:
     Args:
       leaves: every leaf that is stored as an array.
       requests: the pieces that this process writes, in order.
-      batch_nbytes: how many bytes a batch holds, unless a single piece is larger.
+      batch_nbytes: how many bytes a batch holds, unless a single piece is larger; half as many of
+        what is likely to be encoded.
       writes_documents: whether this process writes the arrays' metadata documents.
       zarr3: which version of zarr.
       separate: the leaves that go to a database of their own.
@@ -210,7 +219,7 @@ class WritePlan:
         self.batches = []
         kinds = itertools.groupby(requests, lambda each: (each.leaf in separate, each.priority > 1))
         for (is_separate, _), alike in kinds:
-            for batch in plan.batches(alike, batch_nbytes):
+            for batch in plan.batches(alike, batch_nbytes, weigh=self._weight):
                 here = dict.fromkeys(request.leaf for request in batch)
                 first_of = [leaf for leaf in here if leaf in undocumented]
                 undocumented.difference_update(first_of)
@@ -222,6 +231,12 @@ class WritePlan:
         self.leaf_count = len(self.pieces) + len(undocumented)
         self.nbytes = sum(batch.nbytes for batch in self.batches)
         self.kinds = sorted({False, *(batch.is_separate for batch in self.batches)})
+
+    def _weight(self, request: WriteRequest) -> int:
+        """Returns the bytes of a request, twice where what it is encoded to takes memory too."""
+        form = self.leaves[request.leaf].form
+        is_encoded = not self.zarr3 or (form.encoding or _likely_encoding(form.dtype)) == "zstd"
+        return request.nbytes * (2 if is_encoded else 1)
 
 
 class SavePipeline:
@@ -259,7 +274,8 @@ class SavePipeline:
         if may_delay:
             self._undelayed = sum(not batch.is_delayed for batch in write_plan.batches)
         self._slots = BatchSlots()
-        self._encoding_slots = anyio.Semaphore(_ENCODED_AT_ONCE)
+        self._filling_slots = anyio.Semaphore(_FILLED_AT_ONCE)
+        self._encoding_budget = ByteBudget(_ENCODED_NBYTES)
         self._pieces_unstaged = write_plan.pieces.copy()
         self._pieces_unwritten = write_plan.pieces.copy()
         self._sampled: dict[int, zarr.Encoding] = {}
@@ -381,15 +397,17 @@ class SavePipeline:
 
     async def _write(self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]) -> None:
         try:
-            transaction, pending = await loop.to_worker(self._fill, store, batch, pieces)
-            is_encoded = self._is_encoded(batch)
-            async with self._encoding_slots if is_encoded else contextlib.nullcontext():
+            async with self._filling_slots:
+                transaction, pending = await loop.to_worker(self._fill, store, batch, pieces)
+            nbytes = self._encoded_nbytes(batch)
+            budget = self._encoding_budget
+            async with budget.reserve(nbytes) if nbytes else contextlib.nullcontext():
                 with anyio.CancelScope(shield=True):
                     # Not to be abandoned: the files below must not change once they are removed.
                     # To wait for it begins the commit, without the GIL that commit_async holds.
                     await transaction.future
                 del pending
-                if is_encoded and batch.nbytes >= _GIVEN_BACK_NBYTES:
+                if nbytes >= _GIVEN_BACK_NBYTES:
                     await loop.to_worker(give_back_freed)
         except errors.LeafError:
             raise
@@ -399,11 +417,14 @@ class SavePipeline:
             leaves_written=count_off(self._pieces_unwritten, batch), bytes_written=batch.nbytes
         )
 
-    def _is_encoded(self, batch: WriteBatch) -> bool:
-        """Says whether TensorStore made other bytes of a batch than it was given."""
-        return not self._plan.zarr3 or any(
-            (self._leaves[request.leaf].form.encoding or self._sampled.get(request.leaf)) == "zstd"
+    def _encoded_nbytes(self, batch: WriteBatch) -> int:
+        """Returns of how many bytes of a batch TensorStore makes others."""
+        return sum(
+            request.nbytes
             for request in batch.requests
+            if not self._plan.zarr3
+            or (self._leaves[request.leaf].form.encoding or self._sampled.get(request.leaf))
+            == "zstd"
         )
 
     async def _sync(self, store: ArrayStore) -> None:

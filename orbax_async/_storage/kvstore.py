@@ -140,8 +140,9 @@ class ArrayStore:
             open=True,
             assume_metadata=True,
         ).result()
-        region = tuple(slice(start, stop) for start, stop in box)
-        return target[region].write(array, can_reference_source_data_indefinitely=True).copy
+        if target.shape != array.shape:  # each of these calls lets go of the GIL
+            target = target[tuple(slice(start, stop) for start, stop in box)]
+        return target.write(array, can_reference_source_data_indefinitely=True).copy
 
     def sync_large(self) -> None:
         """Syncs the large data files that commits have added since the last call.

@@ -31,7 +31,7 @@ from orbax_async.tree import rich, schema
 
 __all__ = ["Saving"]
 
-_BATCH_NBYTES = 64 << 20
+_BATCH_NBYTES = 128 << 20  # half as much of what is likely to be encoded
 
 
 class _Alike(NamedTuple):
@@ -200,10 +200,10 @@ def _planned(prepared: PreparedTree, options: ambient.Context, doing: operation.
     """Returns the plan of a save; the same for the same options, unless they hold a callback."""
     form, saving, memory = prepared.form, options.array.saving, options.memory
     processes = doing.processes
-    limits = [
-        budget.statistics().limit_nbytes for budget in (doing.write_budget, doing.transfer_budget)
-    ]
-    batch_nbytes = min([_BATCH_NBYTES, *(limit for limit in limits if limit is not None)])
+    budgets = (doing.write_budget, doing.transfer_budget)
+    limits = [limit for each in budgets if (limit := each.statistics().limit_nbytes) is not None]
+    # Within a limit in smaller steps: one batch is filled while another is being written.
+    batch_nbytes = min([_BATCH_NBYTES // 2, *limits]) if limits else _BATCH_NBYTES
     stored = prepared.stored or storing.choose(prepared, saving)
     if (
         memory.is_prioritized_key_fn is not None

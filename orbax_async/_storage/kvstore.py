@@ -24,9 +24,13 @@ from orbax_async._storage.safetensors import TensorReader
 __all__ = ["ArrayStore"]
 
 _COPY_THREADS = max(2, min(8, os.cpu_count() or 2))
+# For raw arrays a thread only computes a CRC-32C, quicker than any disk writes; a second one would
+# keep the core from whoever writes, and a worker that has just been given the GIL.
+_RAW_COPY_THREADS = max(1, _COPY_THREADS // 4)
 _CONTEXT = {
     "file_io_concurrency": {"limit": 4},
     "data_copy_concurrency": {"limit": _COPY_THREADS},
+    "data_copy_concurrency#raw": {"limit": _RAW_COPY_THREADS},
     "cache_pool": {"total_bytes_limit": 0},
     # Decoded B-tree nodes may be kept, but only as long as the store lives.
     "cache_pool#nodes": {"total_bytes_limit": 100_000_000},
@@ -221,7 +225,10 @@ def _unplaced(document: Mapping[str, Any]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=256)
 def _array_spec(document: bytes) -> ts.Spec:
     """Returns what TensorStore makes of a document, which is half the work of opening an array."""
-    return ts.Spec(_unplaced(zarr.parse_document(document)))
+    parsed = zarr.parse_document(document)
+    is_raw = zarr.raw_layout(parsed) is not None
+    copies = {"data_copy_concurrency": "data_copy_concurrency#raw"} if is_raw else {}
+    return ts.Spec({**_unplaced(parsed), **copies})
 
 
 def read_index(directory: str) -> DirectReader | None:

@@ -506,6 +506,25 @@ def test_batches_are_smaller_where_they_take_memory(
     assert [len(batch.requests) for batch in pipeline._plan.batches] == counts
 
 
+def test_the_disk_gets_something_to_do_soon(
+    tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first batch is small, and synced when it is written; the next may be twice as large."""
+    synced: list[str] = []
+
+    def sync(store: ArrayStore) -> None:
+        synced.append(store.directory)
+        original(store)
+
+    original = ArrayStore.sync_large
+    monkeypatch.setattr(ArrayStore, "sync_large", sync)
+    monkeypatch.setattr(save_pipeline, "_FIRST_NBYTES", 1 << 18)
+    ocp.save(tmp_path / "checkpoint", [np.full(1 << 15, i, np.float32) for i in range(30)])
+    (pipeline,) = watched.saves
+    assert [len(batch.requests) for batch in pipeline._plan.batches] == [2, 4, 8, 16]
+    assert synced
+
+
 @pytest.mark.parametrize("together", [1, 2])
 def test_no_more_batches_are_filled_at_a_time_than_is_said(
     together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -299,6 +299,12 @@ def test_a_batch_counts_what_its_requests_weigh() -> None:
     assert [[request.leaf for request in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
 
 
+def test_the_first_batches_may_be_small() -> None:
+    """The first batch is as small as is said, and each weighs at most twice the one before."""
+    batches = plan.batches(_requests([10] * 20), 80, first_nbytes=20)
+    assert [len(batch) for batch in batches] == [2, 4, 8, 6]
+
+
 @pytest.mark.parametrize(
     ("box", "shape", "chunk_shape", "parts"),
     [

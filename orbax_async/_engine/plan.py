@@ -367,6 +367,7 @@ def batches(
     target_nbytes: int,
     max_count: int = 4096,
     *,
+    first_nbytes: int | None = None,
     weigh: Callable[[S], int] = operator.attrgetter("nbytes"),
 ) -> Iterator[list[S]]:
     """Groups requests in order; a batch exceeds `target_nbytes` only as a single request.
@@ -375,15 +376,17 @@ def batches(
       requests: what to group.
       target_nbytes: the most that a batch weighs.
       max_count: the most requests of a batch.
+      first_nbytes: the most that the first batch weighs, if that is less; each may weigh twice as
+        much as the one before.
       weigh: what a request counts for; its bytes, unless it takes more than those.
     """
     batch: list[S] = []
-    weight = 0
+    weight, most = 0, min(target_nbytes, first_nbytes or target_nbytes)
     for request in requests:
         own = weigh(request)
-        if batch and (weight + own > target_nbytes or len(batch) == max_count):
+        if batch and (weight + own > most or len(batch) == max_count):
             yield batch
-            batch, weight = [], 0
+            batch, weight, most = [], 0, min(target_nbytes, 2 * most)
         batch.append(request)
         weight += own
     if batch:

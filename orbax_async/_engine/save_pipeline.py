@@ -37,6 +37,9 @@ from orbax_async.tree.keypath import KeyPath
 
 __all__ = ["SavePipeline", "WritableLeaf", "WriteForm", "WritePlan", "encoding_of"]
 
+# The disk gets something to do soon: the first batch is small, and synced as soon as it is written;
+# each may be, and wait for, twice as much as the one before.
+_FIRST_NBYTES = 16 << 20
 _SYNC_NBYTES = 128 << 20  # when so much is written, it begins to be synced
 _GIVEN_BACK_NBYTES = 8 << 20  # encoded in one batch: what was freed is given back after it
 # What is encoded at a time: what comes of it takes memory, and each 64 MiB of it a core.
@@ -216,10 +219,13 @@ class WritePlan:
         # Leaves whose document is still to be put into a batch. Those of which this process writes
         # no piece follow in a last batch of documents alone.
         undocumented = set(range(len(leaves))) if writes_documents else set()
-        self.batches = []
+        self.batches: list[WriteBatch] = []
         kinds = itertools.groupby(requests, lambda each: (each.leaf in separate, each.priority > 1))
         for (is_separate, _), alike in kinds:
-            for batch in plan.batches(alike, batch_nbytes, weigh=self._weight):
+            first_nbytes = None if self.batches else _FIRST_NBYTES
+            for batch in plan.batches(
+                alike, batch_nbytes, first_nbytes=first_nbytes, weigh=self._weight
+            ):
                 here = dict.fromkeys(request.leaf for request in batch)
                 first_of = [leaf for leaf in here if leaf in undocumented]
                 undocumented.difference_update(first_of)
@@ -279,7 +285,7 @@ class SavePipeline:
         self._pieces_unstaged = write_plan.pieces.copy()
         self._pieces_unwritten = write_plan.pieces.copy()
         self._sampled: dict[int, zarr.Encoding] = {}
-        self._unsynced_nbytes = 0
+        self._unsynced_nbytes, self._sync_nbytes = 0, _FIRST_NBYTES
         self._is_syncing = False
         recorder.add(leaves_planned=write_plan.leaf_count, bytes_planned=write_plan.nbytes)
 
@@ -315,7 +321,7 @@ class SavePipeline:
                 pieces.clear()
                 self.transfer_budget.release(batch.staging_nbytes)
             self._unsynced_nbytes += batch.nbytes
-            if self._unsynced_nbytes >= _SYNC_NBYTES and not self._is_syncing:
+            if self._unsynced_nbytes >= self._sync_nbytes and not self._is_syncing:
                 await self._sync(stores[batch.is_separate])
 
         try:
@@ -433,6 +439,7 @@ class SavePipeline:
         What it misses is synced with everything else when the checkpoint is committed.
         """
         self._is_syncing, self._unsynced_nbytes = True, 0
+        self._sync_nbytes = min(_SYNC_NBYTES, 2 * self._sync_nbytes)
         try:
             with self._recorder.span("sync"):
                 await loop.to_worker(store.sync_large)

@@ -22,6 +22,7 @@ from acceptance import states
 
 import orbax_async as ocp
 from orbax_async._commit import atomicity
+from orbax_async._storage import files
 
 CALLS = [
     (os, "mkdir"),
@@ -29,7 +30,7 @@ CALLS = [
     (os, "fsync"),
     (os, "unlink"),
     (os, "rmdir"),
-    (Path, "write_bytes"),
+    (files, "_write"),
     (atomicity, "_exchange"),
 ]
 OLD, NEW, MEBIBYTES = 1, 2, 1

@@ -506,6 +506,19 @@ def test_batches_are_smaller_where_they_take_memory(
     assert [len(batch.requests) for batch in pipeline._plan.batches] == counts
 
 
+def test_batches_of_small_pieces_take_little_memory(
+    tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is encoded here, up to 64 KiB each, counts twice too, and is written batch by batch."""
+    monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 20)
+    ocp.save(tmp_path / "checkpoint", [jnp.full(1 << 14, i, jnp.float32) for i in range(16)])
+    (pipeline,) = watched.saves
+    batches = pipeline._plan.batches
+    assert [len(batch.requests) for batch in batches] == [8, 8]
+    assert pipeline._slots.of(batches[0].nbytes, 8) is pipeline._slots.of(8, 8)
+    assert pipeline._encoded_nbytes(batches[0]) == batches[0].nbytes
+
+
 def test_the_disk_gets_something_to_do_soon(
     tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -523,6 +536,7 @@ def test_the_disk_gets_something_to_do_soon(
     (pipeline,) = watched.saves
     assert [len(batch.requests) for batch in pipeline._plan.batches] == [2, 4, 8, 16]
     assert synced
+    assert pipeline._sync_nbytes == (1 << 18) << len(synced)
 
 
 @pytest.mark.parametrize("together", [1, 2])

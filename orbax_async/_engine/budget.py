@@ -25,7 +25,7 @@ import anyio
 __all__ = ["BatchSlots", "BudgetStatistics", "ByteBudget"]
 
 _LARGE_AT_ONCE = 3
-_LARGE_PIECE_NBYTES = 64 << 10
+_SMALL_PIECE_NBYTES = 64 << 10  # and less; what a save encodes without opening an array
 
 
 class BudgetStatistics(NamedTuple):
@@ -59,7 +59,7 @@ class BatchSlots:
 
     def of(self, nbytes: int, count: int) -> anyio.Semaphore:
         """Returns the semaphore for a batch of `count` pieces of `nbytes` in all."""
-        return self._of_small if nbytes < count * _LARGE_PIECE_NBYTES else self._of_large
+        return self._of_small if nbytes <= count * _SMALL_PIECE_NBYTES else self._of_large
 
 
 class ByteBudget:

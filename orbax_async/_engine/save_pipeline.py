@@ -197,7 +197,8 @@ class WritePlan:
       leaves: every leaf that is stored as an array.
       requests: the pieces that this process writes, in order.
       batch_nbytes: how many bytes a batch holds, unless a single piece is larger; half as many of
-        what is likely to be encoded.
+        what is encoded, or likely to be, unless budgets limit what that takes.
+      is_limited: whether there are budgets: all bytes count alike then.
       writes_documents: whether this process writes the arrays' metadata documents.
       zarr3: which version of zarr.
       separate: the leaves that go to a database of their own.
@@ -209,12 +210,14 @@ class WritePlan:
         requests: Sequence[WriteRequest],
         *,
         batch_nbytes: int,
+        is_limited: bool,
         writes_documents: bool,
         zarr3: bool,
         separate: Collection[int] = (),
     ) -> None:
         self.leaves = leaves
         self.zarr3 = zarr3
+        self._is_limited = is_limited
         self.pieces = Counter(request.leaf for request in requests)
         # Leaves whose document is still to be put into a batch. Those of which this process writes
         # no piece follow in a last batch of documents alone.
@@ -239,10 +242,20 @@ class WritePlan:
         self.kinds = sorted({False, *(batch.is_separate for batch in self.batches)})
 
     def _weight(self, request: WriteRequest) -> int:
-        """Returns the bytes of a request, twice where what it is encoded to takes memory too."""
-        form = self.leaves[request.leaf].form
-        is_encoded = not self.zarr3 or (form.encoding or _likely_encoding(form.dtype)) == "zstd"
-        return request.nbytes * (2 if is_encoded else 1)
+        """Returns the bytes of a request, twice unless it is written from where it is."""
+        if self._is_limited:
+            return request.nbytes
+        likely = _likely_encoding(self.leaves[request.leaf].form.dtype)
+        return request.nbytes * (2 if self.is_encoded(request.leaf, likely) else 1)
+
+    def is_encoded(self, leaf: int, encoding: zarr.Encoding | None) -> bool:
+        """Says whether other bytes are made of a leaf, which take memory, than it has.
+
+        Args:
+          leaf: which one.
+          encoding: how it is stored if its form leaves that open.
+        """
+        return not self.zarr3 or (self.leaves[leaf].form.encoding or encoding) != "raw"
 
 
 class SavePipeline:
@@ -424,13 +437,11 @@ class SavePipeline:
         )
 
     def _encoded_nbytes(self, batch: WriteBatch) -> int:
-        """Returns of how many bytes of a batch TensorStore makes others."""
+        """Returns of how many bytes of a batch others are made."""
         return sum(
             request.nbytes
             for request in batch.requests
-            if not self._plan.zarr3
-            or (self._leaves[request.leaf].form.encoding or self._sampled.get(request.leaf))
-            == "zstd"
+            if self._plan.is_encoded(request.leaf, self._sampled.get(request.leaf))
         )
 
     async def _sync(self, store: ArrayStore) -> None:

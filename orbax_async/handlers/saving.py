@@ -31,7 +31,7 @@ from orbax_async.tree import rich, schema
 
 __all__ = ["Saving"]
 
-_BATCH_NBYTES = 128 << 20  # half as much of what is likely to be encoded
+_BATCH_NBYTES = 128 << 20  # half as much of what is not raw
 
 
 class _Alike(NamedTuple):
@@ -105,6 +105,7 @@ class _Plan:
         options: ambient.Context,
         processes: multihost.Processes,
         batch_nbytes: int,
+        is_limited: bool,
     ) -> None:
         self._form = prepared.form
         self._stored = stored
@@ -148,6 +149,7 @@ class _Plan:
             leaves,
             requests,
             batch_nbytes=batch_nbytes,
+            is_limited=is_limited,
             writes_documents=processes.is_primary,
             zarr3=saving.use_zarr3,
             separate=self.separate,
@@ -210,18 +212,21 @@ def _planned(prepared: PreparedTree, options: ambient.Context, doing: operation.
         or saving.scoped_storage_options_creator is not None
         or memory.serialization_status_callback is not None
     ):
-        return _Plan(prepared, stored, options, processes, batch_nbytes)
+        return _Plan(prepared, stored, options, processes, batch_nbytes, bool(limits))
     key = (
         (processes.index, processes.primary, processes.are_several, processes.is_primary),
         repr(saving),
         _supports_rich_types(options),
         batch_nbytes,
+        bool(limits),
         memory.deepcopy_host_arrays,
     )
     found: _Plan | None = form.plans.get(key)
     if found is None:
         form.plans.clear()  # whoever changes options seldom changes them back
-        found = form.plans[key] = _Plan(prepared, stored, options, processes, batch_nbytes)
+        found = form.plans[key] = _Plan(
+            prepared, stored, options, processes, batch_nbytes, bool(limits)
+        )
     return found
 
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,7 +253,7 @@ def training_pace(trial: Trial) -> Figures:
 
     Relative to the rate without a save just before and just after. A peer that blocks saves on a
     thread, as a program would have it do. Of each also: the share of the time in which its thread
-    had its core, and its rate beside another process that writes as much.
+    had its core, and both beside another process that saves the same, in the same way.
     """
     steps = {"step": pace.training_step(), "counter": pace.count}
     return {
@@ -264,25 +264,47 @@ def training_pace(trial: Trial) -> Figures:
 
 
 def _paces(trial: Trial, step: Callable[[], Any]) -> Figures:
-    nbytes = resident_nbytes(trial.state)
-    with pace.Pacer(step) as pacer, ThreadPoolExecutor(1) as blocking:
+    with pace.Pacer(step) as pacer:
         quiet = pacer.rate(trial.pace_secs / 2)
         warm_up(trial)  # as the process below does, whose files follow one another
-        steps, secs, cpu_secs = 0, 0.0, 0.0
-        while secs < trial.pace_secs:  # a short save is repeated, for a rate that means something
-            shutil.rmtree(trial.path, ignore_errors=True)
-            pending = trial.save() if trial.peer.is_async else blocking.submit(trial.save)
-            before = pacer.mark()
-            pending.result()
-            after = pacer.mark()
-            steps, secs = steps + after.steps - before.steps, secs + after.secs - before.secs
-            cpu_secs += after.cpu_secs - before.cpu_secs
-        settle()
-        with apart.writer(trial.path.with_name(f"{trial.path.name}-apart"), nbytes):
-            beside = pacer.rate(trial.pace_secs)
+        with contextlib.closing(_saves(trial)) as moments:
+            here = _between(pacer, moments, trial.pace_secs)
+        trial.clear()
+        path = trial.path.with_name(f"{trial.path.name}-apart")
+        with apart.saves(trial.peer.name, path, trial.state, trial.settings) as moments:
+            there = _between(pacer, moments, trial.pace_secs)
         settle()
         quiet = (quiet + pacer.rate(trial.pace_secs / 2)) / 2
-    return {"pace": steps / secs / quiet, "core": cpu_secs / secs, "apart": beside / quiet}
+    return {
+        "pace": here.steps / here.secs / quiet,
+        "core": here.cpu_secs / here.secs,
+        "apart_pace": there.steps / there.secs / quiet,
+        "apart_core": there.cpu_secs / there.secs,
+    }
+
+
+def _saves(trial: Trial) -> Generator[None, None, None]:
+    """Saves again and again; goes on when a save has begun, and when it has ended, by turns."""
+    with ThreadPoolExecutor(1) as blocking:
+        while True:
+            shutil.rmtree(trial.path, ignore_errors=True)
+            pending = trial.save() if trial.peer.is_async else blocking.submit(trial.save)
+            yield
+            pending.result()
+            yield
+
+
+def _between(pacer: pace.Pacer, moments: Iterator[None], secs: float) -> pace.Mark:
+    """Returns how much was done from each odd moment to the next even one, in so long at least."""
+    steps, lasted, cpu_secs = 0, 0.0, 0.0
+    while lasted < secs:  # a short save is repeated, for a rate that means something
+        next(moments)
+        before = pacer.mark()
+        next(moments)
+        after = pacer.mark()
+        steps, lasted = steps + after.steps - before.steps, lasted + after.secs - before.secs
+        cpu_secs += after.cpu_secs - before.cpu_secs
+    return pace.Mark(steps, lasted, cpu_secs)
 
 
 KINDS: dict[str, Callable[[Trial], Figures]] = {

@@ -65,8 +65,9 @@ COSTS: dict[str, tuple[str, Callable[[Spread | None], str]]] = {
 PERCENT = _scaled(100, "{:.0f} %")
 PACES = {
     "of its rate": "pace",
+    "of its rate, saved apart": "apart_pace",
     "of its core": "core",
-    "of its rate beside another process": "apart",
+    "of its core, saved apart": "apart_core",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
@@ -11,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import apart, measures, pace
@@ -43,24 +43,25 @@ def test_a_pacer_tells_how_long_it_had_its_core() -> None:
     assert 0 < after.cpu_secs - before.cpu_secs < (after.secs - before.secs) / 2
 
 
-def test_a_process_beside_writes_until_it_is_told_to_end(tmp_path: Path) -> None:
-    """It writes the file again and again; afterwards there is neither file nor process."""
-    path, seen = tmp_path / "written", set[int]()
-    with apart.writer(path, 100_000):
-        while len(seen) < 3:
-            with contextlib.suppress(FileNotFoundError):
-                seen.add(path.stat().st_mtime_ns)
-        assert path.stat().st_size <= 100_000
+@pytest.mark.parametrize("peer", ["ours", "raw-1"])
+def test_a_process_beside_saves_until_it_is_told_to_end(tmp_path: Path, peer: str) -> None:
+    """It saves the state each time between two moments; afterwards nothing is left of it."""
+    path, state = tmp_path / "saved", {"x": jnp.arange(8.0), "step": 3}
+    with apart.saves(peer, path, state, {}) as moments:
+        for _ in range(2):
+            next(moments)
+            next(moments)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_beside_that_cannot_write_is_an_error(tmp_path: Path) -> None:
+def test_a_process_beside_that_cannot_save_is_an_error(tmp_path: Path) -> None:
     """What would be measured as a quiet machine is refused."""
+    settings = {"array.saving.unheard_of.option": 1}
     with (
+        apart.saves("ours", tmp_path / "saved", {"x": 1}, settings) as moments,
         pytest.raises(RuntimeError, match="ended"),
-        apart.writer(tmp_path / "missing" / "written", 1000),
     ):
-        pytest.fail("it has not begun")
+        next(moments)
 
 
 @pytest.mark.parametrize("figure", ["gap", "pace"])
@@ -81,4 +82,4 @@ def test_gaps_and_paces_follow_a_save_that_does_not_count(figure: str, tmp_path:
     measures.KINDS[figure](
         measures.Trial(peer=peer, path=path, state=state, abstract=state, pace_secs=1e-6)
     )
-    assert len(saves) == {"gap": 2, "pace": 4}[figure]  # paces are taken beside two programs
+    assert len(saves) == {"gap": 2, "pace": 4}[figure]  # paces are taken of two programs

@@ -459,8 +459,8 @@ def test_as_many_batches_are_encoded_at_a_time_as_there_are_cores(
             under_way -= 1
 
     def fill(pipeline: Any, store: Any, batch: Any, pieces: Any) -> Any:
-        transaction, pending = original(pipeline, store, batch, pieces)
-        return Transaction(transaction), pending
+        transaction, *others = original(pipeline, store, batch, pieces)
+        return Transaction(transaction), *others
 
     original = save_pipeline.SavePipeline._fill
     monkeypatch.setattr(save_pipeline.SavePipeline, "_fill", fill)

@@ -294,6 +294,7 @@ class SavePipeline:
             self._undelayed = sum(not batch.is_delayed for batch in write_plan.batches)
         self._slots = BatchSlots()
         self._filling_slots = anyio.Semaphore(_FILLED_AT_ONCE)
+        self._resting_until = 0.0
         self._encoding_budget = ByteBudget(_ENCODED_NBYTES)
         self._pieces_unstaged = write_plan.pieces.copy()
         self._pieces_unwritten = write_plan.pieces.copy()
@@ -417,7 +418,11 @@ class SavePipeline:
     async def _write(self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]) -> None:
         try:
             async with self._filling_slots:
-                transaction, pending = await loop.to_worker(self._fill, store, batch, pieces)
+                await anyio.sleep_until(self._resting_until)
+                transaction, pending, rest_secs = await loop.to_worker(
+                    self._fill, store, batch, pieces
+                )
+                self._resting_until = anyio.current_time() + rest_secs
             nbytes = self._encoded_nbytes(batch)
             budget = self._encoding_budget
             async with budget.reserve(nbytes) if nbytes else contextlib.nullcontext():
@@ -463,8 +468,13 @@ class SavePipeline:
 
     def _fill(
         self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]
-    ) -> tuple[ts.Transaction, list[ts.Future[None]]]:
-        """Puts a batch into a transaction: small pieces as encoded values, large by reference."""
+    ) -> tuple[ts.Transaction, list[ts.Future[None]], float]:
+        """Puts a batch into a transaction: small pieces as encoded values, large by reference.
+
+        Returns it, what its end is to be awaited with, and how long no other is to be filled.
+        """
+        jax.block_until_ready(pieces)  # what a device still sends is not what the stint waits for
+        stint = loop.Stint()
         transaction = store.begin()
         is_read_directly = store.is_ocdbt and self._plan.zarr3
         values: dict[str, bytes] = {}
@@ -501,7 +511,7 @@ class SavePipeline:
             key = zarr.document_key(leaf.name, zarr3=self._plan.zarr3)
             values[key] = leaf.form.document(encoding, zarr3=self._plan.zarr3)
         store.put(transaction, loop.sliced(values.items()))
-        return transaction, pending
+        return transaction, pending, stint.rest_secs()
 
     def _encoding(self, index: int, array: np.ndarray[Any, Any] | None) -> zarr.Encoding:
         """Decides once how a leaf is stored, by the first of its pieces that gets here.

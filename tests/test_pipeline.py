@@ -58,9 +58,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
                 seen.pieces.setdefault(label, []).append(piece)
             return list(pieces)
 
-        async def _write(self, store: Any, batch: Any, pieces: Any) -> None:
+        async def _write(self, store: Any, batch: Any, *others: Any) -> None:
             seen.written += [self._leaves[request.leaf].label for request in batch.requests]
-            await super()._write(store, batch, pieces)
+            await super()._write(store, batch, *others)
 
     class Loading(load_pipeline.LoadPipeline):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

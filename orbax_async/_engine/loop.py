@@ -72,7 +72,7 @@ Ts = TypeVarTuple("Ts")
 
 _WORKERS = 4  # few: each keeps an arena of the C allocator, and with it some freed memory
 _SLICE_SECS, _PAUSE_SECS = 1e-3, 1e-5
-_STINT_SECS, _CONTESTED_SHARE = 0.02, 0.2  # how long, and of that at work, a worker has to rest
+_STINT_SECS, _CONTESTED_SHARE = 0.01, 1 / 3  # less tells nothing; who has no rival works more
 _CANCEL_SECS = 2.0  # how long the exit drain waits for cancelled operations to clean up
 
 
@@ -397,22 +397,20 @@ def _waits() -> int:
 
 
 class Stint:
-    """A while of computing on a worker, and the rest that it calls for.
+    """A while of computing on a worker, which tells whether a program beside it wants the GIL.
 
-    Beside a program that computes in Python a worker waits for the GIL most of its time: 5 ms each
-    time, and then the program waits for the worker. It rests as long as it worked, so that the
-    program loses half as large a share of its time. Where nobody else wants the GIL there is no
-    rest. What is done meanwhile must not wait for anything but the GIL and a core.
+    Beside one that computes in Python a worker waits for the GIL most of its time, 5 ms whenever a
+    call has let go of it. What is done meanwhile must not wait for anything but the GIL and a core.
     """
 
     def __init__(self) -> None:
         self._began, self._worked = time.perf_counter(), time.thread_time()
 
-    def rest_secs(self) -> float:
-        """Returns how long to rest now; called on the same thread."""
+    def was_contested(self) -> bool:
+        """Says whether this thread, which made the stint, has waited most of its time since."""
         took = time.perf_counter() - self._began
         worked = time.thread_time() - self._worked
-        return took if took >= _STINT_SECS and worked < took * _CONTESTED_SHARE else 0.0
+        return took >= _STINT_SECS and worked < took * _CONTESTED_SHARE
 
 
 class Background:

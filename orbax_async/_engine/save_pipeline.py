@@ -294,7 +294,6 @@ class SavePipeline:
             self._undelayed = sum(not batch.is_delayed for batch in write_plan.batches)
         self._slots = BatchSlots()
         self._filling_slots = anyio.Semaphore(_FILLED_AT_ONCE)
-        self._resting_until = 0.0
         self._encoding_budget = ByteBudget(_ENCODED_NBYTES)
         self._pieces_unstaged = write_plan.pieces.copy()
         self._pieces_unwritten = write_plan.pieces.copy()
@@ -319,24 +318,26 @@ class SavePipeline:
             stores_ready.set()
 
         async def write_batch(batch: WriteBatch, pieces: list[Piece]) -> None:
-            try:
-                await stores_ready.wait()
-                if not self._writes_while_staging:
-                    await self.staged.wait()
-                async with (
-                    self._slots.of(batch.nbytes, len(batch.requests)),
-                    self.write_budget.reserve(batch.nbytes),
-                ):
-                    await self._tell("start", batch)
-                    with self._recorder.span("write", batch.nbytes):
-                        await self._write(stores[batch.is_separate], batch, pieces)
-                    await self._tell("end", batch)
-            finally:
-                pieces.clear()
-                self.transfer_budget.release(batch.staging_nbytes)
-            self._unsynced_nbytes += batch.nbytes
-            if self._unsynced_nbytes >= self._sync_nbytes and not self._is_syncing:
-                await self._sync(stores[batch.is_separate])
+            async with contextlib.AsyncExitStack() as filling:
+                try:
+                    await stores_ready.wait()
+                    store = stores[batch.is_separate]
+                    if not self._writes_while_staging:
+                        await self.staged.wait()
+                    async with (
+                        self._slots.of(batch.nbytes, len(batch.requests)),
+                        self.write_budget.reserve(batch.nbytes),
+                    ):
+                        await self._tell("start", batch)
+                        with self._recorder.span("write", batch.nbytes):
+                            await self._write(store, batch, pieces, filling)
+                        await self._tell("end", batch)
+                finally:
+                    pieces.clear()
+                    self.transfer_budget.release(batch.staging_nbytes)
+                self._unsynced_nbytes += batch.nbytes
+                if self._unsynced_nbytes >= self._sync_nbytes and not self._is_syncing:
+                    await self._sync(store)
 
         try:
             with errors.ungrouped():
@@ -415,14 +416,25 @@ class SavePipeline:
         )
         return pieces
 
-    async def _write(self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]) -> None:
+    async def _write(
+        self,
+        store: ArrayStore,
+        batch: WriteBatch,
+        pieces: list[Piece],
+        filling: contextlib.AsyncExitStack,
+    ) -> None:
+        """Writes a batch, and keeps others from being filled until `filling` is closed.
+
+        That is as soon as it is filled itself. Beside a program that computes in Python it is up to
+        the caller: of threads that ask for the GIL by turns the program sees less.
+        """
         try:
-            async with self._filling_slots:
-                await anyio.sleep_until(self._resting_until)
-                transaction, pending, rest_secs = await loop.to_worker(
-                    self._fill, store, batch, pieces
-                )
-                self._resting_until = anyio.current_time() + rest_secs
+            await filling.enter_async_context(self._filling_slots)
+            transaction, pending, is_contested = await loop.to_worker(
+                self._fill, store, batch, pieces
+            )
+            if not is_contested:
+                await filling.aclose()
             nbytes = self._encoded_nbytes(batch)
             budget = self._encoding_budget
             async with budget.reserve(nbytes) if nbytes else contextlib.nullcontext():
@@ -468,10 +480,10 @@ class SavePipeline:
 
     def _fill(
         self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]
-    ) -> tuple[ts.Transaction, list[ts.Future[None]], float]:
+    ) -> tuple[ts.Transaction, list[ts.Future[None]], bool]:
         """Puts a batch into a transaction: small pieces as encoded values, large by reference.
 
-        Returns it, what its end is to be awaited with, and how long no other is to be filled.
+        Returns it, what its end is to be awaited with, and whether the GIL was contested.
         """
         jax.block_until_ready(pieces)  # what a device still sends is not what the stint waits for
         stint = loop.Stint()
@@ -511,7 +523,7 @@ class SavePipeline:
             key = zarr.document_key(leaf.name, zarr3=self._plan.zarr3)
             values[key] = leaf.form.document(encoding, zarr3=self._plan.zarr3)
         store.put(transaction, loop.sliced(values.items()))
-        return transaction, pending, stint.rest_secs()
+        return transaction, pending, stint.was_contested()
 
     def _encoding(self, index: int, array: np.ndarray[Any, Any] | None) -> zarr.Encoding:
         """Decides once how a leaf is stored, by the first of its pieces that gets here.

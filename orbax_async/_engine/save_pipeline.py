@@ -485,7 +485,8 @@ class SavePipeline:
 
         Returns it, what its end is to be awaited with, and whether the GIL was contested.
         """
-        jax.block_until_ready(pieces)  # what a device still sends is not what the stint waits for
+        # What a device still sends is not what the stint waits for; to ask NumPy arrays takes long.
+        jax.block_until_ready([piece for piece in pieces if not isinstance(piece, np.ndarray)])
         stint = loop.Stint()
         transaction = store.begin()
         is_read_directly = store.is_ocdbt and self._plan.zarr3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -537,31 +536,6 @@ def test_the_disk_gets_something_to_do_soon(
     assert [len(batch.requests) for batch in pipeline._plan.batches] == [2, 4, 8, 16]
     assert synced
     assert pipeline._sync_nbytes == (1 << 18) << len(synced)
-
-
-@pytest.mark.parametrize("together", [1, 2])
-def test_no_more_batches_are_filled_at_a_time_than_is_said(
-    together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Workers that fill batches wait for each other's GIL: only so many do at a time."""
-    under_way, peak = 0, 0
-
-    def fill(pipeline: Any, store: Any, batch: Any, pieces: Any) -> Any:
-        nonlocal under_way, peak
-        under_way += 1
-        peak = max(peak, under_way)
-        time.sleep(0.1)  # for another worker to come along
-        under_way -= 1
-        return original(pipeline, store, batch, pieces)
-
-    original = save_pipeline.SavePipeline._fill
-    monkeypatch.setattr(save_pipeline.SavePipeline, "_fill", fill)
-    monkeypatch.setattr(save_pipeline, "_FILLED_AT_ONCE", together)
-    monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 18)
-    state = {f"n{i}": np.full(1 << 16, i, np.float32) for i in range(4)}
-    ocp.save(tmp_path / "checkpoint", state)
-    assert peak == together
-    check(tmp_path / "checkpoint", state)
 
 
 @pytest.mark.parametrize("kind", ["weights", "bfloat16", "moments", "sparse", "tokens"])

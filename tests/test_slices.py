@@ -90,29 +90,37 @@ def test_waiting_takes_no_time_of_the_processor() -> None:
 
 
 @pytest.mark.parametrize("was_contested", [False, True])
-def test_batches_do_not_overlap_where_the_gil_is_contested(
-    was_contested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("together", [1, 2])
+def test_no_more_batches_are_filled_at_a_time_than_is_said(
+    together: int, was_contested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is then filled, committed and synced before another is filled; else they overlap."""
-    under_way, peak = 0, 0
+    """Nor are more under way until they are synced, where the GIL is contested; else there are."""
+    now, peaks = {"filled": 0, "under way": 0}, {"filled": 0, "under way": 0}
+
+    def begin(what: str) -> None:
+        now[what] += 1
+        peaks[what] = max(peaks[what], now[what])
 
     def fill(pipeline: Any, store: Any, batch: Any, pieces: Any) -> Any:
-        nonlocal under_way, peak
-        under_way += 1
-        peak = max(peak, under_way)
+        begin("under way")
+        begin("filled")
+        time.sleep(0.1)  # for another worker to come along
+        now["filled"] -= 1
         return original(pipeline, store, batch, pieces)
 
     async def sync(_: Any, __: Any) -> None:
-        nonlocal under_way
-        await anyio.sleep(0.1)  # for another batch to come along
-        under_way -= 1
+        await anyio.sleep(0.2)  # for another batch to come along
+        now["under way"] -= 1
 
     original = save_pipeline.SavePipeline._fill
     monkeypatch.setattr(save_pipeline.SavePipeline, "_fill", fill)
     monkeypatch.setattr(save_pipeline.SavePipeline, "_sync", sync)
     monkeypatch.setattr(save_pipeline, "_FIRST_NBYTES", 0)  # each batch is synced
+    monkeypatch.setattr(save_pipeline, "_FILLED_AT_ONCE", together)
     monkeypatch.setattr(loop.Stint, "was_contested", lambda _: was_contested)
     monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 18)
-    ocp.save(tmp_path / "checkpoint", [jnp.full(1 << 16, i, jnp.float32) for i in range(4)])
-    assert under_way == 0
-    assert (peak == 1) == was_contested
+    ocp.save(tmp_path / "checkpoint", [jnp.full(1 << 16, i, jnp.float32) for i in range(6)])
+    assert now == {"filled": 0, "under way": 0}
+    assert peaks["filled"] == together
+    assert (peaks["under way"] == together) == was_contested
+    assert [leaf[0] for leaf in ocp.load(tmp_path / "checkpoint")] == list(range(6))

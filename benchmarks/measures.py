@@ -14,9 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -253,34 +253,37 @@ def training_pace(trial: Trial) -> Figures:
 
     Relative to the rate without a save just before and just after. A peer that blocks saves on a
     thread, as a program would have it do. Of each also: the share of the time in which its thread
-    had its core, and both beside another process that saves the same, in the same way.
+    had its core.
     """
-    steps = {"step": pace.training_step(), "counter": pace.count}
-    return {
-        f"{name}_{figure}": value
-        for name, step in steps.items()
-        for figure, value in _paces(trial, step).items()
-    }
+    return _paces(trial, "", lambda: contextlib.closing(_saves(trial)))
 
 
-def _paces(trial: Trial, step: Callable[[], Any]) -> Figures:
-    with pace.Pacer(step) as pacer:
-        quiet = pacer.rate(trial.pace_secs / 2)
-        warm_up(trial)  # as the process below does, whose files follow one another
-        with contextlib.closing(_saves(trial)) as moments:
-            here = _between(pacer, moments, trial.pace_secs)
-        trial.clear()
-        path = trial.path.with_name(f"{trial.path.name}-apart")
-        with apart.saves(trial.peer.name, path, trial.state, trial.settings) as moments:
-            there = _between(pacer, moments, trial.pace_secs)
-        settle()
-        quiet = (quiet + pacer.rate(trial.pace_secs / 2)) / 2
-    return {
-        "pace": here.steps / here.secs / quiet,
-        "core": here.cpu_secs / here.secs,
-        "apart_pace": there.steps / there.secs / quiet,
-        "apart_core": there.cpu_secs / there.secs,
-    }
+def pace_apart(trial: Trial) -> Figures:
+    """Takes the same beside another process that makes the same saves.
+
+    Rounds of their own, the last: what that process gives back, a host may take before the next.
+    """
+    path = trial.path.with_name(f"{trial.path.name}-apart")
+    return _paces(
+        trial, "apart_", lambda: apart.saves(trial.peer.name, path, trial.state, trial.settings)
+    )
+
+
+def _paces(
+    trial: Trial, prefix: str, saving: Callable[[], AbstractContextManager[Iterator[None]]]
+) -> Figures:
+    figures = {}
+    for name, step in {"step": pace.training_step(), "counter": pace.count}.items():
+        with pace.Pacer(step) as pacer:
+            quiet = pacer.rate(trial.pace_secs / 2)
+            warm_up(trial)
+            with saving() as moments:
+                beside = _between(pacer, moments, trial.pace_secs)
+            trial.clear()
+            quiet = (quiet + pacer.rate(trial.pace_secs / 2)) / 2
+        figures[f"{name}_{prefix}pace"] = beside.steps / beside.secs / quiet
+        figures[f"{name}_{prefix}core"] = beside.cpu_secs / beside.secs
+    return figures
 
 
 def _saves(trial: Trial) -> Generator[None, None, None]:
@@ -312,4 +315,5 @@ KINDS: dict[str, Callable[[Trial], Figures]] = {
     "memory": memory,
     "gap": gap,
     "pace": training_pace,
+    "apart": pace_apart,
 }

@@ -47,7 +47,7 @@ pytestmark = [
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG"
 TINY = {"gpt2": 0.02, "leaves-2000": 0.01, "leaves-10000": 0.002, "sharded": 0.0005}
-ONCE = {"timed": 1, "memory": 1, "gap": 1, "pace": 1}
+ONCE = {"timed": 1, "memory": 1, "gap": 1, "pace": 1, "apart": 1}
 INSTALLED = [name for name, peer in PEERS.items() if peer.is_installed]
 
 

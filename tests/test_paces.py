@@ -64,7 +64,7 @@ def test_a_process_beside_that_cannot_save_is_an_error(tmp_path: Path) -> None:
         next(moments)
 
 
-@pytest.mark.parametrize("figure", ["gap", "pace"])
+@pytest.mark.parametrize("figure", ["gap", "pace", "apart"])
 def test_gaps_and_paces_follow_a_save_that_does_not_count(figure: str, tmp_path: Path) -> None:
     """One save more is made than is measured, and each is removed before the next."""
     path, saves = tmp_path / "saved", []
@@ -82,4 +82,5 @@ def test_gaps_and_paces_follow_a_save_that_does_not_count(figure: str, tmp_path:
     measures.KINDS[figure](
         measures.Trial(peer=peer, path=path, state=state, abstract=state, pace_secs=1e-6)
     )
-    assert len(saves) == {"gap": 2, "pace": 4}[figure]  # paces are taken of two programs
+    # Two programs; of those beside which another process saves, only the save that does not count.
+    assert len(saves) == {"gap": 2, "pace": 4, "apart": 2}[figure]

@@ -170,7 +170,8 @@ def test_a_removal_that_a_crash_interrupted_is_resumed(
     with Checkpointer(run) as checkpointer:
         checkpointer.save(0, state(0))
     with monkeypatch.context() as patch:
-        patch.setattr(atomicity, "_started", lambda pid: 1)  # a process of this number, long ago
+        # A process of this number, long ago.
+        patch.setattr(atomicity, "_owner", lambda pid: f"{atomicity._host()}-{pid}-1")
         os.rename(run / "0", atomicity.temporary_path(str(run / "0")))
     with Checkpointer(run) as checkpointer:
         assert checkpointer.checkpoints == []

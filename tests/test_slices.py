@@ -22,6 +22,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.computed, self.waits = 0.0, 0.0, 0
+        self.gil_secs = 0.0  # how long it takes to get the GIL after a pause
         self.paused: list[tuple[float, float]] = []
         monkeypatch.setattr(loop, "time", self)
         monkeypatch.setattr(loop, "_waits", lambda: self.waits)
@@ -34,7 +35,7 @@ class Clock:
 
     def sleep(self, secs: float) -> None:
         self.paused.append((round(self.now * 1e3, 2), secs))
-        self.now += 1e-4
+        self.now += max(secs, 1e-4) + self.gil_secs
         self.waits += 1
 
 
@@ -58,6 +59,32 @@ def test_a_sliced_loop_that_has_waited_does_not_pause(monkeypatch: pytest.Monkey
         clock.now += 0.0051
         clock.waits += item < 6
     assert [at for at, _ in clock.paused] == [35.7]
+
+
+@pytest.mark.parametrize(("rests", "is_long"), [(True, True), (False, False)])
+def test_a_sliced_loop_that_may_rest_does_beside_a_program_in_python(
+    rests: bool, is_long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a pause for which the GIL was not to be had it leaves nineteen parts of twenty."""
+    clock = Clock(monkeypatch)
+    clock.gil_secs = sys.getswitchinterval()
+    for _ in loop.sliced(range(10), rests=rests):
+        clock.now += 0.0011
+    first, *others = [secs for _, secs in clock.paused]
+    assert len(others) == 8
+    assert first < 1e-3
+    taken = [1.1e-3 / (1.1e-3 + secs + clock.gil_secs) for secs in others]
+    assert all((share < 0.055) == is_long for share in taken)
+
+
+def test_a_sliced_loop_stops_resting_when_nobody_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pause tells anew whether there is somebody to leave the GIL to."""
+    clock = Clock(monkeypatch)
+    for index in loop.sliced(range(10), rests=True):
+        clock.now += 0.0011
+        clock.gil_secs = sys.getswitchinterval() if index < 5 else 0.0
+    pauses = [secs > 1e-3 for _, secs in clock.paused]
+    assert pauses == [False, True, True, True, True, True, False, False, False]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not count a thread's waits")

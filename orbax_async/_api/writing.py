@@ -203,21 +203,20 @@ class Save:
         processes = self._doing.processes
         if processes.is_primary:
             with self._doing.recorder.span("create"):
-                await loop.to_worker(self._create_directories)
-                await self._claim()
+                if not await loop.to_worker(self._create_directories):
+                    await self._claim_later()
         await processes.broadcast("directory created")
         created.set()
 
-    async def _claim(self) -> None:
-        if await loop.to_worker(self._place.claim):
-            return
+    async def _claim_later(self) -> None:
         logger.info("%s: waiting until another process has finished there", self._final)
-        while True:
+        is_claimed = False
+        while not is_claimed:
             await anyio.sleep(_CLAIM_SECS)
-            if await loop.to_worker(self._place.claim):
-                return
+            is_claimed = await loop.to_worker(self._place.claim)
 
-    def _create_directories(self) -> None:
+    def _create_directories(self) -> bool:
+        """Makes them, and says whether what is written may depend on what is there already."""
         if self._place.is_in_place:  # what is set aside must be one that may be replaced
             check_destination(self._final, overwrite=self._overwrite)
         self._place.create(
@@ -225,6 +224,7 @@ class Save:
             mode=self._options.file.path_permission_mode,
             overwrite=self._overwrite,
         )
+        return self._place.claim()
 
     async def _commit(self, control: perform.Control) -> None:
         """Steps 2 to 5 of `_commit.finalize`; the primary takes them once nobody can back out."""
@@ -247,11 +247,8 @@ class Save:
         loop.spawn(self._sweep, label="sweep", exit_grace_secs=_SWEEP_GRACE_SECS, is_told_of=False)
 
     async def _make_durable(self) -> None:
-        if not self._place.is_in_place:
-            with self._doing.recorder.span("documents"):
-                await loop.to_worker(self._write_all_documents)
+        found, directories = await loop.to_worker(self._complete)
         with self._doing.recorder.span("sync"):
-            found, directories = await loop.to_worker(files.walk, self._place.directory)
             paths = [path for path in found if path not in self._doing.synced]
             share = max(1, -(-len(paths) // _SYNCS_AT_ONCE))
             async with anyio.create_task_group() as group:
@@ -264,6 +261,15 @@ class Save:
                     )
             await loop.to_worker(finalize.sync_directories, directories, self._final)
 
+    def _complete(self) -> tuple[list[str], list[str]]:
+        """Writes what is still missing, and returns all files and directories."""
+        if not self._place.is_in_place:
+            with self._doing.recorder.span("documents"):
+                self._write_documents()
+                finalize.write_marker(self._place.directory)
+                finalize.write_commit_marker(self._place.directory, self._final)
+        return files.walk(self._place.directory)
+
     def _write_documents(self) -> None:
         init_nsecs, custom_metadata = self._init_nsecs, self._custom_metadata
         if self._inherit is not None:
@@ -275,11 +281,6 @@ class Save:
             init_nsecs=init_nsecs,
             custom_metadata=custom_metadata,
         )
-
-    def _write_all_documents(self) -> None:
-        self._write_documents()
-        finalize.write_marker(self._place.directory)
-        finalize.write_commit_marker(self._place.directory, self._final)
 
     def _publish(self) -> str | None:
         # What is there now may have come after the first look, or without one.

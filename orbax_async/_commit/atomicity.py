@@ -90,9 +90,12 @@ def _is_alive(pid: int, started: int) -> bool:
 
 def temporary_path(final: str, use: str = "new") -> str:
     """Returns a new temporary name beside `final` that says who owns it."""
-    pid = os.getpid()
-    owner = f"{_host()}-{pid}-{_started(pid)}-{next(_serials)}"
-    return f"{final}{names.TEMPORARY_MARK}-{owner}-{use}"
+    return f"{final}{names.TEMPORARY_MARK}-{_owner(os.getpid())}-{next(_serials)}-{use}"
+
+
+@functools.lru_cache(maxsize=1)
+def _owner(pid: int) -> str:
+    return f"{_host()}-{pid}-{_started(pid)}"
 
 
 class _Leftover(NamedTuple):

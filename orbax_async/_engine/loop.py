@@ -71,7 +71,8 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _WORKERS = 4  # few: each keeps an arena of the C allocator, and with it some freed memory
-_SLICE_SECS, _PAUSE_SECS = 1e-3, 1e-5
+_SLICE_SECS, _PAUSE_SECS, _REST_SECS = 1e-3, 1e-5, 15e-3
+_GIL_WAIT_SHARE = 0.8  # of the interval after which a thread asks for the GIL: it has been waiting
 _STINT_SECS, _CONTESTED_SHARE = 0.01, 1 / 3  # less tells nothing; who has no rival works more
 _CANCEL_SECS = 2.0  # how long the exit drain waits for cancelled operations to clean up
 
@@ -373,7 +374,7 @@ async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
     return outcome.pop()  # type: ignore[no-any-return]
 
 
-def sliced(items: Iterable[T]) -> Iterator[T]:
+def sliced(items: Iterable[T], *, rests: bool = False) -> Iterator[T]:
     """Yields the items of a loop on a worker, which lets go of the GIL every millisecond.
 
     A thread that wants the GIL asks for it after 5 ms of waiting, and waits anew when a call has
@@ -381,12 +382,22 @@ def sliced(items: Iterable[T]) -> Iterator[T]:
     loop each time it wakes: beside a worker that computes, each would wait for long. A worker that
     had to wait itself has let others have it, and does not pause: beside a program that computes
     in Python, each pause is 5 ms for the worker and a change of threads for the program.
+
+    Args:
+      items: what to yield.
+      rests: whether it may take its time: beside a program that computes in Python it then leaves
+        that nineteen of twenty milliseconds. A pause that lasts until the worker has asked for the
+        GIL tells of such a program.
     """
-    until, waits = time.perf_counter() + _SLICE_SECS, _waits()
+    until, waits, pause_secs = time.perf_counter() + _SLICE_SECS, _waits(), _PAUSE_SECS
     for item in items:
-        if time.perf_counter() >= until:
+        now = time.perf_counter()
+        if now >= until:
             if _waits() == waits:
-                time.sleep(_PAUSE_SECS)  # not 0: whoever waits for the GIL has to wake up first
+                time.sleep(pause_secs)  # not 0: whoever waits for the GIL has to wake up first
+                waited = time.perf_counter() - now - pause_secs
+                is_contested = waited >= _GIL_WAIT_SHARE * sys.getswitchinterval()
+                pause_secs = _REST_SECS if rests and is_contested else _PAUSE_SECS
             until, waits = time.perf_counter() + _SLICE_SECS, _waits()
         yield item
 

@@ -133,8 +133,13 @@ class WriteBatch:
       requests: in the order of the plan.
       nbytes: the bytes of all of them.
       staging_nbytes: the bytes of those that take memory to capture, and are not prioritized.
+      encoded_nbytes: the bytes of those of which others are made, whatever a sample says.
+      sampled: those of which a sample decides that.
       keys: of each request, the key of its chunk; None where its piece is several chunks.
-      first_of: the leaves that have their first piece here, whose documents go with it.
+      documents: by key, the documents of leaves that have their first piece here.
+      sampled_of: such leaves whose document depends on a sample.
+      whole_count: how many leaves are here with all that this process writes of them.
+      shares: of the others, how many pieces.
       is_separate: whether it is written to the database of what replicas share.
       is_delayed: whether the caller need not wait until it is captured.
     """
@@ -142,14 +147,14 @@ class WriteBatch:
     def __init__(
         self,
         requests: list[WriteRequest],
+        first_of: Sequence[int],
         leaves: Sequence[WritableLeaf],
-        first_of: list[int],
+        pieces: Counter[int],
         *,
         zarr3: bool,
         is_separate: bool = False,
     ) -> None:
         self.requests = requests
-        self.first_of = first_of
         self.is_separate = is_separate
         self.is_delayed = bool(requests) and requests[0].priority > 1
         self.nbytes = sum(request.nbytes for request in requests)
@@ -158,7 +163,27 @@ class WriteBatch:
             for request in requests
             if request.priority and leaves[request.leaf].form.mode != "view"
         )
+        self.encoded_nbytes = 0
+        self.sampled: list[WriteRequest] = []
+        for request in requests:
+            encoding = leaves[request.leaf].form.encoding
+            if zarr3 and encoding is None:
+                self.sampled.append(request)
+            elif not zarr3 or encoding != "raw":
+                self.encoded_nbytes += request.nbytes
         self.keys = [_only_key(leaves[request.leaf], request.box, zarr3) for request in requests]
+        self.documents: dict[str, bytes] = {}
+        self.sampled_of: list[int] = []
+        for index in first_of:
+            leaf = leaves[index]
+            if leaf.form.encoding is None:
+                self.sampled_of.append(index)
+            else:
+                key = zarr.document_key(leaf.name, zarr3=zarr3)
+                self.documents[key] = leaf.form.document(leaf.form.encoding, zarr3=zarr3)
+        here = Counter(request.leaf for request in requests)
+        self.shares = {leaf: count for leaf, count in here.items() if count < pieces[leaf]}
+        self.whole_count = len(here) - len(self.shares) if requests else len(first_of)
 
 
 def _only_key(leaf: WritableLeaf, box: plan.Box, zarr3: bool) -> str | None:
@@ -233,12 +258,22 @@ class WritePlan:
                 first_of = [leaf for leaf in here if leaf in undocumented]
                 undocumented.difference_update(first_of)
                 self.batches.append(
-                    WriteBatch(batch, leaves, first_of, zarr3=zarr3, is_separate=is_separate)
+                    WriteBatch(
+                        batch,
+                        first_of,
+                        leaves,
+                        self.pieces,
+                        zarr3=zarr3,
+                        is_separate=is_separate,
+                    )
                 )
         if undocumented:
-            self.batches.append(WriteBatch([], leaves, sorted(undocumented), zarr3=zarr3))
+            last = WriteBatch([], sorted(undocumented), leaves, self.pieces, zarr3=zarr3)
+            self.batches.append(last)
         self.leaf_count = len(self.pieces) + len(undocumented)
         self.nbytes = sum(batch.nbytes for batch in self.batches)
+        shared = {leaf for batch in self.batches for leaf in batch.shares}
+        self.shared_pieces = {leaf: self.pieces[leaf] for leaf in shared}
         self.kinds = sorted({False, *(batch.is_separate for batch in self.batches)})
 
     def _weight(self, request: WriteRequest) -> int:
@@ -295,8 +330,8 @@ class SavePipeline:
         self._slots = BatchSlots()
         self._filling_slots = anyio.Semaphore(_FILLED_AT_ONCE)
         self._encoding_budget = ByteBudget(_ENCODED_NBYTES)
-        self._pieces_unstaged = write_plan.pieces.copy()
-        self._pieces_unwritten = write_plan.pieces.copy()
+        self._pieces_unstaged = write_plan.shared_pieces.copy()
+        self._pieces_unwritten = write_plan.shared_pieces.copy()
         self._sampled: dict[int, zarr.Encoding] = {}
         self._unsynced_nbytes, self._sync_nbytes = 0, _FIRST_NBYTES
         self._is_syncing = False
@@ -455,9 +490,9 @@ class SavePipeline:
 
     def _encoded_nbytes(self, batch: WriteBatch) -> int:
         """Returns of how many bytes of a batch others are made."""
-        return sum(
+        return batch.encoded_nbytes + sum(
             request.nbytes
-            for request in batch.requests
+            for request in batch.sampled
             if self._plan.is_encoded(request.leaf, self._sampled.get(request.leaf))
         )
 
@@ -490,10 +525,10 @@ class SavePipeline:
         stint = loop.Stint()
         transaction = store.begin()
         is_read_directly = store.is_ocdbt and self._plan.zarr3
-        values: dict[str, bytes] = {}
+        values = store.values(transaction)
         pending: list[ts.Future[None]] = []
         described = zip(batch.requests, batch.keys, pieces, strict=True)
-        for request, key, piece in loop.sliced(described):
+        for request, key, piece in loop.sliced(described, rests=True):
             leaf = self._leaves[request.leaf]
             try:
                 array = leaf.form.stored(piece)
@@ -518,12 +553,12 @@ class SavePipeline:
                             values[zarr.checksums_key(leaf.name, index)] = sums
             except Exception as error:
                 raise errors.WriteError(leaf.label, f"cannot be written: {error}") from error
-        for first in loop.sliced(batch.first_of):
+        for first in batch.sampled_of:
             leaf = self._leaves[first]
-            encoding = leaf.form.encoding or self._encoding(first, None)
             key = zarr.document_key(leaf.name, zarr3=self._plan.zarr3)
-            values[key] = leaf.form.document(encoding, zarr3=self._plan.zarr3)
-        store.put(transaction, loop.sliced(values.items()))
+            values[key] = leaf.form.document(self._encoding(first, None), zarr3=self._plan.zarr3)
+        for key, document in loop.sliced(batch.documents.items(), rests=True):
+            values[key] = document
         return transaction, pending, stint.was_contested()
 
     def _encoding(self, index: int, array: np.ndarray[Any, Any] | None) -> zarr.Encoding:
@@ -546,9 +581,8 @@ class SavePipeline:
         return errors.WriteError(labels[0] if labels else "", f"cannot be written{others}: {error}")
 
 
-def count_off(left: Counter[int], batch: WriteBatch) -> int:
+def count_off(left: dict[int, int], batch: WriteBatch) -> int:
     """Counts the pieces of a batch as done; returns how many leaves have none left."""
-    if not batch.requests:
-        return len(batch.first_of)
-    left.subtract(request.leaf for request in batch.requests)
-    return sum(left[leaf] == 0 for leaf in {request.leaf for request in batch.requests})
+    for leaf, count in batch.shares.items():
+        left[leaf] -= count
+    return batch.whole_count + sum(left[leaf] == 0 for leaf in batch.shares)

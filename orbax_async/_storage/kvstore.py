@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,11 +118,9 @@ class ArrayStore:
         """Starts a transaction; on OCDBT it is atomic, on files it only groups the writes."""
         return ts.Transaction(atomic=self.is_ocdbt)
 
-    def put(self, transaction: ts.Transaction, values: Iterable[tuple[str, bytes]]) -> None:
-        """Adds whole values, by key, to a transaction."""
-        kvstore = self._kvstore.with_transaction(transaction)
-        for key, value in values:
-            kvstore[key] = value
+    def values(self, transaction: ts.Transaction) -> ts.KvStore:
+        """Returns where to put whole values, by key, as part of a transaction."""
+        return self._kvstore.with_transaction(transaction)
 
     def put_chunk(
         self,

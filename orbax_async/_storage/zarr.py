@@ -56,10 +56,8 @@ _SAMPLE_NBYTES = 4 << 10  # a piece; twice as much tells no more and takes four 
 _CHECKSUMS = ".checksums"
 _GZIP = 31  # zlib's window-bits value for a gzip member
 _BLOCK_NBYTES = 65535  # the most that a block of bytes as they are holds
-# A gzip member without name or time; its only block is the last one, of type 0; its length, and
-# that inverted; behind the bytes their CRC-32 and length.
-_MEMBER_START = bytes.fromhex("1f8b08000000000000ff")
-_MEMBER_HEAD, _MEMBER_TAIL = struct.Struct("<10sBHH"), struct.Struct("<II")
+# A gzip member without name or time; its only block is the last one, of type 0.
+_MEMBER_START = bytes.fromhex("1f8b08000000000000ff01")
 
 # Elements narrower than a byte, or of types of our own making, that zarr stores by name.
 _STORABLE = frozenset(
@@ -282,11 +280,19 @@ def encode_stored(array: np.ndarray[Any, Any]) -> bytes:
     data = array.tobytes()
     if len(data) > _BLOCK_NBYTES:
         return zlib.compress(data, 0, wbits=_GZIP)
-    crc, view = 0, memoryview(data)
-    for start in range(0, len(data), _PAGE_NBYTES):
-        crc = zlib.crc32(view[start : start + _PAGE_NBYTES], crc)
-    head = _MEMBER_HEAD.pack(_MEMBER_START, 1, len(data), len(data) ^ 0xFFFF)
-    return b"".join((head, data, _MEMBER_TAIL.pack(crc, len(data))))
+    nbytes, crc = len(data), zlib.crc32(data[:_PAGE_NBYTES])
+    for start in range(_PAGE_NBYTES, nbytes, _PAGE_NBYTES):
+        crc = zlib.crc32(data[start : start + _PAGE_NBYTES], crc)
+    return _member(nbytes).pack(_MEMBER_START, nbytes, nbytes ^ 0xFFFF, data, crc, nbytes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _member(nbytes: int) -> struct.Struct:
+    """Returns a gzip member's parts: its start, its block's length, that inverted, and the bytes.
+
+    Behind those come their CRC-32 and their length.
+    """
+    return struct.Struct(f"<{len(_MEMBER_START)}sHH{nbytes}sII")
 
 
 def has_checksum(document: Mapping[str, Any]) -> bool:

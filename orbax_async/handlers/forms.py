@@ -33,6 +33,7 @@ class TreeForm:
     Attributes:
       leaves: all of them.
       arrays: those that are stored as arrays.
+      small: which of those are captured by `transfer.copy_small`.
       stored: how those are stored, by what that depends on.
       plans: what was planned for saving them, by what the plan depends on.
     """
@@ -40,6 +41,16 @@ class TreeForm:
     def __init__(self, forms: list[LeafForm]) -> None:
         self.leaves = forms
         self.arrays = [leaf for leaf in forms if leaf.shape is not None]
+        self.small = transfer.small_ones(
+            # Of another dtype than on disk are elements narrower than a byte.
+            (
+                leaf.shape or (),
+                leaf.dtype,
+                None if "logical_dtype" in leaf.private else leaf.sharding,
+            )
+            for leaf in self.arrays
+        )
+        self._are_views: dict[tuple[bool, bool | None], bool] = {}
         self.stored: dict[Hashable, Any] = {}
         self.plans: dict[Hashable, Any] = {}
         self._with_values = [leaf for leaf in forms if leaf.has_value]
@@ -51,6 +62,24 @@ class TreeForm:
     def has_values_for(self, values: list[Any]) -> bool:
         """Says whether these are as many leaves as the form has."""
         return len(values) == len(self._with_values)
+
+    def is_all_views(self, options: ambient.Context) -> bool:
+        """Says whether each array is captured by a view of all of it."""
+        copies = options.memory.deepcopy_host_arrays
+        use_pinned_host = options.array.saving.enable_pinned_host_transfer
+        found = self._are_views.get((copies, use_pinned_host))
+        if found is None:
+            found = self._are_views[copies, use_pinned_host] = all(
+                transfer.capture_mode(
+                    leaf.sharding,
+                    is_mutable=leaf.is_mutable and copies,
+                    use_pinned_host=use_pinned_host,
+                )
+                == "view"
+                and (leaf.sharding is None or leaf.sharding.num_devices == 1)
+                for leaf in self.arrays
+            )
+        return found
 
     def describe(self, values: list[Any]) -> list[Described]:
         """Pairs a state's leaves, found to be of this form, with their forms."""
@@ -89,25 +118,25 @@ class PreparedTree:
             ) from None
 
     def hold(self, options: ambient.Context) -> bool:
-        """I3: takes views of all arrays, if that is how each is captured; says whether it is.
+        """I3: copies small arrays, and takes views of all others if that is how each is captured.
 
-        It needs no plan, and is all that a save needs for the owner to go on. A pipeline that
-        finds views takes them as they are.
+        It needs no plan. A pipeline that finds NumPy arrays in their places takes them as they are.
+
+        Returns:
+          Whether everything is captured, which is all that a save needs for the owner to go on.
         """
-        for leaf in self.form.arrays:
-            mode = transfer.capture_mode(
-                leaf.sharding,
-                is_mutable=leaf.is_mutable and options.memory.deepcopy_host_arrays,
-                use_pinned_host=options.array.saving.enable_pinned_host_transfer,
-            )
-            if mode != "view" or (leaf.sharding is not None and leaf.sharding.num_devices > 1):
-                return False
         with jax.transfer_guard("allow"), jax.enable_x64(True):
-            for index, leaf in enumerate(self.form.arrays):
+            transfer.copy_small(self.arrays, self.form.small)
+            if not self.form.is_all_views(options):
+                return False
+            for index, array in enumerate(self.arrays):
+                if isinstance(array, np.ndarray):
+                    continue
                 try:
-                    self.arrays[index] = np.asarray(self.arrays[index])
+                    self.arrays[index] = np.asarray(array)
                 except Exception as error:
-                    raise errors.StagingError(leaf.label, f"cannot be captured: {error}") from error
+                    label = self.form.arrays[index].label
+                    raise errors.StagingError(label, f"cannot be captured: {error}") from error
         return True
 
     def array_leaves(self) -> list[tuple[JaxKeyPath, Any]]:

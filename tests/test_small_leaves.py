@@ -1,0 +1,155 @@
+"""Small arrays are captured by copies, for which the GIL is not let go of one by one."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+import orbax_async as ocp
+from orbax_async import errors
+from orbax_async._engine import loop, transfer
+from orbax_async.handlers import forms
+
+
+def held(state: Any) -> list[Any]:
+    """Captures a state by views and copies, and returns its arrays as they are captured."""
+    prepared = forms.prepare(state, as_files=False, are_several=False)
+    prepared.hold(ocp.Context())
+    return prepared.arrays
+
+
+def is_view(captured: Any, source: jax.Array) -> bool:
+    """Says whether a captured array is where its source is."""
+    address: int = np.asarray(captured).ctypes.data
+    return address == source.unsafe_buffer_pointer()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "is_copied"),
+    [
+        ((), "float32", True),
+        ((256,), "bfloat16", True),
+        ((7,), "bool", True),
+        ((3,), "complex64", True),
+        ((1 << 12,), "float32", True),
+        (((1 << 12) + 1,), "float32", False),
+        ((16, 16), "float32", False),
+    ],
+)
+def test_which_arrays_are_copied(shape: tuple[int, ...], dtype: str, is_copied: bool) -> None:
+    """Up to 16 KiB and one dimension, whose elements lie in their order in any layout."""
+    source = jnp.ones(shape, dtype)
+    (captured,) = held([source])
+    assert is_view(captured, source) != is_copied
+    assert captured.shape == shape and captured.dtype == source.dtype
+    assert np.array_equal(captured, source)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int2", "float8_e4m3fn", "float4_e2m1fn"])
+def test_elements_narrower_than_two_bytes_are_left_to_jax(dtype: str) -> None:
+    """How a device packs them is its own business."""
+    assert transfer.small_ones([((4,), jnp.dtype(dtype), jnp.ones(3).sharding)]) == []
+
+
+def test_copies_take_a_bounded_memory() -> None:
+    """The first 16 MiB of a state are copied, and of what follows views are taken."""
+    described = [((1 << 12,), np.dtype(np.float32), jnp.ones(3).sharding)] * 1500
+    groups = transfer.small_ones(described)
+    assert [index for group in groups for index in group.indexes] == list(range(1024))
+    assert {sum(group.nbytes) for group in groups} == {128 << 14}
+
+
+def test_only_what_is_on_one_cpu_device_is_copied(mesh8: Mesh) -> None:
+    """Not what is spread over devices or a copy on each, nor what belongs to NumPy."""
+    wheres = [
+        NamedSharding(mesh8, PartitionSpec("x")),
+        NamedSharding(mesh8, PartitionSpec()),
+        None,
+        SingleDeviceSharding(jax.devices()[3]),
+    ]
+    (group,) = transfer.small_ones([((8,), np.dtype(np.float32), where) for where in wheres])
+    assert group.indexes == (3,)
+
+
+def test_i3_small_arrays_survive_what_their_owner_does(tmp_path: Path) -> None:
+    """Donated, deleted or dropped once the save is staged, they are saved as they were."""
+    update = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+    donated, deleted = [jnp.full(300, i + 0.5) for i in range(200)], jnp.arange(5.0)
+    # A leaf of two dimensions and one of NumPy's: this state is captured by the pipeline.
+    state = [donated, deleted, jnp.ones((2, 2)), np.zeros(3)]
+    response = ocp.save_async(tmp_path / "checkpoint", state)
+    for array in donated:
+        update(array).block_until_ready()
+    deleted.delete()
+    del state, donated, deleted
+    response.result()
+    loaded = ocp.load(tmp_path / "checkpoint")
+    assert all(np.array_equal(leaf, np.full(300, i + 0.5)) for i, leaf in enumerate(loaded[0]))
+    assert np.array_equal(loaded[1], np.arange(5.0))
+
+
+def test_i3_an_array_that_is_donated_while_it_is_copied_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another thread takes away meanwhile is told by key path, not saved as it happens to be.
+
+    This rests on XLA marking arrays as deleted before it writes to their memory.
+    """
+
+    def pointer_of(array: jax.Array) -> int:
+        pointer: int = original(array)
+        if array is victim:
+            array.delete()
+        return pointer
+
+    victim = jnp.arange(5.0)
+    original = transfer._pointer_of
+    monkeypatch.setattr(transfer, "_pointer_of", pointer_of)
+    with pytest.raises(errors.StagingError, match=r"\['b'\].*captured.*deleted"):
+        ocp.save(tmp_path / "checkpoint", {"a": jnp.ones(3), "b": victim})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_one_cannot_be_waited_for_each_is_captured_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error of a computation is not told of all its neighbours: views tell whose it is."""
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("nothing comes of it")
+
+    sources = [jnp.ones(3), jnp.zeros(3)]
+    monkeypatch.setattr(jax, "block_until_ready", fail)
+    assert all(map(is_view, held(sources), sources))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not count a thread's waits")
+def test_beside_a_program_in_python_capturing_waits_seldom() -> None:
+    """Of 2,000 arrays views would ask for the GIL each, and wait for it some hundred times."""
+    state = jax.block_until_ready([jnp.full(8, i) for i in range(2000)])
+    prepared = forms.prepare(state, as_files=False, are_several=False)
+    stop = threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            pass
+
+    counting = threading.Thread(target=count)
+    counting.start()
+    try:
+        before = loop._waits()
+        assert prepared.hold(ocp.Context())
+        waits = loop._waits() - before
+    finally:
+        stop.set()
+        counting.join()
+    assert waits < 100
+    assert [array[0] for array in prepared.arrays] == list(range(2000))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -526,21 +527,45 @@ def test_batches_of_small_pieces_take_little_memory(
 def test_the_disk_gets_something_to_do_soon(
     tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first batch is small, and synced when it is written; the next may be twice as large."""
-    synced: list[str] = []
+    """The first batch is small, the next twice as large at most; small saves leave it alone."""
+    told: list[str] = []
 
-    def sync(store: ArrayStore) -> None:
-        synced.append(store.directory)
+    def tell(store: ArrayStore) -> None:
+        told.append(store.directory)
         original(store)
 
-    original = ArrayStore.sync_large
-    monkeypatch.setattr(ArrayStore, "sync_large", sync)
+    original = ArrayStore.start_writeback
+    monkeypatch.setattr(ArrayStore, "start_writeback", tell)
     monkeypatch.setattr(save_pipeline, "_FIRST_NBYTES", 1 << 18)
-    ocp.save(tmp_path / "checkpoint", [np.full(1 << 15, i, np.float32) for i in range(30)])
-    (pipeline,) = watched.saves
-    assert [len(batch.requests) for batch in pipeline._plan.batches] == [2, 4, 8, 16]
-    assert synced
-    assert pipeline._sync_nbytes == (1 << 18) << len(synced)
+    state = [np.full(1 << 15, i, np.float32) for i in range(30)]
+    ocp.save(tmp_path / "small", state)
+    assert not told
+    monkeypatch.setattr(save_pipeline, "_WRITTEN_BACK_NBYTES", 1 << 18)
+    ocp.save(tmp_path / "checkpoint", state)
+    assert [len(batch.requests) for batch in watched.saves[1]._plan.batches] == [2, 4, 8, 16]
+    assert 1 <= len(told) <= 4
+
+
+def test_one_worker_at_a_time_waits_for_a_busy_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written while the disk is being told is told of afterwards; nothing is forgotten."""
+    now, most, seen = 0, 0, set[str]()
+
+    def tell(store: ArrayStore) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        seen.update(os.listdir(os.path.join(store.directory, "d")))
+        time.sleep(0.05)  # for another batch to come along
+        now -= 1
+
+    monkeypatch.setattr(ArrayStore, "start_writeback", tell)
+    monkeypatch.setattr(save_pipeline, "_WRITTEN_BACK_NBYTES", 0)
+    monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 18)
+    ocp.save(tmp_path / "checkpoint", [jnp.full(1 << 16, i, jnp.float32) for i in range(6)])
+    assert most == 1
+    assert seen >= set(os.listdir(tmp_path / "checkpoint" / "state" / "d"))
 
 
 @pytest.mark.parametrize("kind", ["weights", "bfloat16", "moments", "sparse", "tokens"])

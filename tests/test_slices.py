@@ -121,7 +121,7 @@ def test_waiting_takes_no_time_of_the_processor() -> None:
 def test_no_more_batches_are_filled_at_a_time_than_is_said(
     together: int, was_contested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor are more under way until they are synced, where the GIL is contested; else there are."""
+    """Nor are more under way until the disk has them, where the GIL is contested; else more are."""
     now, peaks = {"filled": 0, "under way": 0}, {"filled": 0, "under way": 0}
 
     def begin(what: str) -> None:
@@ -135,14 +135,14 @@ def test_no_more_batches_are_filled_at_a_time_than_is_said(
         now["filled"] -= 1
         return original(pipeline, store, batch, pieces)
 
-    async def sync(_: Any, __: Any) -> None:
+    async def write_back(_: Any, __: Any) -> None:
         await anyio.sleep(0.2)  # for another batch to come along
         now["under way"] -= 1
 
     original = save_pipeline.SavePipeline._fill
     monkeypatch.setattr(save_pipeline.SavePipeline, "_fill", fill)
-    monkeypatch.setattr(save_pipeline.SavePipeline, "_sync", sync)
-    monkeypatch.setattr(save_pipeline, "_FIRST_NBYTES", 0)  # each batch is synced
+    monkeypatch.setattr(save_pipeline.SavePipeline, "_start_writeback", write_back)
+    monkeypatch.setattr(save_pipeline, "_WRITTEN_BACK_NBYTES", 0)
     monkeypatch.setattr(save_pipeline, "_FILLED_AT_ONCE", together)
     monkeypatch.setattr(loop.Stint, "was_contested", lambda _: was_contested)
     monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 18)

@@ -249,14 +249,13 @@ class Save:
     async def _make_durable(self) -> None:
         found, directories = await loop.to_worker(self._complete)
         with self._doing.recorder.span("sync"):
-            paths = [path for path in found if path not in self._doing.synced]
-            share = max(1, -(-len(paths) // _SYNCS_AT_ONCE))
+            share = max(1, -(-len(found) // _SYNCS_AT_ONCE))
             async with anyio.create_task_group() as group:
-                for start in range(0, len(paths), share):
+                for start in range(0, len(found), share):
                     group.start_soon(
                         loop.to_worker,
                         finalize.sync_files,
-                        paths[start : start + share],
+                        found[start : start + share],
                         self._final,
                     )
             await loop.to_worker(finalize.sync_directories, directories, self._final)

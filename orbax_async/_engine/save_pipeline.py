@@ -37,10 +37,10 @@ from orbax_async.tree.keypath import KeyPath
 
 __all__ = ["SavePipeline", "WritableLeaf", "WriteForm", "WritePlan", "encoding_of"]
 
-# The disk gets something to do soon: the first batch is small, and synced as soon as it is written;
-# each may be, and wait for, twice as much as the one before.
+# The disk gets something to do soon: the first batch is small, and each may be twice as large as
+# the one before; as soon as one is written, the disk is told to begin with it.
 _FIRST_NBYTES = 16 << 20
-_SYNC_NBYTES = 128 << 20  # when so much is written, it begins to be synced
+_WRITTEN_BACK_NBYTES = 8 << 20  # in a smaller batch there is little to begin with
 _GIVEN_BACK_NBYTES = 8 << 20  # encoded in one batch: what was freed is given back after it
 # What is encoded at a time: what comes of it takes memory, and each 64 MiB of it a core.
 _ENCODED_NBYTES = max(2, min(3, os.cpu_count() or 2)) * (64 << 20)
@@ -333,8 +333,8 @@ class SavePipeline:
         self._pieces_unstaged = write_plan.shared_pieces.copy()
         self._pieces_unwritten = write_plan.shared_pieces.copy()
         self._sampled: dict[int, zarr.Encoding] = {}
-        self._unsynced_nbytes, self._sync_nbytes = 0, _FIRST_NBYTES
-        self._is_syncing = False
+        self._to_write_back: set[ArrayStore] = set()
+        self._is_starting_writeback = False
         recorder.add(leaves_planned=write_plan.leaf_count, bytes_planned=write_plan.nbytes)
 
     async def run(self, open_store: Callable[[bool], Any]) -> None:
@@ -370,9 +370,8 @@ class SavePipeline:
                 finally:
                     pieces.clear()
                     self.transfer_budget.release(batch.staging_nbytes)
-                self._unsynced_nbytes += batch.nbytes
-                if self._unsynced_nbytes >= self._sync_nbytes and not self._is_syncing:
-                    await self._sync(store)
+                if batch.nbytes >= _WRITTEN_BACK_NBYTES:
+                    await self._start_writeback(store)
 
         try:
             with errors.ungrouped():
@@ -496,22 +495,21 @@ class SavePipeline:
             if self._plan.is_encoded(request.leaf, self._sampled.get(request.leaf))
         )
 
-    async def _sync(self, store: ArrayStore) -> None:
-        """Begins to sync what is written, while other batches are being encoded; one at a time.
+    async def _start_writeback(self, store: ArrayStore) -> None:
+        """Has the disk begin with what is written to a store, on one worker at a time.
 
-        What it misses is synced with everything else when the checkpoint is committed.
+        A disk with much to do may keep that one waiting.
         """
-        self._is_syncing, self._unsynced_nbytes = True, 0
-        self._sync_nbytes = min(_SYNC_NBYTES, 2 * self._sync_nbytes)
+        self._to_write_back.add(store)
+        if self._is_starting_writeback:
+            return
+        self._is_starting_writeback = True
         try:
-            with self._recorder.span("sync"):
-                await loop.to_worker(store.sync_large)
-        except OSError as error:
-            raise errors.CommitError(
-                f"cannot sync the data of {store.directory}: {error}"
-            ) from error
+            with self._recorder.span("writeback"):
+                while self._to_write_back:
+                    await loop.to_worker(self._to_write_back.pop().start_writeback)
         finally:
-            self._is_syncing = False
+            self._is_starting_writeback = False
 
     def _fill(
         self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]

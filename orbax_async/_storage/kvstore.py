@@ -76,7 +76,6 @@ class ArrayStore:
         syncs: bool = False,
         target_data_file_nbytes: int | None = None,
         direct: DirectReader | TensorReader | None = None,
-        synced: set[str] | None = None,
     ) -> None:
         _check_process()
         base = pathlib.Path(os.path.abspath(directory)).as_uri() + "/"
@@ -96,7 +95,6 @@ class ArrayStore:
             self._spec = {"driver": "file", "path": os.path.abspath(directory) + "/"}
         self._creates = create
         self._given = direct
-        self._synced = set() if synced is None else synced
         self._seen: set[str] = set()
 
     @functools.cached_property
@@ -146,23 +144,22 @@ class ArrayStore:
             target = target[tuple(slice(start, stop) for start, stop in box)]
         return target.write(array, can_reference_source_data_indefinitely=True).copy
 
-    def sync_large(self) -> None:
-        """Syncs the large data files that commits have added since the last call.
+    def start_writeback(self) -> None:
+        """Has the disk begin with the large data files that commits have added since the last call.
 
-        The commit of the checkpoint syncs every other file; what is on its way to the disk while
-        batches are still being encoded, it need not wait for.
+        The commit of the checkpoint syncs every file, and finds little left to wait for.
         """
         if not self.is_ocdbt:
             return
-        for entry in files.scan(os.path.join(self.directory, names.OCDBT_DATA)):
-            if entry.name in self._seen:
-                continue
-            self._seen.add(entry.name)
-            # A file that was still being written, under another name, may be gone from there.
-            with contextlib.suppress(FileNotFoundError):
-                if entry.stat().st_size >= _LARGE_FILE_NBYTES:
-                    files.fsync_file(entry.path)
-                    self._synced.add(entry.path)
+        with contextlib.suppress(OSError):  # for the commit's syncs to tell
+            for entry in files.scan(os.path.join(self.directory, names.OCDBT_DATA)):
+                if entry.name in self._seen:
+                    continue
+                self._seen.add(entry.name)
+                # One that is still being written has another name, and may be gone from there.
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.stat().st_size >= _LARGE_FILE_NBYTES:
+                        files.start_writeback(entry.path)
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | memoryview | None]:
         """Reads whole values, None for each key that is absent; all reads are under way at once."""

@@ -37,7 +37,6 @@ class Operation:
       transfer_budget: bytes that capturing has copied and that are not written yet. A limit on
         writes limits them too: a copy lives until it is written.
       read_budget: bytes that are being read.
-      synced: paths of files that are durable already, and that nothing changes any more.
     """
 
     context: ambient.Context
@@ -47,7 +46,6 @@ class Operation:
     write_budget: ByteBudget
     transfer_budget: ByteBudget
     read_budget: ByteBudget
-    synced: set[str] = dataclasses.field(default_factory=set, repr=False)
     _running: set[loop.Background] = dataclasses.field(default_factory=set, repr=False)
     _when_let_go: list[Callable[[str, bool], None]] = dataclasses.field(
         default_factory=list, repr=False

@@ -253,7 +253,6 @@ class Saving:
         self._strings = prepared.strings
         self._options = options
         self._processes = doing.processes
-        self._synced = doing.synced
         self._plan = _planned(prepared, options, doing)
         self.pipeline = SavePipeline(
             self._plan.arrays,
@@ -301,7 +300,6 @@ class Saving:
                 create=True,
                 syncs=self._processes.are_several,
                 target_data_file_nbytes=saving.ocdbt_target_data_file_size,
-                synced=self._synced,
             )
         )
 

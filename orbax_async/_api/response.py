@@ -74,14 +74,16 @@ class AsyncResponse(Generic[T]):
         """
         self._check_may_block()
         try:
-            return self._committed.result(timeout)
+            with self._recorder.waited_for():
+                return self._committed.result(timeout)
         finally:
             self._note_report()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Blocks like `result`, and returns what the operation failed with, or None."""
         self._check_may_block()
-        error = self._committed.exception(timeout)
+        with self._recorder.waited_for():
+            error = self._committed.exception(timeout)
         self._note_report()
         return error
 

@@ -161,7 +161,6 @@ class Save:
 
     async def _agree_on_paths(self) -> None:
         processes = self._doing.processes
-        await loop.to_worker(self._place.choose)
         own = [self._final, self._place.directory]
         told = json.loads(await processes.broadcast("paths", json.dumps(own)))
         final, self._place.directory = told

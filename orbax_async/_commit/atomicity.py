@@ -54,6 +54,7 @@ __all__ = [
 
 _FOREIGN_LEFTOVER_SECS = 24 * 3600
 _serials = itertools.count()
+_own_starts: dict[int, int] = {}  # by process number: a forked child has another
 
 
 @functools.cache
@@ -93,9 +94,12 @@ def temporary_path(final: str, use: str = "new") -> str:
     return f"{final}{names.TEMPORARY_MARK}-{_owner(os.getpid())}-{next(_serials)}-{use}"
 
 
-@functools.lru_cache(maxsize=1)
 def _owner(pid: int) -> str:
-    return f"{_host()}-{pid}-{_started(pid)}"
+    """Says who this process is, its number given; asks the system only until it has said."""
+    started = _own_starts.get(pid) or _started(pid)
+    if started:
+        _own_starts[pid] = started
+    return f"{_host()}-{pid}-{started}"
 
 
 class _Leftover(NamedTuple):

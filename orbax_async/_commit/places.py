@@ -33,7 +33,7 @@ class Beside:
     """A temporary directory beside the destination, which takes its place in one step.
 
     Attributes:
-      directory: where to write, once that is chosen.
+      directory: where to write.
     """
 
     is_in_place = False
@@ -42,11 +42,7 @@ class Beside:
     def __init__(self, final: str) -> None:
         self._final = final
         self._parents: list[str] = []
-        self.directory = ""
-
-    def choose(self) -> None:
-        """Chooses the directory."""
-        self.directory = atomicity.temporary_path(self._final)
+        self.directory = atomicity.temporary_path(final)
 
     def create(self, names_inside: Sequence[str], *, mode: int | None, overwrite: bool) -> None:
         """Makes the directory, its parents, and directories in it."""
@@ -67,8 +63,7 @@ class Beside:
 
     def undo(self) -> None:
         """Removes what was written, and parents that were made for it."""
-        if self.directory:
-            atomicity.discard(self.directory)
+        atomicity.discard(self.directory)
         atomicity.remove_empty(self._parents)
 
     def _sync_parents(self) -> None:
@@ -91,9 +86,6 @@ class InPlace:
         self._aside: str | None = None
         self._is_ours = False
         self.directory = final
-
-    def choose(self) -> None:
-        """Has no choice."""
 
     def create(self, names_inside: Sequence[str], *, mode: int | None, overwrite: bool) -> None:
         """Sets aside what is to be overwritten, and makes the directory.

@@ -71,8 +71,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _WORKERS = 4  # few: each keeps an arena of the C allocator, and with it some freed memory
-_SLICE_SECS, _PAUSE_SECS, _REST_SECS = 1e-3, 1e-5, 15e-3
-_GIL_WAIT_SHARE = 0.8  # of the interval after which a thread asks for the GIL: it has been waiting
+_SLICE_SECS, _PAUSE_SECS, _REST_SECS = 1e-3, 1e-5, 25e-3
 _STINT_SECS, _CONTESTED_SHARE = 0.01, 1 / 3  # less tells nothing; who has no rival works more
 _CANCEL_SECS = 2.0  # how long the exit drain waits for cancelled operations to clean up
 
@@ -374,7 +373,7 @@ async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
     return outcome.pop()  # type: ignore[no-any-return]
 
 
-def sliced(items: Iterable[T], *, rests: bool = False) -> Iterator[T]:
+def sliced(items: Iterable[T], *, may_rest: Callable[[], bool] | None = None) -> Iterator[T]:
     """Yields the items of a loop on a worker, which lets go of the GIL every millisecond.
 
     A thread that wants the GIL asks for it after 5 ms of waiting, and waits anew when a call has
@@ -385,9 +384,9 @@ def sliced(items: Iterable[T], *, rests: bool = False) -> Iterator[T]:
 
     Args:
       items: what to yield.
-      rests: whether it may take its time: beside a program that computes in Python it then leaves
-        that nineteen of twenty milliseconds. A pause that lasts until the worker has asked for the
-        GIL tells of such a program.
+      may_rest: whether it may take its time just now. Beside a program that computes in Python it
+        then leaves that thirty of thirty-one milliseconds: a pause that lasts until the worker has
+        asked for the GIL tells of such a program.
     """
     until, waits, pause_secs = time.perf_counter() + _SLICE_SECS, _waits(), _PAUSE_SECS
     for item in items:
@@ -396,10 +395,19 @@ def sliced(items: Iterable[T], *, rests: bool = False) -> Iterator[T]:
             if _waits() == waits:
                 time.sleep(pause_secs)  # not 0: whoever waits for the GIL has to wake up first
                 waited = time.perf_counter() - now - pause_secs
-                is_contested = waited >= _GIL_WAIT_SHARE * sys.getswitchinterval()
-                pause_secs = _REST_SECS if rests and is_contested else _PAUSE_SECS
+                rests = waited >= _contested_secs() and may_rest is not None and may_rest()
+                pause_secs = _REST_SECS if rests else _PAUSE_SECS
             until, waits = time.perf_counter() + _SLICE_SECS, _waits()
         yield item
+
+
+def _contested_secs() -> float:
+    """Returns how long who wants the GIL waits beside a program that never lets go of it.
+
+    A little less than the time after which a thread asks for it, but not so little that a thread
+    that is late for other reasons would be taken for one that waits.
+    """
+    return max(0.8 * sys.getswitchinterval(), 2e-3)
 
 
 def _waits() -> int:
@@ -411,7 +419,7 @@ class Stint:
     """A while of computing on a worker, which tells whether a program beside it wants the GIL.
 
     Beside one that computes in Python a worker waits for the GIL most of its time, 5 ms whenever a
-    call has let go of it. What is done meanwhile must not wait for anything but the GIL and a core.
+    call has let go of it, or rests. What is done meanwhile must wait for nothing else but a core.
     """
 
     def __init__(self) -> None:

@@ -526,7 +526,7 @@ class SavePipeline:
         values = store.values(transaction)
         pending: list[ts.Future[None]] = []
         described = zip(batch.requests, batch.keys, pieces, strict=True)
-        for request, key, piece in loop.sliced(described, rests=True):
+        for request, key, piece in loop.sliced(described, may_rest=self._may_rest):
             leaf = self._leaves[request.leaf]
             try:
                 array = leaf.form.stored(piece)
@@ -555,9 +555,12 @@ class SavePipeline:
             leaf = self._leaves[first]
             key = zarr.document_key(leaf.name, zarr3=self._plan.zarr3)
             values[key] = leaf.form.document(self._encoding(first, None), zarr3=self._plan.zarr3)
-        for key, document in loop.sliced(batch.documents.items(), rests=True):
+        for key, document in loop.sliced(batch.documents.items(), may_rest=self._may_rest):
             values[key] = document
         return transaction, pending, stint.was_contested()
+
+    def _may_rest(self) -> bool:
+        return not self._recorder.is_waited_for
 
     def _encoding(self, index: int, array: np.ndarray[Any, Any] | None) -> zarr.Encoding:
         """Decides once how a leaf is stored, by the first of its pieces that gets here.

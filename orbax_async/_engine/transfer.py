@@ -39,7 +39,6 @@ from orbax_async.arrays import devices_of
 __all__ = [
     "Mode",
     "Piece",
-    "Small",
     "aligned_empty",
     "assemble",
     "capture",
@@ -168,6 +167,8 @@ def copy_small(arrays: list[Piece], small: Sequence[Small]) -> None:
 
     An array that can't be copied stays where it is, for `capture` to say what is wrong with it.
     """
+    if small and isinstance(arrays[small[0].indexes[0]], np.ndarray):
+        return  # they are copied already: it is captured once more
     try:
         jax.block_until_ready([arrays[index] for group in small for index in group.indexes])
         for indexes, shapes, dtypes, nbytes in loop.sliced(small):
@@ -214,13 +215,16 @@ def _shard(array: jax.Array, device_id: int) -> jax.Array:
 
 @functools.lru_cache(maxsize=4096)
 def lies_on_host(sharding: jax.sharding.Sharding) -> bool:
-    device = devices_of(sharding, local=True)[0]
+    device = devices_of(sharding)[0]  # of a process that has none of them, too
     return device.platform == "cpu" or "host" in (sharding.memory_kind or "")
 
 
 def _has_pinned_host(sharding: jax.sharding.Sharding) -> bool:
-    device = devices_of(sharding, local=True)[0]
-    return any(memory.kind == "pinned_host" for memory in device.addressable_memories())
+    return any(
+        memory.kind == "pinned_host"
+        for device in devices_of(sharding, local=True)[:1]
+        for memory in device.addressable_memories()
+    )
 
 
 def _within(box: Box, outer: Box) -> tuple[slice, ...]:

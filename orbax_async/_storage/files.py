@@ -66,9 +66,10 @@ def fsync_file(path: str) -> None:
 
 
 def start_writeback(path: str) -> None:
-    """Has the system begin to write a file to its disk, where it can be told to; waits for nothing.
+    """Has the system begin to write a file to its disk, where it can be told to.
 
-    Errors are for `fsync_file` to tell: this marks none of them as told.
+    Waits for nothing but room in the disk's queue. Errors are for `fsync_file` to tell: this marks
+    none of them as told.
     """
     sync_file_range = _sync_file_range()
     if sync_file_range is not None:

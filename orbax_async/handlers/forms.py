@@ -117,16 +117,21 @@ class PreparedTree:
                 "", f"the string leaves can't be stored together: {error}; rename a key"
             ) from None
 
-    def hold(self, options: ambient.Context) -> bool:
+    def hold(self, options: ambient.Context, *, may_copy: bool = True) -> bool:
         """I3: copies small arrays, and takes views of all others if that is how each is captured.
 
         It needs no plan. A pipeline that finds NumPy arrays in their places takes them as they are.
+
+        Args:
+          options: those of the save.
+          may_copy: whether copies may be made that no budget counts.
 
         Returns:
           Whether everything is captured, which is all that a save needs for the owner to go on.
         """
         with jax.transfer_guard("allow"), jax.enable_x64(True):
-            transfer.copy_small(self.arrays, self.form.small)
+            if may_copy:
+                transfer.copy_small(self.arrays, self.form.small)
             if not self.form.is_all_views(options):
                 return False
             for index, array in enumerate(self.arrays):

@@ -7,6 +7,7 @@ matches them with the abstract tree, plans what this process reads, and rebuilds
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Awaitable, Hashable
 from typing import Any
@@ -101,7 +102,9 @@ class PyTreeHandler:
         options = self._options()
         # A tree that a handler of the user's passes on may be only a part of what that captures.
         is_all = prepared is checkpointable
-        if is_all and not _asks_callbacks(options) and await loop.to_worker(prepared.hold, options):
+        may_copy = not doing.transfer_budget.has_limit
+        hold = functools.partial(prepared.hold, options, may_copy=may_copy)
+        if is_all and not _asks_callbacks(options) and await loop.to_worker(hold):
             doing.let_go(directory.path.name, is_held=True)
             await anyio.sleep(_HEAD_START_SECS)
         saving = Saving(prepared, options, doing, is_part=self._partial_save_mode)

@@ -188,6 +188,23 @@ def test_a_sweep_removes_what_the_dead_left_and_nothing_else(tmp_path: Path, dea
     assert all((path / "state" / "data").read_text() == "data" for path in kept)
 
 
+def test_a_sweep_spares_who_could_not_say_when_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that had too many open files to look it up keeps what it writes."""
+    monkeypatch.setattr(atomicity, "_own_starts", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(atomicity, "_started", lambda _: 0)
+        unknown = atomicity.temporary_path(str(tmp_path / "1"))
+    known = atomicity.temporary_path(str(tmp_path / "2"))
+    for path in (unknown, known):
+        os.mkdir(path)
+    assert unknown.split("-")[-3] == "0" != known.split("-")[-3]  # it asks again
+    assert atomicity.sweep(str(tmp_path)) == []
+    for path in (unknown, known):
+        os.rmdir(path)  # neither was removed
+
+
 def test_a_sweep_puts_back_what_was_set_aside(tmp_path: Path, dead_pid: int) -> None:
     """The only copy of a checkpoint is never swept, but returned to its place."""
     final = tmp_path / "checkpoint"

@@ -80,13 +80,14 @@ def _started(pid: int) -> int:
 
 
 def _is_alive(pid: int, started: int) -> bool:
+    """Says whether a process is alive; one that could not say when it started may be any."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return _started(pid) == started
+    return started in (0, _started(pid))
 
 
 def temporary_path(final: str, use: str = "new") -> str:

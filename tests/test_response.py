@@ -374,6 +374,9 @@ def test_w36_timeline_shows_each_piece_of_work(tmp_path: Path) -> None:
     assert all(0 <= span.start_secs <= span.end_secs <= elapsed for span in spans)
     ends = {span.name: span.end_secs for span in spans}
     assert ends["write"] <= ends["documents"] <= ends["sync"] <= ends["publish"]
+    large = ocp.save_async(tmp_path / "large", {"a": np.ones(16 << 20, np.uint8)})
+    large.result()
+    assert {span.name for span in large.timeline} - {s.name for s in spans} == {"writeback"}
     loading = ocp.load_async(tmp_path / "checkpoint")
     loading.result()
     assert {"read", "place"} == {span.name for span in loading.timeline}

@@ -20,6 +20,7 @@ ROWS = {
     "stage": "capture values",
     "create": "create directory",
     "write": "write arrays",
+    "writeback": "start the disk",
     "documents": "write documents",
     "sync": "sync to disk",
     "publish": "rename into place",

@@ -102,7 +102,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests, soak and fuzz tests at their small size; stock Orbax has its own session."""
-    apart = ["tests/interop", "tests/test_docs.py", "tests/test_examples.py"]
+    apart = ["tests/interop", "tests/project/test_docs.py", "tests/project/test_examples.py"]
     ignored = [] if _names_a_test(session) else [f"--ignore={path}" for path in apart]
     pytest(session, *ignored)
 
@@ -118,14 +118,14 @@ def interop(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Run every Python block of README.md and docs/."""
     need(session, "flax", "optax", "orbax")
-    pytest(session, "tests/test_docs.py")
+    pytest(session, "tests/project/test_docs.py")
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
     """Run the scripts of examples/, stop them, run them again, and ask the server over HTTP."""
     need(session, "optax", "sklearn")
-    pytest(session, "tests/test_examples.py")
+    pytest(session, "tests/project/test_examples.py")
 
 
 @nox.session

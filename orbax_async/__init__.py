@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from orbax_async._api.older_names import pytree_metadata as pytree_metadata
     from orbax_async._api.older_names import save_pytree as save_pytree
     from orbax_async._api.older_names import save_pytree_async as save_pytree_async
-    from orbax_async._api.response import AsyncResponse as AsyncResponse
     from orbax_async._api.save import save as save
     from orbax_async._api.save import save_async as save_async
     from orbax_async._api.save import save_checkpointables as save_checkpointables
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from orbax_async._api.verify import VerificationReport as VerificationReport
     from orbax_async._api.verify import verify as verify
     from orbax_async._api.verify import verify_async as verify_async
+    from orbax_async._response import AsyncResponse as AsyncResponse
     from orbax_async.context import Context as Context
     from orbax_async.handlers import PLACEHOLDER as PLACEHOLDER
     from orbax_async.handlers import AbstractCheckpointable as AbstractCheckpointable
@@ -105,7 +105,7 @@ __all__ = [
 _HOMES = {
     "PLACEHOLDER": "handlers",
     "AbstractCheckpointable": "handlers",
-    "AsyncResponse": "_api.response",
+    "AsyncResponse": "_response",
     "CheckpointMetadata": "_api.metadata",
     "Checkpointable": "handlers",
     "CheckpointableHandler": "handlers",

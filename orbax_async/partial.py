@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async._api import layout
 from orbax_async._api import save as saving
-from orbax_async._api.response import AsyncResponse
 from orbax_async._api.turns import Turn
 from orbax_async._api.writing import Save, check_parent
 from orbax_async._commit.session import (
@@ -26,10 +26,10 @@ from orbax_async._commit.session import (
     check_unfinished,
     find_additions,
 )
-from orbax_async._storage import names
+from orbax_async._operation import Operation
+from orbax_async._response import AsyncResponse
 from orbax_async.handlers import tiers
 from orbax_async.handlers.additions import check_addition
-from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.resolve import Part
 from orbax_async.options import AtomicityMode

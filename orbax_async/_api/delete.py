@@ -10,12 +10,12 @@ import anyio
 
 from orbax_async import errors
 from orbax_async._api import layout, perform
-from orbax_async._api.response import AsyncResponse
 from orbax_async._api.turns import Turn
 from orbax_async._commit import atomicity, removal
 from orbax_async._engine import loop
+from orbax_async._operation import Operation
+from orbax_async._response import AsyncResponse
 from orbax_async._storage import files
-from orbax_async.handlers.operation import Operation
 from orbax_async.path import PathLike, pathlike
 
 __all__ = ["check_options", "delete", "delete_async"]

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import anyio
 
+from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit import atomicity, session
 from orbax_async._engine import loop
-from orbax_async._storage import files, names, safetensors
+from orbax_async._storage import files, safetensors
 from orbax_async._trace import logger
 from orbax_async.options import AtomicityMode, CheckpointLayout
 from orbax_async.options._file_options import mode_of_temporary_path

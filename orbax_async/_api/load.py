@@ -7,16 +7,16 @@ from typing import Any
 
 import jax
 
+from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._api import layout, perform
 from orbax_async._api.metadata import CheckpointMetadata
 from orbax_async._api.narrowing import Narrowing, Selects, Shardings
-from orbax_async._api.response import AsyncResponse
 from orbax_async._engine import loop
-from orbax_async._storage import names
+from orbax_async._operation import Operation
+from orbax_async._response import AsyncResponse
 from orbax_async.handlers import resolve, tiers
-from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.reading import ShardingFunction
 from orbax_async.path import Path, PathLike, pathlike
 from orbax_async.tree.selection import Select

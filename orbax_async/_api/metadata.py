@@ -6,14 +6,15 @@ import datetime
 import os
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import registration
 from orbax_async._api import layout, perform
 from orbax_async._engine import loop
-from orbax_async._storage import files, names
+from orbax_async._operation import Operation
+from orbax_async._storage import files
 from orbax_async._trace import logger
 from orbax_async.handlers import foreign, resolve, tiers
-from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.tensors import TensorTree
 from orbax_async.path import Path, PathLike, pathlike

@@ -8,7 +8,7 @@ from typing import Any
 
 from orbax_async._api import load, metadata, save
 from orbax_async._api.metadata import CheckpointMetadata, PyTreeMetadata
-from orbax_async._api.response import AsyncResponse
+from orbax_async._response import AsyncResponse
 
 __all__ = [
     "load_pytree",

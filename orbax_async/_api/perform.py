@@ -10,12 +10,12 @@ from typing import Any, Literal, TypeVar
 
 import anyio
 
+from orbax_async import _operation as operation
 from orbax_async import errors
-from orbax_async._api.response import AsyncResponse
 from orbax_async._engine import loop
+from orbax_async._operation import Operation
+from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger
-from orbax_async.handlers import operation
-from orbax_async.handlers.operation import Operation
 
 __all__ = ["Control", "start"]
 

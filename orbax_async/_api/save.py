@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 
 import anyio
 
+from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._api import layout, perform
-from orbax_async._api.response import AsyncResponse
 from orbax_async._api.turns import Turn
 from orbax_async._api.writing import Save, WhenCommitted, check_destination
 from orbax_async._engine import loop
-from orbax_async._storage import names
+from orbax_async._operation import Operation
+from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger
 from orbax_async.handlers import resolve, tiers
 from orbax_async.handlers.documents import MetricsHandler
-from orbax_async.handlers.operation import Operation
 from orbax_async.options import AtomicityMode, CheckpointLayout
 from orbax_async.path import PathLike, pathlike
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._api import layout, perform
-from orbax_async._api.response import AsyncResponse
-from orbax_async._storage import names
+from orbax_async._operation import Operation
+from orbax_async._response import AsyncResponse
 from orbax_async.handlers import builtin
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
 from orbax_async.handlers.inspection import Damage, Findings, inspect_tree
-from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike, pathlike
 

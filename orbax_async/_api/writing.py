@@ -12,15 +12,15 @@ import anyio
 
 from orbax_async import errors
 from orbax_async._api import layout, perform
-from orbax_async._api.response import AsyncResponse
 from orbax_async._api.turns import Turn
 from orbax_async._commit import atomicity, finalize
 from orbax_async._commit.places import Beside, InPlace, Place
 from orbax_async._engine import loop
+from orbax_async._operation import Operation
+from orbax_async._response import AsyncResponse
 from orbax_async._storage import files
 from orbax_async._trace import logger
 from orbax_async.handlers import tiers
-from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.resolve import Part
 from orbax_async.options import AtomicityMode
 from orbax_async.path import Path

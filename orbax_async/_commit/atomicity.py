@@ -35,8 +35,9 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._storage import files, names
+from orbax_async._storage import files
 
 __all__ = [
     "clear_abandoned",

@@ -26,8 +26,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._storage import files, names
+from orbax_async._storage import files
 
 __all__ = [
     "checkpoint_document",

@@ -22,9 +22,9 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 
+from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import atomicity, finalize
-from orbax_async._storage import names
 
 __all__ = ["Beside", "InPlace", "Place"]
 

@@ -20,9 +20,10 @@ import os
 import uuid
 from typing import Any
 
+from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import atomicity
-from orbax_async._storage import files, names
+from orbax_async._storage import files
 
 __all__ = ["begin", "finish", "read_record", "remove_whole"]
 

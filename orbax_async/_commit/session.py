@@ -32,10 +32,11 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import atomicity
 from orbax_async._commit.places import Beside
-from orbax_async._storage import files, names
+from orbax_async._storage import files
 from orbax_async.tree.union import merge_json
 
 try:

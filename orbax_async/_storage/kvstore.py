@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._storage import files, names, zarr
+from orbax_async._storage import files, zarr
 from orbax_async._storage.direct import DirectReader
 from orbax_async._storage.safetensors import TensorReader
 

@@ -12,7 +12,7 @@ import pathlib
 
 import tensorstore as ts
 
-from orbax_async._storage import names
+from orbax_async import _names as names
 
 __all__ = ["merge_process_databases"]
 

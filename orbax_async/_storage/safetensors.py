@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._storage import files, names, zarr
+from orbax_async._storage import files, zarr
 from orbax_async._storage.direct import Extent, bytes_of, read_into
 
 __all__ = ["Contents", "Tensor", "TensorReader", "find", "find_damage", "read_headers"]

@@ -12,13 +12,15 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from orbax_async import _names as names
+from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit.session import Session
 from orbax_async._engine import loop
-from orbax_async._storage import files, kvstore, names, ocdbt, zarr
+from orbax_async._storage import files, kvstore, ocdbt, zarr
 from orbax_async._storage.kvstore import ArrayStore
-from orbax_async.handlers import leaves, operation
+from orbax_async.handlers import leaves
 from orbax_async.handlers.forms import TreeForm
 from orbax_async.path import PathAwaitingCreation
 from orbax_async.tree import keypath, schema, union

@@ -6,8 +6,8 @@ classes write those names, so that either library finds its own.
 
 from __future__ import annotations
 
+from orbax_async import _names as names
 from orbax_async import registration
-from orbax_async._storage import names
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler, ProtoHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.stateful import StatefulCheckpointableHandler

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
 from orbax_async._storage import files
-from orbax_async.handlers import operation
 from orbax_async.path import Path, PathAwaitingCreation
 
 __all__ = ["JsonHandler", "MetricsHandler", "ProtoHandler"]

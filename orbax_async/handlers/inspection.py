@@ -7,14 +7,15 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from orbax_async import _names as names
+from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import ReadForm
 from orbax_async._engine.verify_pipeline import VerifyPipeline
-from orbax_async._storage import files, names, safetensors, zarr
+from orbax_async._storage import files, safetensors, zarr
 from orbax_async._storage.kvstore import ArrayStore
-from orbax_async.handlers import operation
 from orbax_async.handlers.stored import StoredTree
 from orbax_async.handlers.tensors import TensorTree, is_of_tensors, open_tree
 from orbax_async.tree import keypath, schema, selection

@@ -23,9 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from orbax_async import _names as names
 from orbax_async import arrays, errors
 from orbax_async._engine import plan
-from orbax_async._storage import names, zarr
+from orbax_async._storage import zarr
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 

@@ -15,11 +15,12 @@ from typing import Any
 import anyio
 import jax
 
+from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._commit.session import Session
 from orbax_async._engine import loop
-from orbax_async.handlers import additions, forms, leaves, operation, ordering, storing, targets
+from orbax_async.handlers import additions, forms, leaves, ordering, storing, targets
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.reading import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.saving import Saving

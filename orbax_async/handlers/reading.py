@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import LoadPipeline
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
-from orbax_async.handlers import leaves, operation, targets
+from orbax_async.handlers import leaves, targets
 from orbax_async.handlers.stored import StoredTree
 from orbax_async.handlers.tensors import TensorTree, open_tree, replicated
 from orbax_async.tree import keypath, schema, structure

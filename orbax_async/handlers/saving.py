@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from orbax_async import _names as names
+from orbax_async import _operation as operation
 from orbax_async import arrays, errors, multihost
 from orbax_async import context as ambient
 from orbax_async._engine import loop, plan, transfer
@@ -20,9 +22,9 @@ from orbax_async._engine.save_pipeline import (
     WritePlan,
     encoding_of,
 )
-from orbax_async._storage import files, names, ocdbt, zarr
+from orbax_async._storage import files, ocdbt, zarr
 from orbax_async._storage.kvstore import ArrayStore
-from orbax_async.handlers import operation, ordering, storing
+from orbax_async.handlers import ordering, storing
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.leaves import LeafForm
 from orbax_async.handlers.storing import Stored

@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from orbax_async import _names as names
 from orbax_async import arrays, errors
 from orbax_async import context as ambient
-from orbax_async._storage import files, names, zarr
+from orbax_async._storage import files, zarr
 from orbax_async._storage.kvstore import ArrayStore, read_index
 from orbax_async.tree import keypath, rich, schema, structure
 from orbax_async.tree.keypath import KeyPath

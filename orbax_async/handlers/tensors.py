@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from orbax_async import _names as names
 from orbax_async import context as ambient
-from orbax_async._storage import names, safetensors, zarr
+from orbax_async._storage import safetensors, zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers.stored import StoredTree
 from orbax_async.options import CheckpointLayout, SafetensorsOptions

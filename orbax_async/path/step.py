@@ -22,8 +22,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from orbax_async import _names as names
 from orbax_async import errors, multihost
-from orbax_async._storage import names
 from orbax_async.path.pathlike import Path, PathLike, absolute
 
 __all__ = [

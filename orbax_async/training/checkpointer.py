@@ -8,14 +8,14 @@ from typing import Any, Self, final
 
 import jax
 
+from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async._api import layout
 from orbax_async._api import load as loading
 from orbax_async._api import metadata as describing
 from orbax_async._api.narrowing import Selects, Shardings
 from orbax_async._api.older_names import older_method
-from orbax_async._api.response import AsyncResponse
-from orbax_async._storage import names
+from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
 from orbax_async.handlers.reading import ShardingFunction
 from orbax_async.options._checks import flag

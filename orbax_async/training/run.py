@@ -15,9 +15,9 @@ from orbax_async import errors, multihost
 from orbax_async._api import delete as deleting
 from orbax_async._api import layout
 from orbax_async._api import save as saving
-from orbax_async._api.response import AsyncResponse
 from orbax_async._api.writing import WhenCommitted
 from orbax_async._engine import loop
+from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
 from orbax_async.options import AtomicityMode
 from orbax_async.options._checks import flag, whole

@@ -12,9 +12,10 @@ import os
 import uuid
 from typing import Any
 
+from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import atomicity
-from orbax_async._storage import files, names
+from orbax_async._storage import files
 from orbax_async._trace import logger
 from orbax_async.path import Path
 from orbax_async.path.step import NameFormat, StepMetadata

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from orbax_async import errors
-from orbax_async._api.response import AsyncResponse
+from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger
 
 __all__ = ["Pending", "SaveQueue", "until_done"]

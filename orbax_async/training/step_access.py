@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from orbax_async import errors
 from orbax_async._api import delete as deleting
 from orbax_async._api import metadata as describing
-from orbax_async._api.response import AsyncResponse
+from orbax_async._response import AsyncResponse
 from orbax_async.path import Path
 from orbax_async.training.checkpoint_info import CheckpointMetadata
 from orbax_async.training.run import Run

@@ -17,7 +17,7 @@ import pytest
 import orbax_async as ocp
 from orbax_async import errors, multihost
 from orbax_async._engine import loop
-from orbax_async.handlers.operation import Operation
+from orbax_async._operation import Operation
 
 
 class Service:

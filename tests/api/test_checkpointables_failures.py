@@ -18,9 +18,9 @@ import pytest
 from performers import Boom, Counter, Patient, Trap, boom, notes
 
 import orbax_async as ocp
+from orbax_async import _operation as operation
 from orbax_async import errors, registration
 from orbax_async._engine import loop
-from orbax_async.handlers import operation
 
 json_named_config = performers.json_named_config
 

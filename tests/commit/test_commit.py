@@ -20,10 +20,11 @@ import pytest
 from listing import entries
 
 import orbax_async as ocp
+from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import atomicity
 from orbax_async._engine import save_pipeline
-from orbax_async._storage import files, kvstore, names
+from orbax_async._storage import files, kvstore
 
 STATE = {"a": jnp.arange(2000.0), "b": np.arange(10), "c": "text", "d": 1}
 

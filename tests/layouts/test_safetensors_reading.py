@@ -20,9 +20,9 @@ from tensor_files import layout, write
 from tensors import LARGE, TENSORS, load, same, sds
 
 import orbax_async as ocp
+from orbax_async import _operation as operation
 from orbax_async._engine import load_pipeline, plan
 from orbax_async._storage import safetensors, zarr
-from orbax_async.handlers import operation
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ import pytest
 # Imported before any loop runs: reading a module that pytest rewrites is a blocking call.
 from orbax_async import load_async, save_async  # noqa: F401
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/*.md")])
 DATA = (jax.Array, np.ndarray, np.generic, bool, int, float, str)
 FENCE = re.compile(

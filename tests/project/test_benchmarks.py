@@ -44,7 +44,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks read Linux's counters"),
 ]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG"
 TINY = {"gpt2": 0.02, "leaves-2000": 0.01, "leaves-10000": 0.002, "sharded": 0.0005}
 ONCE = {"timed": 1, "memory": 1, "gap": 1, "pace": 1, "apart": 1}

@@ -20,10 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from parts import BOTH, FIRST, SECOND, Held, check, gathered, storing
 
 import orbax_async as ocp
+from orbax_async import _operation as operation
 from orbax_async import errors, partial
+from orbax_async._operation import Operation
 from orbax_async._storage import files
-from orbax_async.handlers import operation
-from orbax_async.handlers.operation import Operation
 from orbax_async.handlers.pytree import PyTreeHandler
 
 formats = pytest.mark.parametrize("use_zarr3", [True, False])

@@ -9,7 +9,7 @@ import jax
 
 from orbax_async.handlers import resolve
 from orbax_async.handlers.pytree import PyTreeHandler
-from orbax_async.handlers.reading import ShardingFunction
+from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.tree.selection import Select
 
 __all__ = ["Narrowing", "Selects", "Shardings"]

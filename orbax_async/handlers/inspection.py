@@ -12,8 +12,7 @@ from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._engine import loop, plan
-from orbax_async._engine.load_pipeline import ReadForm
-from orbax_async._engine.verify_pipeline import VerifyPipeline
+from orbax_async._engine.load_pipeline import ArrayRead, VerifyPipeline
 from orbax_async._storage import files, safetensors, zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers.stored import StoredTree
@@ -23,7 +22,6 @@ from orbax_async.tree.keypath import KeyPath
 
 __all__ = ["Damage", "Findings", "inspect_tree"]
 
-_BATCH_NBYTES = 64 << 20
 _REGION_NBYTES = 8 << 20  # of small chunks that are read together
 
 
@@ -83,7 +81,7 @@ async def inspect_tree(
             f"{name}{keypath.label(entry.keys)}"
             for index, entry in inspection.arrays.items()
             if index not in pipeline.damaged
-            and not zarr.has_checksum(inspection.forms[index].document)
+            and not zarr.has_checksum(inspection.reads[index].document)
         ]
     return inspection.findings
 
@@ -96,7 +94,7 @@ class _Inspection:
         self._directory = directory
         self.findings = Findings()
         self.arrays: dict[int, schema.Entry] = {}
-        self.forms: dict[int, ReadForm] = {}
+        self.reads: dict[int, ArrayRead] = {}
 
     def begin(self, options: ambient.Context, doing: operation.Operation) -> VerifyPipeline | None:
         """Checks the documents; returns what checks the arrays. Blocks."""
@@ -120,19 +118,16 @@ class _Inspection:
         if not stored.arrays:
             return None
         store = stored.open_store()
-        documents = self._array_documents(stored, store)
-        requests = self._requests(stored, documents)
-        self.findings.nbytes = sum(request.nbytes for request in requests)
-        limit = options.memory.read_concurrent_bytes
-        return VerifyPipeline(
+        self._plan(stored, self._array_documents(stored, store))
+        pipeline = VerifyPipeline(
             self.arrays,
-            self.forms,
-            requests,
+            self.reads,
             store,
-            batch_nbytes=_BATCH_NBYTES if limit is None else min(limit, _BATCH_NBYTES),
             read_budget=doing.read_budget,
             recorder=doing.recorder,
         )
+        self.findings.nbytes = pipeline.nbytes
+        return pipeline
 
     def _check_documents(self, stored: StoredTree) -> None:
         try:
@@ -182,22 +177,19 @@ class _Inspection:
                 found.append((entry, document[entry.name]))
         return found
 
-    def _requests(
+    def _plan(
         self, stored: StoredTree, documents: list[tuple[schema.Entry, dict[str, Any]]]
-    ) -> list[plan.ReadRequest]:
-        requests = []
-        alike: dict[int, tuple[ReadForm, list[plan.Region]]] = {}
+    ) -> None:
+        is_divisible = isinstance(stored, TensorTree)
+        alike: dict[int, ArrayRead] = {}
         for index, (entry, document) in enumerate(documents):
             if id(document) not in alike:
-                is_divisible = isinstance(stored, TensorTree)
-                prepared = self._attempt(entry.keys, _prepared, document, is_divisible)
-                if prepared is None:
+                planned = self._attempt(entry.keys, _planned, document, is_divisible)
+                if planned is None:
                     continue
-                alike[id(document)] = prepared
-            self.forms[index], regions = alike[id(document)]
+                alike[id(document)] = planned
+            self.reads[index] = alike[id(document)]
             self.arrays[index] = entry
-            requests += [plan.ReadRequest(index, region, region.nbytes) for region in regions]
-        return requests
 
     def _attempt(self, keys: KeyPath, read: Callable[..., Any], *args: Any) -> Any:
         """Returns what `read` does; what it raises is damage of one leaf, and gives None."""
@@ -235,10 +227,10 @@ class _Inspection:
         )
 
 
-def _prepared(document: dict[str, Any], is_divisible: bool) -> tuple[ReadForm, list[plan.Region]]:
+def _planned(document: dict[str, Any], is_divisible: bool) -> ArrayRead:
     """Returns how an array is read; `is_divisible` says that chunks need not be read whole."""
     dtype = zarr.stored_dtype(document)
     shape = tuple(document["shape"])
     chunk_shape = (1,) * len(shape) if is_divisible else zarr.chunk_shape(document)
     regions = plan.chunk_regions(shape, chunk_shape, dtype.itemsize, _REGION_NBYTES)
-    return ReadForm(document, dtype, None, None, {}), list(regions)
+    return ArrayRead(document, dtype, list(regions))

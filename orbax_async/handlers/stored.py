@@ -12,6 +12,7 @@ from orbax_async import arrays, errors
 from orbax_async import context as ambient
 from orbax_async._storage import files, zarr
 from orbax_async._storage.kvstore import ArrayStore, read_index
+from orbax_async.handlers import kinds
 from orbax_async.tree import keypath, rich, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
@@ -171,26 +172,17 @@ def read_metadata(directory: str, options: ambient.Context) -> Any:
     shardings = stored.shardings()
 
     def leaf(entry: schema.Entry) -> Any:
-        if entry.is_empty:
-            return entry.empty_value()
-        if entry.kind == schema.STRING:
-            return "string"
-        document = documents[entry.name]
-        dtype = zarr.stored_dtype(document)
-        shape = tuple(document["shape"])
-        if entry.kind == schema.SCALAR:
-            return {"b": False, "i": 0, "u": 0, "c": 0j}.get(dtype.kind, 0.0)
-        chunk_shape = zarr.chunk_shape(document)
-        if entry.kind != schema.JAX_ARRAY:
-            storage = arrays.StorageMetadata(chunk_shape, nbytes=sizes.get(entry.name))
-            return arrays.NumpyMetadata(shape, dtype, storage)
-        saved = shardings.get(entry.name)
-        return arrays.ArrayMetadata(
-            shape,
-            dtype,
-            None if saved is None else arrays.ShardingMetadata(saved),
-            arrays.StorageMetadata(chunk_shape, entry.write_shape, sizes.get(entry.name)),
-        )
+        record = kinds.LeafRecord(entry, sharding=shardings.get(entry.name))
+        document = documents.get(entry.name)
+        if document is not None:
+            record = record._replace(
+                shape=tuple(document["shape"]),
+                dtype=zarr.stored_dtype(document),
+                storage=arrays.StorageMetadata(
+                    zarr.chunk_shape(document), entry.write_shape, sizes.get(entry.name)
+                ),
+            )
+        return kinds.of_stored(entry).describe(record)
 
     nest = stored.nest_for(options)
     return nest((entry.keys, leaf(entry)) for entry in stored.tree.entries)

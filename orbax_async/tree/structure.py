@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -154,7 +154,6 @@ def match(
     abstract: FlatTree,
     stored: Mapping[KeyPath, Any],
     *,
-    is_stored_empty: Callable[[Any], bool],
     is_partial: bool = False,
 ) -> tuple[list[Any], list[str]]:
     """Finds the stored entry for each entry of an abstract tree.
@@ -164,8 +163,7 @@ def match(
 
     Args:
       abstract: what is asked for.
-      stored: what there is.
-      is_stored_empty: says whether a stored entry is an empty node.
+      stored: the entries that there are; see `schema.Entry`.
       is_partial: whether dicts of both trees may have keys that the other has not.
 
     Returns:
@@ -184,7 +182,7 @@ def match(
         if entry is None:
             if not is_partial and wanted is not ... and not is_empty(wanted):
                 problems.append(f"{_named(keys)}: asked for, not in the checkpoint")
-        elif is_stored_empty(entry):
+        elif entry.is_empty:
             if wanted is not ... and not is_empty(wanted):
                 problems.append(f"{_named(keys)}: the checkpoint holds an empty node, not a leaf")
             entry = None
@@ -194,13 +192,13 @@ def match(
             )
         found.append(entry if wanted is not None and wanted is not ... else None)
     if is_partial:
-        leaves = {keys for keys, entry in stored.items() if not is_stored_empty(entry)}
+        leaves = {keys for keys, entry in stored.items() if not entry.is_empty}
         problems += _misfits(abstract, stored, leaves)
     else:
         problems += [
             f"{_named(keys)}: in the checkpoint, not asked for"
             for keys, entry in unused.items()
-            if not is_stored_empty(entry)
+            if not entry.is_empty
         ]
     return found, problems
 

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.processes import ROOT
+
 RESULTS = Path(__file__).parent / "results"
 AIMS = ("both", "save", "load", "blocked")
 
@@ -64,6 +66,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--count", type=int, default=16, help="arrays")
     found.add_argument("--mebibytes", type=int, default=256, help="size of each")
     found.add_argument("--rounds", type=int, default=5)
+    found = command("calls", "Count own files, calls and stations of a small save and load.")
+    found.add_argument("--checkout", type=Path, default=ROOT, help="whose package to count")
+    found.add_argument("--by", choices=("function", "file"), default="function")
+    found.add_argument("--top", type=int, default=20, help="how many lines of most calls")
     return root
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import footprint, gpu, report, rounds, scaling, tuning, workloads
+from benchmarks import footprint, gpu, processes, report, rounds, scaling, tuning, workloads
 from benchmarks.peers import PEERS
 from benchmarks.workloads import MIB, WORKLOADS, State, Workload
 
@@ -124,6 +124,12 @@ def _gpu(args: Namespace) -> int:
     return 0
 
 
+def _calls(args: Namespace) -> int:
+    options = [f"--by={args.by}", f"--top={args.top}"]
+    command = processes.command("benchmarks.calls", *options, checkout=args.checkout)
+    return subprocess.run(command).returncode
+
+
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "list": _list,
     "run": _run,
@@ -133,6 +139,7 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "budgets": _budgets,
     "growth": _growth,
     "gpu": _gpu,
+    "calls": _calls,
 }
 
 

@@ -555,6 +555,20 @@ def test_another_checkout_has_the_harness_of_this_one(tmp_path: Path) -> None:
     assert Path(harness).is_relative_to(ROOT)
 
 
+def test_checkouts_are_compared_in_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each pair has a turn of both, whose ratio is shown; nothing that was saved is left."""
+    storage, out = tmp_path / "storage", tmp_path / "out"
+    options = ["--workload=leaves-2000", "--scale=0.001", "--pairs=3", f"--directory={storage}"]
+    assert __main__.main(["against", str(ROOT), *options, f"--out={out}"]) == 0
+    (record,) = json.loads((out / "against.json").read_text())["records"]
+    for time_of in report.TIMES:
+        assert len(figures.ratios(record, time_of, "new", "old")) == 3
+    assert "| leaves-2000 | committed | " in capsys.readouterr().out
+    assert not list(storage.iterdir())
+
+
 def test_without_a_gpu_the_gpu_command_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ from orbax_async._commit.session import (
 from orbax_async._operation import Operation
 from orbax_async._response import AsyncResponse
 from orbax_async.handlers import tiers
-from orbax_async.handlers.additions import check_addition
+from orbax_async.handlers.additions import PartsHandler, check_addition
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.resolve import Part
 from orbax_async.options import AtomicityMode
@@ -108,10 +108,9 @@ def _start_save(
     with options, tiers.naming(names.DEFAULT_CHECKPOINTABLE):
         handler = PyTreeHandler(partial_save_mode=True)
         prepared = handler.flatten(state)
-    form = prepared.form
 
     def check(additions: list[str]) -> None:
-        check_addition(form, options, additions)
+        check_addition(prepared.plan, additions)
 
     turn = Turn(session.directory, overwrite=True)
 
@@ -180,7 +179,7 @@ def _start_finalize(doing: Operation, path: Any) -> AsyncResponse[None]:
     def uniting(doing: Operation) -> Any:
         if turn.is_first:
             check_begun(session.final)
-        part = Part(names.DEFAULT_CHECKPOINTABLE, PyTreeHandler(), session)
+        part = Part(names.DEFAULT_CHECKPOINTABLE, PartsHandler(), session)
         return Save(
             doing,
             session.final,

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,13 +25,13 @@ import numpy as np
 from orbax_async import _names as names
 from orbax_async import arrays, errors
 from orbax_async._engine import plan
+from orbax_async._engine.leaf import Leaf
 from orbax_async._storage import zarr
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
 __all__ = [
     "Described",
-    "LeafForm",
     "describe",
     "describe_all",
     "disk_dtype",
@@ -46,54 +45,7 @@ _UINT8 = np.dtype(np.uint8)
 _DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.ARRAY_METADATAS}
 
 
-@dataclasses.dataclass(slots=True)
-class LeafForm:
-    """What is known of a leaf, or of an empty node, apart from its values.
-
-    Attributes:
-      keys: where it is in the tree.
-      kind: as `schema.Entry.kind`.
-      shape: the global shape of its array; None where it is not stored as one.
-      dtype: the dtype on disk.
-      sharding: of a jax array.
-      is_mutable: whether the caller could change its array in place.
-      prng_impl: of typed PRNG keys, the name of their implementation.
-      private: what only we record.
-      name: the name under which it is stored.
-    """
-
-    keys: KeyPath
-    kind: str
-    shape: tuple[int, ...] | None = None
-    dtype: np.dtype[Any] = _UINT8
-    sharding: jax.sharding.Sharding | None = None
-    is_mutable: bool = False
-    prng_impl: str | None = None
-    private: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        self.name = keypath.stored_name(self.keys)
-
-    @property
-    def label(self) -> str:
-        """Its key path, for messages."""
-        return keypath.label(self.keys)
-
-    @property
-    def has_value(self) -> bool:
-        """Whether it is a leaf, not an empty node."""
-        return self.shape is not None or self.kind == schema.STRING
-
-    def shards(self, host_process: int) -> tuple[plan.ShardSpec, ...]:
-        """Returns each device's part of its array; host arrays belong to `host_process`."""
-        assert self.shape is not None
-        if self.sharding is not None:
-            return shards_of(self.sharding, self.shape)
-        return (plan.ShardSpec(-1, host_process, plan.whole(self.shape)),)
-
-
-Described = tuple[LeafForm, Any]  # with its array, its text, or None
+Described = tuple[Leaf, Any]  # with its array, its text, or None
 
 
 def is_prng_key(value: Any) -> bool:
@@ -141,7 +93,7 @@ def describe(keys: KeyPath, value: Any) -> Described:
     """
     kind = structure.empty_kind(value)
     if kind is not None:
-        return LeafForm(keys, kind), None
+        return Leaf(keys, kind), None
     try:
         if isinstance(value, jax.Array):
             return _describe_jax(keys, value)
@@ -169,7 +121,7 @@ def _describe_jax(keys: KeyPath, value: jax.Array) -> Described:
         value = jax.random.key_data(value)
     shape, sharding = value.shape, value.sharding
     dtype, private = _recorded(value.dtype, sharding, not shape and value.weak_type)
-    return LeafForm(
+    return Leaf(
         keys, schema.JAX_ARRAY, shape, dtype, sharding, prng_impl=impl, private=private
     ), value
 
@@ -219,7 +171,7 @@ def _host_leaf(
     dtype, logical = disk_dtype(array.dtype)
     private = {"python_type": python_type, "logical_dtype": logical}
     private = {name: text for name, text in private.items() if text}
-    form = LeafForm(keys, kind, array.shape, dtype, is_mutable=is_mutable, private=private)
+    form = Leaf(keys, kind, array.shape, dtype, is_mutable=is_mutable, private=private)
     return form, array
 
 
@@ -230,7 +182,7 @@ def _describe_scalar(keys: KeyPath, value: Any) -> Described:
                 raise _Unsupported(
                     "a string's key can't hold '~', which readers take for an escape; rename it"
                 )
-            return LeafForm(keys, schema.STRING), str(value)
+            return Leaf(keys, schema.STRING), str(value)
         case bytes():
             array = np.frombuffer(value, np.uint8)
             return _host_leaf(keys, schema.NUMPY_ARRAY, array, "bytes")
@@ -328,8 +280,8 @@ def _check_shared(label: str, array: jax.Array) -> None:
         )
 
 
-def _check_names(forms: list[LeafForm], *, as_files: bool) -> None:
-    by_name: dict[str, LeafForm] = {}
+def _check_names(forms: list[Leaf], *, as_files: bool) -> None:
+    by_name: dict[str, Leaf] = {}
     for leaf in forms:
         if not leaf.has_value:
             continue

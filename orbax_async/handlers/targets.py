@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbax_async import arrays, errors
-from orbax_async._engine import plan, transfer
+from orbax_async._engine import place, plan
 from orbax_async._engine.load_pipeline import ReadForm
 from orbax_async._storage import zarr
 from orbax_async._trace import logger
@@ -270,7 +270,7 @@ def resolve(
 
     def finish(entry: schema.Entry, pieces: Sequence[Any]) -> Any:
         if sharding is not None:
-            array = transfer.assemble(shape, sharding, pieces)
+            array = place.assemble(shape, sharding, pieces)
             if impl is not None:
                 return jax.random.wrap_key_data(array, impl=impl)
             return _weak(array, sharding) if is_weak and not shape else array

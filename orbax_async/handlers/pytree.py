@@ -80,7 +80,7 @@ class PyTreeHandler:
             if isinstance(checkpointable, PreparedTree)
             else self.flatten(checkpointable)
         )
-        doing = operation.current(is_joint=True)
+        doing = operation.current("save")
         # A tree that a handler of the user's passes on may be only a part of what that captures.
         is_all = prepared is checkpointable
         writer = TreeWriter(prepared, doing, is_part=self._partial_save_mode)
@@ -89,7 +89,7 @@ class PyTreeHandler:
         try:
             await pipeline.released.wait()
             if is_all and not pipeline.staged.is_set():
-                doing.let_go(directory.path.name, is_held=False)
+                doing.release_caller(directory.path.name, is_captured=False)
             await pipeline.staged.wait()
         except BaseException:
             await running.cancel()

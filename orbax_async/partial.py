@@ -27,7 +27,7 @@ from orbax_async._commit.session import (
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async.handlers import tiers
-from orbax_async.handlers.additions import check_addition
+from orbax_async.handlers.additions import PartsHandler, check_addition
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.resolve import Part
 from orbax_async.options import AtomicityMode
@@ -106,10 +106,10 @@ def _prepare_save(operation: Operation, path: Any, state: Any, custom_metadata: 
     with tiers.naming(names.DEFAULT_CHECKPOINTABLE):
         handler = PyTreeHandler(partial_save_mode=True)
         prepared = handler.flatten(state)
-    form = prepared.form
+    plan = prepared.plan
 
     def check(additions: list[str]) -> None:
-        check_addition(form, options, additions)
+        check_addition(plan, additions)
 
     lock = operation.lock_path(session.directory, overwrite=True)
     if lock.is_first and not options.file.skip_sync_file_validations:
@@ -171,7 +171,7 @@ def finalize_async(path: PathLike) -> AsyncResponse[None]:
         save = Save(
             operation,
             session.final,
-            [Part(names.DEFAULT_CHECKPOINTABLE, PyTreeHandler(), session)],
+            [Part(names.DEFAULT_CHECKPOINTABLE, PartsHandler(), session)],
             {},
             False,
             lock,

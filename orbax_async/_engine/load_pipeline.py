@@ -28,15 +28,10 @@ import tensorstore as ts
 from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.budget import BatchSlots, ByteBudget
+from orbax_async._engine.capture import Piece
+from orbax_async._engine.host_memory import aligned_empty, lies_on_host
+from orbax_async._engine.place import free_nbytes, place, send
 from orbax_async._engine.plan import ReadRequest
-from orbax_async._engine.transfer import (
-    Piece,
-    aligned_empty,
-    free_nbytes,
-    lies_on_host,
-    place,
-    send,
-)
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async._trace import Recorder

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from typing import Any
 
 from orbax_async import _names as names
@@ -21,17 +21,17 @@ from orbax_async._engine import loop
 from orbax_async._storage import files, kvstore, ocdbt, zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import leaves
-from orbax_async.handlers.forms import TreeForm
+from orbax_async.handlers.write_plan import WritePlan
 from orbax_async.path import PathAwaitingCreation
 from orbax_async.tree import keypath, schema, union
 
-__all__ = ["check_addition", "put_together"]
+__all__ = ["PartsHandler", "check_addition"]
 
 _DATABASES = names.PROCESS_DATABASE.format("")
 _DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.ARRAY_METADATAS}
 
 
-def check_addition(form: TreeForm, options: ambient.Context, additions: list[str]) -> None:
+def check_addition(plan: WritePlan, additions: list[str]) -> None:
     """Raises if a tree can't be added to those of earlier partial saves; blocks.
 
     Raises:
@@ -40,8 +40,7 @@ def check_addition(form: TreeForm, options: ambient.Context, additions: list[str
       PartialSaveError: they are stored in another format.
       InvalidLayoutError: a document of theirs is damaged.
     """
-    trees = _read_trees(additions)
-    saving = options.array.saving
+    trees, saving = _read_trees(additions), plan.saving
     for path, tree in trees:
         for name, theirs, ours in (
             ("use_ocdbt", tree.uses_ocdbt, saving.use_ocdbt),
@@ -55,9 +54,7 @@ def check_addition(form: TreeForm, options: ambient.Context, additions: list[str
     taken = union.Taken(as_files=not saving.use_ocdbt)
     for _, tree in trees:
         taken.add(tree.entries)
-    _refuse(
-        taken, [schema.Entry(leaf.keys, leaf.kind, leaf.name) for leaf in form.leaves], is_new=True
-    )
+    _refuse(taken, [leaf.entry() for leaf in plan.leaves], is_new=True)
 
 
 def _refuse(taken: union.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
@@ -144,7 +141,15 @@ def _read_trees(additions: list[str]) -> list[tuple[str, schema.TreeDocument]]:
     return trees
 
 
-async def put_together(directory: PathAwaitingCreation, session: Session) -> None:
+class PartsHandler:
+    """Makes one tree of the partial saves of a session; it is called a `PyTreeHandler` on disk."""
+
+    async def save(self, directory: PathAwaitingCreation, session: Session) -> Awaitable[None]:
+        """Captures nothing, and returns what writes the tree."""
+        return _put_together(directory, session)
+
+
+async def _put_together(directory: PathAwaitingCreation, session: Session) -> None:
     """Writes the tree of all additions of a session that is claimed once there is the directory.
 
     Raises:

@@ -18,7 +18,7 @@ import numpy as np
 from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._engine import loop, plan, transfer
+from orbax_async._engine import loop, place, plan
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
@@ -317,7 +317,7 @@ class Loading:
             if sharding is None:
                 (array,) = pieces
             else:
-                array = transfer.assemble(shape, sharding, pieces)
+                array = place.assemble(shape, sharding, pieces)
             return kind.decode(array, record, request)
 
         return LeafPlan(read, finish)

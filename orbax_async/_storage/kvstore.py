@@ -51,6 +51,12 @@ _LARGE_FILE_NBYTES = 8 << 20
 _used_by: int | None = None
 
 
+@functools.cache
+def shared_context() -> ts.Context:
+    """Returns what the stores of this process share: connections, and what lies in memory."""
+    return ts.Context()
+
+
 def _check_process() -> None:
     """Raises where TensorStore would abort: in a child that was forked after its first use."""
     global _used_by
@@ -84,7 +90,7 @@ class ArrayStore:
         self.zarr3 = zarr3
         self.is_ocdbt = ocdbt
         # What is written may be left to the commit to sync, but not what other machines write.
-        self._context = ts.Context({**_CONTEXT, "file_io_sync": syncs})
+        self._context = ts.Context({**_CONTEXT, "file_io_sync": syncs}, parent=shared_context())
         self._spec: dict[str, Any]
         if ocdbt:
             self._spec = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#nodes"}

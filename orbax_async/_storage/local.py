@@ -23,6 +23,7 @@ __all__ = ["LocalDirectory"]
 
 _SYNC_FILE_RANGE_WRITE = 2
 _AT_CWD, _RENAME_EXCHANGE = -100, 2
+_NO_EMPTY_DIRECTORY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR)
 
 
 @final
@@ -144,7 +145,7 @@ class LocalDirectory:
         path = self._at(name)
         try:
             os.unlink(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except (IsADirectoryError, PermissionError):  # what some systems say of a directory
             if not os.path.isdir(path) or os.path.islink(path):
@@ -156,7 +157,7 @@ class LocalDirectory:
         try:
             os.rmdir(self.path)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            if error.errno not in _NO_EMPTY_DIRECTORY:
                 raise
 
     # Lasting.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import io
 import os
 import shutil
 import stat
@@ -115,7 +116,7 @@ class LocalDirectory:
             with open(self._at(name), "rb", buffering=0) as file:
                 if start:
                     file.seek(start)
-                return _read(file, nbytes)
+                return file.read() if nbytes is None else _read(file, nbytes)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -294,14 +295,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_FileLock.forget_all)
 
 
-def _read(file: Any, nbytes: int | None) -> bytes:
-    if nbytes is None:
-        data: bytes = file.read()
-        return data
-    found = bytearray()
-    while len(found) < nbytes and (some := file.read(nbytes - len(found))):
-        found += some
-    return bytes(found)
+def _read(file: io.FileIO, nbytes: int) -> bytes:
+    """Reads on from where a file stands; a limit allocates no more than there is."""
+    nbytes = min(nbytes, max(0, os.fstat(file.fileno()).st_size - file.tell()))
+    data = file.read(nbytes)
+    while len(data) < nbytes and (more := file.read(nbytes - len(data))):
+        data += more
+    return data
 
 
 def _write(path: str, data: bytes, how: str) -> None:

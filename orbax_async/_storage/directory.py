@@ -117,6 +117,10 @@ class Directory(Protocol):
         """Returns the bytes of a file, or a range of them; None where there is no such file."""
         ...
 
+    def is_writable(self) -> bool:
+        """Says whether something can be made in it, as far as that can be known without trying."""
+        ...
+
     # Changing.
 
     def make(self, *, mode: int | None = None) -> None:

@@ -120,6 +120,10 @@ class LocalDirectory:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def is_writable(self) -> bool:
+        """Says whether permission bits let this process make something in it."""
+        return os.access(self.path, os.W_OK | os.X_OK)
+
     # Changing.
 
     def make(self, *, mode: int | None = None) -> None:
@@ -279,7 +283,6 @@ class _FileLock:
             pass  # to close it ends the lock as well
         finally:
             os.close(descriptor)
-
 
     @classmethod
     def forget_all(cls) -> None:

@@ -113,6 +113,10 @@ class DirectoryConformance:
         assert directory.read("below/absent", start, nbytes) is None
         assert directory.read("below/file/absent", start, nbytes) is None
 
+    def test_something_can_be_made_in_a_directory(self, directory: Directory) -> None:
+        assert directory.is_writable()
+        assert not (directory / "absent").is_writable()
+
     # Changing.
 
     def test_a_directory_is_made_once_and_below_another(self, directory: Directory) -> None:

@@ -192,6 +192,9 @@ class MemoryDirectory:
         data: bytes = found.value
         return data[start : None if nbytes is None else start + nbytes]
 
+    def is_writable(self) -> bool:
+        return self.status() is not None
+
     # Changing.
 
     def make(self, *, mode: int | None = None) -> None:

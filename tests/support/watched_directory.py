@@ -119,6 +119,9 @@ class WatchedDirectory:
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes | None:
         return self._call("read", name, lambda: self.inner.read(name, start, nbytes))
 
+    def is_writable(self) -> bool:
+        return self._call("is_writable", "", self.inner.is_writable)
+
     # Changing.
 
     def make(self, *, mode: int | None = None) -> None:

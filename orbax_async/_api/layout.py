@@ -15,6 +15,7 @@ from orbax_async import errors
 from orbax_async._commit import atomicity, session
 from orbax_async._engine import loop
 from orbax_async._storage import files, safetensors
+from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
 from orbax_async.options import AtomicityMode, CheckpointLayout
 from orbax_async.options._file_options import mode_of_temporary_path
@@ -147,7 +148,7 @@ def _directories(path: str) -> list[str]:
                 f"Could not auto-detect the layout of the checkpoint at {path}: there are no "
                 f"{names.SAFETENSORS} files; and as an Orbax checkpoint: {problem}"
             )
-        if safetensors.find(path):
+        if safetensors.find(open_directory(path)):
             problem += " It holds safetensors files: set context.checkpoint_layout = 'safetensors'."
         raise errors.InvalidLayoutError(
             f"Could not recognize the checkpoint at {path} as a valid Orbax checkpoint: {problem}"
@@ -160,7 +161,7 @@ def _is_of_tensors(path: str) -> bool:
     layout = ambient.current().checkpoint_layout
     if layout is CheckpointLayout.ORBAX:
         return False
-    is_there = bool(safetensors.find(path))
+    is_there = bool(safetensors.find(open_directory(path)))
     if layout is CheckpointLayout.AUTO:
         return is_there and _problem(path) is not None
     if not is_there:

@@ -18,8 +18,9 @@ from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit.session import Session
 from orbax_async._engine import loop
-from orbax_async._storage import files, kvstore, ocdbt, zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage import array_store, files, zarr
+from orbax_async._storage.array_store import ArrayStore, holds_ocdbt
+from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import leaves
 from orbax_async.handlers.forms import TreeForm
 from orbax_async.path import PathAwaitingCreation
@@ -168,7 +169,7 @@ async def put_together(directory: PathAwaitingCreation, session: Session) -> Non
             f"cannot put the partial saves of {session.final} together: "
             f"{error.strerror or error} ({error.filename})"
         ) from error
-    await loop.to_worker(ocdbt.merge_process_databases, path)
+    await loop.to_worker(array_store.merge_process_databases, open_directory(path))
     if ambient.current().array.saving.enable_post_merge_validation:
         await loop.to_worker(_validate, path)
 
@@ -218,13 +219,13 @@ def _write_documents(additions: list[str], path: str) -> None:
 
 def _link_data(source: str, path: str, serial: str) -> None:
     """Gives the data of one addition names in the directory of all."""
-    is_merged = kvstore.holds_ocdbt(source)  # of a finalization that was interrupted
+    is_merged = holds_ocdbt(open_directory(source))  # of a finalization that was interrupted
     for entry in files.scan(source):
         if entry.name in _DOCUMENTS:
             continue
         if is_merged and entry.name in (names.OCDBT_MANIFEST, names.OCDBT_DATA):
             continue
-        is_database = entry.name.startswith(_DATABASES) and kvstore.holds_ocdbt(entry.path)
+        is_database = entry.name.startswith(_DATABASES) and holds_ocdbt(open_directory(entry.path))
         name = entry.name + serial if is_database else entry.name
         files.link_tree(entry.path, os.path.join(path, name))
 
@@ -236,8 +237,9 @@ def _validate(path: str) -> None:
     arrays = [each for each in tree.entries if not each.is_empty and each.kind != schema.STRING]
     if not arrays:
         return
-    is_ocdbt = kvstore.holds_ocdbt(path)
-    keys = ArrayStore(path, ocdbt=is_ocdbt, zarr3=tree.uses_zarr3).list_keys()
+    directory = open_directory(path)
+    is_ocdbt = holds_ocdbt(directory)
+    keys = ArrayStore(directory, ocdbt=is_ocdbt, zarr3=tree.uses_zarr3).list_keys()
     for entry in arrays:
         key = zarr.document_key(entry.name, zarr3=tree.uses_zarr3)
         if key not in keys:

@@ -139,8 +139,15 @@ class Directory(Protocol):
         """
         ...
 
+    def touch(self) -> None:
+        """Renews the time at which the directory was last changed."""
+        ...
+
     def remove(self, name: str = "") -> None:
-        """Removes a file, or a directory with all that is in it; what is gone already is fine."""
+        """Removes a file, or a directory with all that is in it; what is gone already is fine.
+
+        What can't be removed stays; all else goes, and the first error is raised then.
+        """
         ...
 
     def remove_if_empty(self) -> None:

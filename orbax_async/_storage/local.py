@@ -11,7 +11,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Self, cast, final
+from typing import Any, ClassVar, Self, cast, final
 
 from orbax_async._storage.directory import Capability, Entry, Kind, Lock, Status
 
@@ -141,6 +141,14 @@ class LocalDirectory:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             _write(path, data, how)
 
+    def touch(self) -> None:
+        """Renews the time at which the directory was last changed, by the file system's clock."""
+        try:
+            os.utime(self.path)
+        except OSError as error:
+            error.filename = self.path
+            raise
+
     def remove(self, name: str = "") -> None:
         """Removes a file, or a directory with all that is in it; what is gone already is fine."""
         path = self._at(name)
@@ -253,11 +261,15 @@ class LocalDirectory:
 class _FileLock:
     """A lock on the open file of a descriptor."""
 
+    _held: ClassVar[set[_FileLock]] = set()
+
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
+        self._held.add(self)
 
     def release(self) -> None:
         """Ends it, also where a forked child has the file open."""
+        self._held.discard(self)
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
@@ -267,6 +279,19 @@ class _FileLock:
             pass  # to close it ends the lock as well
         finally:
             os.close(descriptor)
+
+    @classmethod
+    def forget_all(cls) -> None:
+        """Closes the files in a forked child, which would else hold its parent's locks for it."""
+        for lock in cls._held:
+            if lock._descriptor is not None:
+                os.close(lock._descriptor)
+                lock._descriptor = None
+        cls._held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_FileLock.forget_all)
 
 
 def _read(file: io.FileIO, nbytes: int) -> bytes:
@@ -286,14 +311,18 @@ def _write(path: str, data: bytes, how: str) -> None:
 
 
 def _remove_tree(path: str) -> None:
-    def raise_unless_gone(function: object, name: str, error: BaseException) -> None:
+    failures: list[BaseException] = []
+
+    def go_on(function: object, name: str, error: BaseException) -> None:
         if not isinstance(error, FileNotFoundError):
-            raise error
+            failures.append(error)
 
     if sys.version_info >= (3, 12):
-        shutil.rmtree(path, onexc=raise_unless_gone)
+        shutil.rmtree(path, onexc=go_on)
     else:
-        shutil.rmtree(path, onerror=lambda f, n, info: raise_unless_gone(f, n, info[1]))
+        shutil.rmtree(path, onerror=lambda f, n, info: go_on(f, n, info[1]))
+    if failures:
+        raise failures[0]
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -148,3 +149,53 @@ def test_writing_back_is_asked_of_the_system(
     monkeypatch.setattr(local, "_sync_file_range", lambda: None)
     directory.start_writeback("data")
     assert len(asked) == 1
+
+
+FORKED = """
+import os, sys, time
+from orbax_async._storage.local import LocalDirectory
+
+lock = LocalDirectory(sys.argv[1]).lock()
+assert lock is not None
+child = os.fork()
+if child == 0:
+    os.close(1)
+    time.sleep(60)
+print(child, flush=True)
+os._exit(0)  # as if killed
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs fork")
+def test_a_forked_child_does_not_hold_its_parents_locks(tmp_path: Path) -> None:
+    """F24: a parent that is killed holds nothing any more, although its children live on."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(tmp_path)], stdout=subprocess.PIPE, check=True
+    )
+    child = int(done.stdout.split()[0])
+    try:
+        lock = LocalDirectory(str(tmp_path)).lock()
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert lock is not None
+    lock.release()
+
+
+def test_what_can_be_removed_goes_although_something_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F25: one file that can't be removed keeps itself and the directories above it alone."""
+    for name in ("a/1", "a/2", "b/3", "4"):
+        LocalDirectory(str(tmp_path / "tree")).write(name, b"")
+    unlink = os.unlink
+
+    def refuse(path: object, **how: object) -> None:
+        if os.path.basename(str(path)) == "2":
+            raise PermissionError(1, "Operation not permitted", path)
+        unlink(path, **how)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        with pytest.raises(PermissionError, match="not permitted"):
+            LocalDirectory(str(tmp_path / "tree")).remove()
+    assert LocalDirectory(str(tmp_path / "tree")).walk() == (["a/2"], ["a", ""])

@@ -178,6 +178,16 @@ class DirectoryConformance:
         (directory / "empty").remove_if_empty()
         assert directory.entries() == [Entry("below", True)]
 
+    def test_a_touch_renews_the_time_of_the_last_change(self, directory: Directory) -> None:
+        (directory / "below").make()
+        first = (directory / "below").status()
+        (directory / "below").touch()
+        second = (directory / "below").status()
+        assert first is not None and second is not None
+        assert first.modified_nsecs <= second.modified_nsecs != 0
+        with refused(FileNotFoundError, f"{directory.path}/absent"):
+            (directory / "absent").touch()
+
     # Lasting.
 
     def test_files_and_directories_are_made_durable(self, directory: Directory) -> None:

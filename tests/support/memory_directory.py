@@ -35,6 +35,7 @@ class MemoryStore:
         self.capabilities = frozenset(capabilities)
         self.mutex = threading.RLock()
         self.directories = {"/"}
+        self.touched: dict[str, int] = {}
         self.locks: dict[str, _MemoryLock] = {}
         self.prefix = f"test-{next(_serials)}"
         self.files = ts.KvStore.open(
@@ -151,7 +152,9 @@ class MemoryDirectory:
                 generation = found.stamp.generation
                 nsecs = self._store.modified_nsecs(path, generation)
                 return Status("file", len(found.value), nsecs, generation)
-            return Status("directory", 0, 0, path) if self._store.has_directory(path) else None
+            if not self._store.has_directory(path):
+                return None
+            return Status("directory", 0, self._store.touched.get(path, 0), path)
 
     def entries(self) -> list[Entry]:
         with self._store.mutex:
@@ -214,6 +217,10 @@ class MemoryDirectory:
                     self._store.directories.add(above)
                     above = posixpath.dirname(above)
             self._store.files.write(path, data).result()
+
+    def touch(self) -> None:
+        self._need_directory(self.path)
+        self._store.touched[self.path] = time.time_ns()
 
     def remove(self, name: str = "") -> None:
         with self._store.mutex:

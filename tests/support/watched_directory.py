@@ -131,6 +131,9 @@ class WatchedDirectory:
             "write", name, lambda: self.inner.write(name, data, only_if_absent=only_if_absent)
         )
 
+    def touch(self) -> None:
+        self._call("touch", "", self.inner.touch)
+
     def remove(self, name: str = "") -> None:
         self._call("remove", name, lambda: self.inner.remove(name))
 

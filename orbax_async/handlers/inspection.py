@@ -102,9 +102,7 @@ class _Inspection:
     def begin(self, options: ambient.Context, doing: operation.Operation) -> VerifyPipeline | None:
         """Checks the documents; returns what checks the arrays. Blocks."""
         if is_of_tensors(self._directory, options):
-            for path, problem in safetensors.find_damage(
-                open_directory(os.path.abspath(self._directory))
-            ):
+            for path, problem in safetensors.find_damage(open_directory(self._directory)):
                 self._add(path, problem, "Nothing can be loaded from here without it.")
             if self.findings.damage:
                 return None

@@ -297,7 +297,7 @@ class Saving:
             path = os.path.join(path, name.format(self._processes.index))
         return await loop.to_worker(
             lambda: ArrayStore.create(
-                open_directory(os.path.abspath(path)),
+                open_directory(path),
                 ocdbt=saving.use_ocdbt,
                 zarr3=saving.use_zarr3,
                 syncs=self._processes.are_several,

@@ -33,7 +33,7 @@ class StoredTree:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        self._files = open_directory(os.path.abspath(directory))
+        self._files = open_directory(directory)
         data = files.read_bytes(os.path.join(directory, names.TREE_METADATA))
         if data is None:
             raise errors.InvalidLayoutError(

@@ -36,7 +36,7 @@ class TensorTree(StoredTree):
     def __init__(self, path: str, options: SafetensorsOptions, *, is_for_jax: bool = False) -> None:
         self.directory = path
         self._options = options
-        self.contents = safetensors.read_headers(open_directory(os.path.abspath(path)))
+        self.contents = safetensors.read_headers(open_directory(path))
         # With a dtype of its own, a leaf is read as it is stored and cast thereafter.
         entries = tuple(
             schema.Entry(
@@ -93,7 +93,7 @@ def is_of_tensors(path: str, options: ambient.Context) -> bool:
     layout = options.checkpoint_layout
     if layout is CheckpointLayout.AUTO:
         is_orbax = os.path.exists(os.path.join(path, names.TREE_METADATA))
-        return not is_orbax and bool(safetensors.find(open_directory(os.path.abspath(path))))
+        return not is_orbax and bool(safetensors.find(open_directory(path)))
     return layout is CheckpointLayout.SAFETENSORS
 
 

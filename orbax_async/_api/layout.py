@@ -148,7 +148,7 @@ def _directories(path: str) -> list[str]:
                 f"Could not auto-detect the layout of the checkpoint at {path}: there are no "
                 f"{names.SAFETENSORS} files; and as an Orbax checkpoint: {problem}"
             )
-        if safetensors.find(path):
+        if safetensors.find(open_directory(path)):
             problem += " It holds safetensors files: set context.checkpoint_layout = 'safetensors'."
         raise errors.InvalidLayoutError(
             f"Could not recognize the checkpoint at {path} as a valid Orbax checkpoint: {problem}"
@@ -161,7 +161,7 @@ def _is_of_tensors(path: str) -> bool:
     layout = ambient.current().checkpoint_layout
     if layout is CheckpointLayout.ORBAX:
         return False
-    is_there = bool(safetensors.find(path))
+    is_there = bool(safetensors.find(open_directory(path)))
     if layout is CheckpointLayout.AUTO:
         return is_there and _problem(path) is not None
     if not is_there:

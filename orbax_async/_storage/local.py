@@ -77,10 +77,10 @@ class LocalDirectory:
 
     # Looking.
 
-    def status(self, name: str = "") -> Status | None:
-        """Returns what is known of a name; None where there is nothing."""
+    def status(self, name: str = "", *, follow_links: bool = False) -> Status | None:
+        """Returns what is known of a name, or of what a link leads to; None where nothing is."""
         try:
-            found = os.lstat(self._at(name))
+            found = os.stat(self._at(name), follow_symlinks=follow_links)
         except (FileNotFoundError, NotADirectoryError):
             return None
         kind: Kind = "file"

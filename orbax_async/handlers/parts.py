@@ -18,10 +18,10 @@ from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit.sessions import Session
 from orbax_async._engine import loop
-from orbax_async._storage import kvstore, ocdbt, zarr
+from orbax_async._storage import array_store, zarr
+from orbax_async._storage.array_store import ArrayStore, holds_ocdbt
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.json_documents import damage_in, read_json
-from orbax_async._storage.kvstore import ArrayStore
 from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import leaves
 from orbax_async.handlers.forms import TreeForm
@@ -131,13 +131,13 @@ async def put_together(directory: PathAwaitingCreation, session: Session) -> Non
       CommitError: a file can't be linked or written.
       WriteError: an array is missing.
     """
-    path = os.fspath(await directory.await_creation())
+    target = open_directory(os.fspath(await directory.await_creation()))
     if not operation.current("save").processes.is_primary:
         return
-    await loop.to_worker(_link_parts, session, open_directory(path))
-    await loop.to_worker(ocdbt.merge_process_databases, path)
+    await loop.to_worker(_link_parts, session, target)
+    await loop.to_worker(array_store.merge_process_databases, target)
     if ambient.current().array.saving.enable_post_merge_validation:
-        await loop.to_worker(_validate, path)
+        await loop.to_worker(_validate, target)
 
 
 def _link_parts(session: Session, target: Directory) -> None:
@@ -193,7 +193,7 @@ def _write_documents(parts: Sequence[Directory], target: Directory) -> None:
 
 def _link_data(source: Directory, target: Directory, serial: str) -> None:
     """Gives the data of one part names in the directory of all."""
-    is_merged = kvstore.holds_ocdbt(source.path)  # of a finalization that was interrupted
+    is_merged = holds_ocdbt(source)  # of a finalization that was interrupted
     for name, is_directory in source.entries():
         if name in _DOCUMENTS:
             continue
@@ -202,22 +202,22 @@ def _link_data(source: Directory, target: Directory, serial: str) -> None:
         if not is_directory:
             source.link(name, target, name)
             continue
-        is_database = name.startswith(_DATABASES) and kvstore.holds_ocdbt((source / name).path)
+        is_database = name.startswith(_DATABASES) and holds_ocdbt(source / name)
         files, _ = (source / name).walk()
         for file in files:
             new = name + serial if is_database else name
             source.link(f"{name}/{file}", target, f"{new}/{file}")
 
 
-def _validate(path: str) -> None:
+def _validate(directory: Directory) -> None:
     """Checks that every array of the tree is in the store."""
-    document = open_directory(path).read(names.TREE_METADATA)
+    document = directory.read(names.TREE_METADATA)
     tree = schema.TreeDocument.load(document or b"")
     arrays = [each for each in tree.entries if not each.is_empty and each.kind != schema.STRING]
     if not arrays:
         return
-    is_ocdbt = kvstore.holds_ocdbt(path)
-    keys = ArrayStore(path, ocdbt=is_ocdbt, zarr3=tree.uses_zarr3).list_keys()
+    is_ocdbt = holds_ocdbt(directory)
+    keys = ArrayStore(directory, ocdbt=is_ocdbt, zarr3=tree.uses_zarr3).list_keys()
     for entry in arrays:
         key = zarr.document_key(entry.name, zarr3=tree.uses_zarr3)
         if key not in keys:

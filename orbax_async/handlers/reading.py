@@ -15,7 +15,7 @@ from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import LoadPipeline
 from orbax_async._storage import zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async.handlers import leaves, targets
 from orbax_async.handlers.stored import StoredTree
 from orbax_async.handlers.tensors import TensorTree, open_tree, replicated

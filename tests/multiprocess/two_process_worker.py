@@ -185,7 +185,7 @@ def saves(index: int, folder: Path) -> Report:
     import jax
 
     import orbax_async as ocp
-    from orbax_async._storage.kvstore import ArrayStore
+    from orbax_async._storage.array_store import ArrayStore
 
     report: Report = {}
     if index == 0:

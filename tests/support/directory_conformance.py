@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import tensorstore as ts
 
-from orbax_async._storage.directory import Capability, Directory, Entry
-from orbax_async._storage.kvstore import shared_context
+from orbax_async._storage.array_store import shared_context
+from orbax_async._storage.directory import Capability, Directory, Entry, sizes
 
 
 class DirectoryConformance:
@@ -62,6 +62,8 @@ class DirectoryConformance:
         assert found["file"] is not None
         assert found["file"].nbytes == 5
         assert (directory / "below").status() == found["below"]
+        for name, each in found.items():  # no link is among them
+            assert directory.status(name, follow_links=True) == each
         assert directory.status("file/below") is None
 
     def test_status_tells_a_file_from_the_next_of_its_name(self, directory: Directory) -> None:
@@ -98,6 +100,13 @@ class DirectoryConformance:
         assert directories.index("a/deep") < directories.index("a")
         files, directories = (directory / "a").walk()
         assert (sorted(files), directories) == (["1", "deep/2"], ["deep", ""])
+
+    def test_sizes_are_those_of_all_files(self, directory: Directory) -> None:
+        for name in ("b", "a/1", "a/deep/22"):
+            directory.write(name, name.encode())
+        (directory / "empty").make()
+        assert sizes(directory) == {"b": 1, "a/1": 3, "a/deep/22": 9}
+        assert sizes(directory / "absent") == {}
 
     @pytest.mark.parametrize(
         ("start", "nbytes"), [(0, None), (3, None), (3, 4), (0, 0), (8, 5), (10, None), (20, 5)]

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import tensorstore as ts
 
+from orbax_async._storage.array_store import shared_context
 from orbax_async._storage.directory import Capability, Entry, Status
-from orbax_async._storage.kvstore import shared_context
 
 LIKE_A_FILE_SYSTEM = frozenset(Capability) - {Capability.MAP}
 LIKE_A_BUCKET: frozenset[Capability] = frozenset()
@@ -144,7 +144,7 @@ class MemoryDirectory:
 
     # Looking.
 
-    def status(self, name: str = "") -> Status | None:
+    def status(self, name: str = "", *, follow_links: bool = False) -> Status | None:
         path = self._at(name)
         with self._store.mutex:
             found = self._store.files.read(path).result()

@@ -107,8 +107,10 @@ class WatchedDirectory:
 
     # Looking.
 
-    def status(self, name: str = "") -> Status | None:
-        return self._call("status", name, lambda: self.inner.status(name))
+    def status(self, name: str = "", *, follow_links: bool = False) -> Status | None:
+        return self._call(
+            "status", name, lambda: self.inner.status(name, follow_links=follow_links)
+        )
 
     def entries(self) -> list[Entry]:
         return self._call("entries", "", self.inner.entries)

@@ -11,7 +11,7 @@ import numpy as np
 
 from orbax_async._engine.capture import Mode, Piece
 from orbax_async._engine.plan import ShardSpec
-from orbax_async._storage import zarr
+from orbax_async._storage import codecs, zarr
 from orbax_async.tree import keypath, schema
 from orbax_async.tree.keypath import KeyPath
 
@@ -46,17 +46,17 @@ class Storage(NamedTuple):
     chunk_shape: tuple[int, ...]
     mode: Mode
     is_small: bool
-    encoding: zarr.Encoding | None
+    encoding: codecs.Encoding | None
     min_saving: float
     is_separate: bool
     zarr3: bool
 
     @property
-    def likely_encoding(self) -> zarr.Encoding:
+    def likely_encoding(self) -> codecs.Encoding:
         """How chunks are encoded, or mostly will be: for narrow floats and integers zstd pays."""
         return self.encoding or ("raw" if self.dtype.itemsize > 2 else "zstd")
 
-    def reencodes(self, encoding: zarr.Encoding | None) -> bool:
+    def reencodes(self, encoding: codecs.Encoding | None) -> bool:
         """Says whether an encoding makes other bytes than the array has, which take memory."""
         return not self.zarr3 or encoding != "raw"
 
@@ -131,7 +131,7 @@ class Leaf:
         """
         return schema.Entry(self.keys, self.kind, self.name, write_shape, self.private)
 
-    def document(self, encoding: zarr.Encoding) -> bytes:
+    def document(self, encoding: codecs.Encoding) -> bytes:
         """Returns the metadata document of its array."""
         storage, dtype_name = self.storage, zarr.name_of(self.storage.dtype)
         assert self.shape is not None

@@ -33,7 +33,7 @@ from orbax_async._engine.host_memory import aligned_empty, lies_on_host
 from orbax_async._engine.place import free_nbytes, place, send
 from orbax_async._engine.plan import ReadRequest
 from orbax_async._storage import zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async._trace import Recorder
 from orbax_async.options import ArrayOptions
 from orbax_async.tree import keypath

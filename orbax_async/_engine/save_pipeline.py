@@ -27,8 +27,8 @@ from orbax_async._engine.budget import BatchSlots, ByteBudget
 from orbax_async._engine.capture import Piece, capture, copy_small
 from orbax_async._engine.host_memory import give_back_freed
 from orbax_async._engine.leaf import Leaf
-from orbax_async._storage import zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage import codecs, zarr
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async._trace import Recorder
 
 __all__ = ["SavePipeline"]
@@ -104,7 +104,7 @@ class SavePipeline:
         self._encoding_budget = ByteBudget(_ENCODED_NBYTES)
         self._unstaged = Counter(itertools.chain.from_iterable(each.counted for each in batches))
         self._unwritten = self._unstaged.copy()
-        self._sampled: dict[int, zarr.Encoding] = {}
+        self._sampled: dict[int, codecs.Encoding] = {}
         self._to_write_back: set[ArrayStore] = set()
         self._is_starting_writeback = False
         nbytes = sum(batch.nbytes for batch in batches)
@@ -293,10 +293,10 @@ class SavePipeline:
                         for index, chunk in _chunks(leaf, request.box, array):
                             _put_checksums(values, leaf, index, chunk, may_copy=key is None)
                 elif key is not None:
-                    values[key] = zarr.encode_stored(array)
+                    values[key] = codecs.encode_stored(array)
                 else:
                     for index, chunk in _chunks(leaf, request.box, array):
-                        values[leaf.chunk_key(index)] = zarr.encode_stored(chunk)
+                        values[leaf.chunk_key(index)] = codecs.encode_stored(chunk)
             except Exception as error:
                 raise errors.WriteError(leaf.label, f"cannot be written: {error}") from error
         for first in batch.undecided:
@@ -306,14 +306,14 @@ class SavePipeline:
             values[key] = document
         return transaction, pending
 
-    def _encoding(self, index: int, array: np.ndarray[Any, Any] | None) -> zarr.Encoding:
+    def _encoding(self, index: int, array: np.ndarray[Any, Any] | None) -> codecs.Encoding:
         """Decides once how a leaf is encoded, by the first of its pieces that gets here.
 
         Pieces of one leaf may be in several batches, which are filled on several workers.
         """
         found = self._sampled.get(index)
         if found is None:
-            saving = 0.0 if array is None else zarr.compression_saving(array)
+            saving = 0.0 if array is None else codecs.compression_saving(array)
             is_worth_it = saving >= self._leaves[index].storage.min_saving
             found = self._sampled.setdefault(index, "zstd" if is_worth_it else "raw")
         return found
@@ -361,4 +361,4 @@ def _put_checksums(
     """Adds the checksums of a chunk's blocks, with which loads read it without TensorStore."""
     whole = np.ascontiguousarray(chunk) if may_copy else chunk
     if whole.flags.c_contiguous:  # not worth a copy of a whole piece
-        values[zarr.checksums_key(leaf.name, index)] = zarr.block_checksums(whole)
+        values[zarr.checksums_key(leaf.name, index)] = codecs.block_checksums(whole)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from orbax_async import _names as names
 from orbax_async import registration
-from orbax_async.handlers.additions import PartsHandler
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler, ProtoHandler
+from orbax_async.handlers.parts import PartsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.stateful import StatefulCheckpointableHandler
 

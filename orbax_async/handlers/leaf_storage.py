@@ -19,7 +19,7 @@ from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._engine import capture, plan
 from orbax_async._engine.leaf import Leaf, Storage
-from orbax_async._storage import zarr
+from orbax_async._storage import codecs, zarr
 from orbax_async.handlers import kinds, leaves, shardings
 from orbax_async.options import ArrayOptions
 from orbax_async.tree.keypath import JaxKeyPath
@@ -173,7 +173,7 @@ def _max_count(
     return None if nbytes is None else nbytes // dtype.itemsize
 
 
-def _encoding(chunk_nbytes: int, saving: _Saving) -> zarr.Encoding | None:
+def _encoding(chunk_nbytes: int, saving: _Saving) -> codecs.Encoding | None:
     """Returns how chunks are encoded; None where a sample of the values decides."""
     if chunk_nbytes <= _STORED_NBYTES:
         return "stored"

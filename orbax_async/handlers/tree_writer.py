@@ -11,8 +11,8 @@ from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
 from orbax_async._engine.save_pipeline import SavePipeline
-from orbax_async._storage import files, ocdbt
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.array_store import ArrayStore, merge_process_databases
+from orbax_async._storage.openers import open_directory
 from orbax_async.handlers.status import StatusReporter
 from orbax_async.handlers.write_plan import PreparedTree
 from orbax_async.path import PathAwaitingCreation
@@ -65,7 +65,7 @@ class TreeWriter:
         if not self._processes.is_primary:
             return
         if self._is_divided and not self._is_part:
-            await loop.to_worker(ocdbt.merge_process_databases, path)
+            await loop.to_worker(merge_process_databases, open_directory(path))
             if self._plan.saving.enable_post_merge_validation:
                 await loop.to_worker(self._validate, path)
         await loop.to_worker(self._write_documents, path)
@@ -77,11 +77,10 @@ class TreeWriter:
             name = names.PROCESS_REPLICA_DATABASE if is_separate else names.PROCESS_DATABASE
             path = os.path.join(path, name.format(self._processes.index))
         return await loop.to_worker(
-            lambda: ArrayStore(
-                path,
+            lambda: ArrayStore.create(
+                open_directory(path),
                 ocdbt=saving.use_ocdbt,
                 zarr3=saving.use_zarr3,
-                create=True,
                 syncs=self._processes.are_several,
                 target_data_file_nbytes=saving.ocdbt_target_data_file_size,
             )
@@ -91,20 +90,19 @@ class TreeWriter:
         documents = dict(self._plan.documents)
         if self._strings is not None:
             documents[names.STRINGS] = self._strings
-        try:
-            for name, data in documents.items():
-                files.write_bytes(os.path.join(path, name), data)
-        except OSError as error:
-            raise errors.CommitError(
-                f"cannot write {name} in {path}: {error.strerror or error}"
-            ) from error
+        directory = open_directory(path)
+        for name, data in documents.items():
+            with errors.reported_as(errors.CommitError, f"cannot write {name} in {path}"):
+                directory.write(name, data)
 
     def _validate(self, path: str) -> None:
         """Checks that every array that was planned is in the merged store."""
         saving = self._plan.saving
         if not self._plan.arrays:
             return
-        keys = ArrayStore(path, ocdbt=saving.use_ocdbt, zarr3=saving.use_zarr3).list_keys()
+        keys = ArrayStore(
+            open_directory(path), ocdbt=saving.use_ocdbt, zarr3=saving.use_zarr3
+        ).list_keys()
         for leaf in self._plan.arrays:
             assert leaf.shape is not None
             sides = zip(leaf.shape, leaf.storage.chunk_shape, strict=True)

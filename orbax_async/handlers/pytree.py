@@ -81,16 +81,19 @@ class PyTreeHandler:
             else self.flatten(checkpointable)
         )
         doing = operation.current("save")
-        # A tree that a handler of the user's passes on may be only a part of what that captures.
-        is_all = prepared is checkpointable
-        writer = TreeWriter(prepared, doing, is_part=self._partial_save_mode)
-        pipeline = writer.pipeline
+
+        def release_caller(is_all: bool) -> None:
+            # A tree that a user's handler passes on may be only a part of what that captures.
+            if prepared is checkpointable:
+                doing.release_caller(directory.path.name, is_captured=is_all)
+
+        writer = TreeWriter(
+            prepared, doing, release_caller=release_caller, is_part=self._partial_save_mode
+        )
+        await writer.pipeline.capture()
         running = doing.background(lambda: writer.run(directory))
         try:
-            await pipeline.released.wait()
-            if is_all and not pipeline.staged.is_set():
-                doing.release_caller(directory.path.name, is_captured=False)
-            await pipeline.staged.wait()
+            await writer.pipeline.staged.wait()
         except BaseException:
             await running.cancel()
             raise

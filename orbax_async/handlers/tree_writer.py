@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
+from collections.abc import Callable
 
 from orbax_async import _names as names
 from orbax_async import _operation as operation
@@ -26,11 +27,17 @@ class TreeWriter:
     Args:
       prepared: the tree.
       doing: the operation that it belongs to.
+      release_caller: see `SavePipeline`.
       is_part: whether its arrays stay in databases of their own, to be merged later.
     """
 
     def __init__(
-        self, prepared: PreparedTree, doing: operation.Operation, *, is_part: bool = False
+        self,
+        prepared: PreparedTree,
+        doing: operation.Operation,
+        *,
+        release_caller: Callable[[bool], object],
+        is_part: bool = False,
     ) -> None:
         self._plan = plan = prepared.plan
         self._strings = prepared.strings
@@ -53,8 +60,9 @@ class TreeWriter:
             write_budget=doing.write_budget,
             transfer_budget=doing.transfer_budget,
             recorder=doing.recorder,
-            reporter=reporter,
+            release_caller=release_caller,
             may_delay=plan.may_delay,
+            reporter=reporter,
         )
 
     async def run(self, directory: PathAwaitingCreation) -> None:

@@ -57,7 +57,8 @@ class Reporter(Protocol):
 class SavePipeline:
     """Captures and writes the arrays of one save.
 
-    Tier 1 ends when `staged` is set, tier 2 when `run` returns.
+    Tier 1 ends when `staged` is set, tier 2 when `run` returns. `released` is set when all is
+    captured for which the caller has to wait: everything but what is, and may be, delayed.
 
     Args:
       leaves: every leaf that is stored as an array.
@@ -66,8 +67,6 @@ class SavePipeline:
       write_budget: bytes that are being written.
       transfer_budget: bytes that were copied and are not written yet.
       recorder: counts and times.
-      release_caller: called when all is captured for which the caller has to wait, with whether
-        that is all.
       may_delay: whether the caller goes on before delayed leaves are captured.
       reporter: is told of each leaf, unless it is None.
     """
@@ -81,18 +80,17 @@ class SavePipeline:
         write_budget: ByteBudget,
         transfer_budget: ByteBudget,
         recorder: Recorder,
-        release_caller: Callable[[bool], object] = lambda is_all: None,
         may_delay: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
         self.staged = anyio.Event()
+        self.released = anyio.Event()
         self.write_budget = write_budget
         self.transfer_budget = transfer_budget
         self._leaves = leaves
         self._batches = batches
         self._arrays = arrays
         self._recorder = recorder
-        self._release_caller = release_caller
         self._may_delay = may_delay
         self._reporter = reporter
         # Only a limit calls for it: the caller may be waiting, and both want the interpreter lock.
@@ -135,6 +133,7 @@ class SavePipeline:
                             break
                         await self._capture_next()
         finally:
+            self.released.set()
             self.staged.set()
         self._recorder.enter("written")
 
@@ -166,7 +165,7 @@ class SavePipeline:
     async def _capture_next(self) -> None:
         batches = self._uncaptured.popleft()
         if self._may_delay and batches[0].is_delayed:
-            self._release_caller(False)
+            self.released.set()
         nbytes = sum(batch.staging_nbytes for batch in batches)
         await self.transfer_budget.acquire(nbytes)
         try:
@@ -178,7 +177,7 @@ class SavePipeline:
         if not self._uncaptured:
             self._arrays = ()  # nothing here keeps the caller's arrays
             self._recorder.enter("staged")
-            self._release_caller(True)
+            self.released.set()
             self.staged.set()
 
     def _capture_some(self, batches: Sequence[WriteBatch]) -> list[list[Piece]]:

@@ -82,18 +82,19 @@ class PyTreeHandler:
         )
         doing = operation.current("save")
 
-        def release_caller(is_all: bool) -> None:
-            # A tree that a user's handler passes on may be only a part of what that captures.
-            if prepared is checkpointable:
-                doing.release_caller(directory.path.name, is_captured=is_all)
-
-        writer = TreeWriter(
-            prepared, doing, release_caller=release_caller, is_part=self._partial_save_mode
-        )
-        await writer.pipeline.capture()
+        writer = TreeWriter(prepared, doing, is_part=self._partial_save_mode)
+        pipeline = writer.pipeline
+        await pipeline.capture()
+        if pipeline.staged.is_set():
+            return writer.run(directory)
+        # Copies are limited: some have to be written before the others are made.
         running = doing.background(lambda: writer.run(directory))
         try:
-            await writer.pipeline.staged.wait()
+            await pipeline.released.wait()
+            # A tree that a user's handler passes on may be only a part of what that captures.
+            if prepared is checkpointable:
+                doing.release_caller(directory.path.name, is_captured=False)
+            await pipeline.staged.wait()
         except BaseException:
             await running.cancel()
             raise

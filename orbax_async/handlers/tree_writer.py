@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable
 
 from orbax_async import _names as names
 from orbax_async import _operation as operation
@@ -27,7 +26,6 @@ class TreeWriter:
     Args:
       prepared: the tree.
       doing: the operation that it belongs to.
-      release_caller: see `SavePipeline`.
       is_part: whether its arrays stay in databases of their own, to be merged later.
     """
 
@@ -36,7 +34,6 @@ class TreeWriter:
         prepared: PreparedTree,
         doing: operation.Operation,
         *,
-        release_caller: Callable[[bool], object],
         is_part: bool = False,
     ) -> None:
         self._plan = plan = prepared.plan
@@ -60,7 +57,6 @@ class TreeWriter:
             write_budget=doing.write_budget,
             transfer_budget=doing.transfer_budget,
             recorder=doing.recorder,
-            release_caller=release_caller,
             may_delay=plan.may_delay,
             reporter=reporter,
         )

@@ -21,6 +21,7 @@ from orbax_async._engine import loop
 from orbax_async._storage import files, kvstore, ocdbt, zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import leaves
+from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.write_plan import WritePlan
 from orbax_async.path import PathAwaitingCreation
 from orbax_async.tree import keypath, schema, union
@@ -141,12 +142,14 @@ def _read_trees(additions: list[str]) -> list[tuple[str, schema.TreeDocument]]:
     return trees
 
 
-class PartsHandler:
-    """Makes one tree of the partial saves of a session; it is called a `PyTreeHandler` on disk."""
+class PartsHandler(PyTreeHandler):
+    """Saves all partial saves of a session as one tree."""
 
-    async def save(self, directory: PathAwaitingCreation, session: Session) -> Awaitable[None]:
+    async def save(
+        self, directory: PathAwaitingCreation, checkpointable: Session
+    ) -> Awaitable[None]:
         """Captures nothing, and returns what writes the tree."""
-        return _put_together(directory, session)
+        return _put_together(directory, checkpointable)
 
 
 async def _put_together(directory: PathAwaitingCreation, session: Session) -> None:

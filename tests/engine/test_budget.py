@@ -182,7 +182,9 @@ STEPS = st.lists(st.tuples(ASKS | STOPS, st.booleans()), max_size=30)
 
 
 @given(steps=STEPS)
-async def test_i2_a_budget_behaves_like_its_model(steps: list[tuple[tuple[str, int], bool]]) -> None:
+async def test_i2_a_budget_behaves_like_its_model(
+    steps: list[tuple[tuple[str, int], bool]],
+) -> None:
     """After any asks, stops and cancellations, the same borrowers hold the same bytes."""
     model = Model(10)
     budget = ByteBudget(10)

@@ -323,13 +323,14 @@ def test_the_plan_of_one_structure_is_made_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With storage options set, a second save of the same structure plans nothing anew."""
-    made = []
+    made: list[int] = []
     write_batches = write_plan.write_batches
-    monkeypatch.setattr(
-        write_plan,
-        "write_batches",
-        lambda *args, **kwargs: made.append(1) or write_batches(*args, **kwargs),
-    )
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        made.append(1)
+        return write_batches(*args, **kwargs)
+
+    monkeypatch.setattr(write_plan, "write_batches", noted)
     state = {"w": jnp.arange(49.0).reshape(7, 7)}
     with with_saving(storage_options=StorageOptions(chunk_byte_size=28, dtype=np.float16)):
         for name in "abc":

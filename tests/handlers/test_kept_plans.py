@@ -181,7 +181,7 @@ def test_a_definition_that_cannot_be_compared_is_saved_all_the_same(
 
 
 def test_a_known_structure_with_a_bad_leaf_is_refused(tmp_path: Path) -> None:
-    """A deleted array or an int that is too large is told by key path, with a kept plan or without."""
+    """A deleted array or an int that is too large is told by key path, kept plan or not."""
     good = {"a": [jnp.ones(3), 5]}
     ocp.save(tmp_path / "good", good)
     gone = jnp.ones(3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from orbax_async._engine import plan
@@ -33,11 +34,12 @@ class WriteBatch:
       leaves: every leaf that is stored as an array.
       requests: the pieces.
       first_of: the leaves whose metadata documents are written with them.
+      leaf_count: of how many leaves nothing follows.
       small_nbytes: the most bytes of small arrays to copy; see `copy_small`.
 
     Attributes:
       requests: in the order of the plan.
-      counted: of each piece, which leaf it is of; without pieces, of each document.
+      leaf_count: of how many leaves nothing follows.
       nbytes: the bytes of all of them.
       staging_nbytes: the bytes of those that take memory to capture, and are not prioritized.
       encoded_nbytes: the bytes of those that will be re-encoded, whatever a sample says.
@@ -55,11 +57,12 @@ class WriteBatch:
         leaves: Sequence[Leaf],
         requests: Sequence[WriteRequest],
         first_of: Sequence[int],
+        leaf_count: int,
         small_nbytes: int,
     ) -> None:
         storages = [leaves[request.leaf].storage for request in requests]
         self.requests = requests
-        self.counted = [request.leaf for request in requests] or first_of
+        self.leaf_count = leaf_count
         self.nbytes = sum(request.nbytes for request in requests)
         self.staging_nbytes = self.encoded_nbytes = 0
         self.sampled: list[WriteRequest] = []
@@ -145,17 +148,20 @@ def write_batches(
     # Each kind in a row, so that there are few batches.
     in_order = sorted(requests, key=lambda request: (request.priority, goes_to(request)))
     kinds = itertools.groupby(in_order, lambda request: (goes_to(request), request.priority > 1))
+    left = Counter(request.leaf for request in requests)
     undocumented = set(range(len(leaves))) if writes_documents else set()
     room = 0 if is_limited else _SMALL_NBYTES_IN_ALL
     batches: list[WriteBatch] = []
     for _, alike in kinds:
         first_nbytes = None if batches else _FIRST_NBYTES
         for group in plan.batches(alike, target_nbytes, first_nbytes=first_nbytes, weigh=weight):
-            here = dict.fromkeys(request.leaf for request in group)
+            here = Counter(request.leaf for request in group)
+            left.subtract(here)
+            leaf_count = sum(not left[leaf] for leaf in here)
             first_of = [leaf for leaf in here if leaf in undocumented]
             undocumented.difference_update(first_of)
-            batches.append(WriteBatch(leaves, group, first_of, room))
+            batches.append(WriteBatch(leaves, group, first_of, leaf_count, room))
             room -= sum(sum(each.nbytes) for each in batches[-1].small)
     if undocumented:  # of leaves of which this process writes no piece
-        batches.append(WriteBatch(leaves, [], sorted(undocumented), 0))
+        batches.append(WriteBatch(leaves, [], sorted(undocumented), len(undocumented), 0))
     return batches

@@ -161,31 +161,30 @@ def _is_on_one_cpu(sharding: jax.sharding.Sharding) -> bool:
     return bool(devices_of(sharding)[0].platform == "cpu")
 
 
-def copy_small(arrays: Sequence[Piece], groups: Sequence[SmallGroup]) -> dict[int, Piece]:
+def copy_small(
+    arrays: Sequence[Piece], groups: Sequence[SmallGroup], pieces: list[Piece | None]
+) -> None:
     """I3: copies small jax arrays, without letting go of the interpreter lock for each.
+
+    One that can't be copied is left out, for `capture` to say what is wrong with it.
 
     Args:
       arrays: those of all leaves.
       groups: which of them to copy.
-
-    Returns:
-      Copies by their place in the batch. One that can't be copied is left out, for `capture` to
-      say what is wrong with it.
+      pieces: those of the batch, where the copies go.
     """
-    copies: dict[int, Piece] = {}
     try:
         jax.block_until_ready([arrays[leaf] for group in groups for leaf in group.leaves])
         for places, leaves, shapes, dtypes, nbytes in gil.sliced(groups):
             sources = [arrays[leaf] for leaf in leaves]
-            copied = list(map(_array_over, shapes, dtypes, gil.bytes_of(sources, nbytes)))
-            for place, source, copy in zip(places, sources, copied, strict=True):
+            copies = list(map(_array_over, shapes, dtypes, gil.bytes_of(sources, nbytes)))
+            for place, source, copied in zip(places, sources, copies, strict=True):
                 # It may be donated meanwhile, against the rules, by a thread that computes. XLA
                 # marks it as deleted before it writes to its memory.
                 if not source.is_deleted():  # type: ignore[union-attr]
-                    copies[place] = copy
+                    pieces[place] = copied
     except (RuntimeError, ValueError):
         pass  # one was deleted, or what computes it has failed
-    return copies
 
 
 _array_over: Callable[..., Piece] = np.ndarray

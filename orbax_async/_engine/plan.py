@@ -42,7 +42,6 @@ __all__ = [
     "box_shape",
     "chunk_regions",
     "chunk_shape",
-    "count_off",
     "plan_writes",
     "read_regions",
     "rows",
@@ -394,17 +393,3 @@ def batches(
         weight += own
     if batch:
         yield batch
-
-
-def count_off(left: dict[int, int], leaves: Iterable[int]) -> int:
-    """Counts pieces of leaves as done; returns how many leaves have none left.
-
-    Args:
-      left: by leaf, how many of its pieces are still to be done.
-      leaves: the leaf of each piece that is done now.
-    """
-    done = 0
-    for leaf in leaves:
-        left[leaf] -= 1
-        done += not left[leaf]
-    return done

@@ -9,9 +9,9 @@ returns every reservation.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import os
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -67,8 +67,8 @@ class SavePipeline:
       write_budget: bytes that are being written.
       transfer_budget: bytes that were copied and are not written yet.
       recorder: counts and times.
-      reporter: is told of each leaf, unless it is None.
       may_delay: whether the caller goes on before delayed leaves are captured.
+      reporter: is told of each leaf, unless it is None.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class SavePipeline:
         write_budget: ByteBudget,
         transfer_budget: ByteBudget,
         recorder: Recorder,
-        reporter: Reporter | None = None,
         may_delay: bool = False,
+        reporter: Reporter | None = None,
     ) -> None:
         self.staged = anyio.Event()
         self.released = anyio.Event()
@@ -91,27 +91,33 @@ class SavePipeline:
         self._batches = batches
         self._arrays = arrays
         self._recorder = recorder
-        self._reporter = reporter
         self._may_delay = may_delay
+        self._reporter = reporter
         # Only a limit calls for it: the caller may be waiting, and both want the interpreter lock.
         self._writes_while_staging = transfer_budget.limit_nbytes is not None and any(
             batch.staging_nbytes for batch in batches
         )
+        self._uncaptured = collections.deque(self._together())
+        self._captured: collections.deque[tuple[WriteBatch, list[Piece]]] = collections.deque()
         self._stores: dict[bool, ArrayStore] = {}
         self._stores_are_open = anyio.Event()
         self._slots = BatchSlots()
         self._filling = anyio.Semaphore(_FILLED_AT_ONCE)
         self._encoding_budget = ByteBudget(_ENCODED_NBYTES)
-        self._unstaged = Counter(itertools.chain.from_iterable(each.counted for each in batches))
-        self._unwritten = self._unstaged.copy()
         self._sampled: dict[int, codecs.Encoding] = {}
         self._to_write_back: set[ArrayStore] = set()
         self._is_starting_writeback = False
         nbytes = sum(batch.nbytes for batch in batches)
-        recorder.add(leaves_planned=len(self._unstaged), bytes_planned=nbytes)
+        count = sum(batch.leaf_count for batch in batches)
+        recorder.add(leaves_planned=count, bytes_planned=nbytes)
+
+    async def capture(self) -> None:
+        """Captures what waits for no budget: everything, unless copies are limited."""
+        while self._uncaptured and not self._waits_for_writes(self._uncaptured[0]):
+            await self._capture_next()
 
     async def run(self, open_store: Callable[[bool], Awaitable[ArrayStore]]) -> None:
-        """Runs to the end.
+        """Captures the rest, writes everything, and runs to the end.
 
         Args:
           open_store: opens the store of everything else, or that of what is separate.
@@ -120,7 +126,12 @@ class SavePipeline:
             with errors.ungrouped():
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._open_stores, open_store)
-                    await self._capture_all(group)
+                    while True:
+                        while self._captured:
+                            group.start_soon(self._write_captured, *self._captured.popleft())
+                        if not self._uncaptured:
+                            break
+                        await self._capture_next()
         finally:
             self.released.set()
             self.staged.set()
@@ -133,27 +144,8 @@ class SavePipeline:
 
     # Capturing.
 
-    async def _capture_all(self, writing: anyio.abc.TaskGroup) -> None:
-        """Captures batch after batch, and has each written as soon as that may be."""
-        for is_delayed, batches in self._together():
-            if is_delayed:
-                self.released.set()
-            nbytes = sum(batch.staging_nbytes for batch in batches)
-            await self.transfer_budget.acquire(nbytes)
-            try:
-                captured = await loop.to_worker(self._capture_some, batches)
-            except BaseException:
-                self.transfer_budget.release(nbytes)
-                raise
-            for batch, pieces in zip(batches, captured, strict=True):
-                writing.start_soon(self._write_captured, batch, pieces)
-        self._arrays = ()  # all is captured: nothing here keeps the caller's arrays
-        self._recorder.enter("staged")
-        self.released.set()
-        self.staged.set()
-
-    def _together(self) -> Iterator[tuple[bool, list[WriteBatch]]]:
-        """Yields the batches that one call captures, and whether the caller need not wait for them.
+    def _together(self) -> Iterator[list[WriteBatch]]:
+        """Yields the batches that one call captures.
 
         Where it takes memory each is captured by itself, when the budget has room; views are not
         worth the caller's time for more than one way to a worker and back.
@@ -161,40 +153,60 @@ class SavePipeline:
 
         def kind(numbered: tuple[int, WriteBatch]) -> tuple[bool, int]:
             number, batch = numbered
-            return self._may_delay and batch.is_delayed, number if batch.staging_nbytes else 0
+            return batch.is_delayed, number if batch.staging_nbytes else 0
 
-        kinds = itertools.groupby(enumerate(self._batches, 1), kind)
-        for (is_delayed, _), alike in kinds:
-            yield is_delayed, [batch for _, batch in alike]
+        for _, alike in itertools.groupby(enumerate(self._batches, 1), kind):
+            yield [batch for _, batch in alike]
+
+    def _waits_for_writes(self, batches: list[WriteBatch]) -> bool:
+        is_delayed = self._may_delay and batches[0].is_delayed
+        return is_delayed or (self._writes_while_staging and batches[0].staging_nbytes > 0)
+
+    async def _capture_next(self) -> None:
+        batches = self._uncaptured.popleft()
+        if self._may_delay and batches[0].is_delayed:
+            self.released.set()
+        nbytes = sum(batch.staging_nbytes for batch in batches)
+        await self.transfer_budget.acquire(nbytes)
+        try:
+            captured = await loop.to_worker(self._capture_some, batches)
+        except BaseException:
+            self.transfer_budget.release(nbytes)
+            raise
+        self._captured += zip(batches, captured, strict=True)
+        if not self._uncaptured:
+            self._arrays = ()  # nothing here keeps the caller's arrays
+            self._recorder.enter("staged")
+            self.released.set()
+            self.staged.set()
 
     def _capture_some(self, batches: Sequence[WriteBatch]) -> list[list[Piece]]:
         return [self._capture(batch) for batch in batches]
 
     def _capture(self, batch: WriteBatch) -> list[Piece]:
         """I3: takes the values of a batch; runs on a worker, in the order of the plan."""
-        reporter, pieces = self._reporter, []
+        reporter = self._reporter
+        pieces: list[Any] = [None] * len(batch.requests)
         with (
             self._recorder.span("stage", batch.nbytes),
             jax.transfer_guard("allow"),
             jax.enable_x64(True),
         ):
-            copies = copy_small(self._arrays, batch.small) if reporter is None else {}
-            for place, request in enumerate(gil.sliced(batch.requests)):
-                piece = copies.get(place)
-                if piece is None:
-                    if reporter is not None:
-                        reporter.start("transfer", [request.leaf])
-                    piece = self._captured(request)
-                    if reporter is not None:
-                        jax.block_until_ready(piece)
-                        reporter.end("transfer", [request.leaf])
-                pieces.append(piece)
-        self._recorder.add(
-            leaves_staged=plan.count_off(self._unstaged, batch.counted), bytes_staged=batch.nbytes
-        )
+            if reporter is None:
+                copy_small(self._arrays, batch.small, pieces)
+            others = [place for place, piece in enumerate(pieces) if piece is None]
+            for place in gil.sliced(others):
+                request = batch.requests[place]
+                if reporter is not None:
+                    reporter.start("transfer", [request.leaf])
+                pieces[place] = self._piece_of(request)
+                if reporter is not None:
+                    jax.block_until_ready(pieces[place])
+                    reporter.end("transfer", [request.leaf])
+        self._recorder.add(leaves_staged=batch.leaf_count, bytes_staged=batch.nbytes)
         return pieces
 
-    def _captured(self, request: plan.WriteRequest) -> Piece:
+    def _piece_of(self, request: plan.WriteRequest) -> Piece:
         leaf = self._leaves[request.leaf]
         try:
             return capture(
@@ -250,10 +262,7 @@ class SavePipeline:
             raise
         except Exception as error:
             raise self._write_error(batch, error) from error
-        self._recorder.add(
-            leaves_written=plan.count_off(self._unwritten, batch.counted),
-            bytes_written=batch.nbytes,
-        )
+        self._recorder.add(leaves_written=batch.leaf_count, bytes_written=batch.nbytes)
 
     def _encoded_nbytes(self, batch: WriteBatch) -> int:
         """Returns the bytes of a batch that are re-encoded."""

@@ -81,14 +81,18 @@ class PyTreeHandler:
             else self.flatten(checkpointable)
         )
         doing = operation.current("save")
-        # A tree that a handler of the user's passes on may be only a part of what that captures.
-        is_all = prepared is checkpointable
+
         writer = TreeWriter(prepared, doing, is_part=self._partial_save_mode)
         pipeline = writer.pipeline
+        await pipeline.capture()
+        if pipeline.staged.is_set():
+            return writer.run(directory)
+        # Copies are limited: some have to be written before the others are made.
         running = doing.background(lambda: writer.run(directory))
         try:
             await pipeline.released.wait()
-            if is_all and not pipeline.staged.is_set():
+            # A tree that a user's handler passes on may be only a part of what that captures.
+            if prepared is checkpointable:
                 doing.release_caller(directory.path.name, is_captured=False)
             await pipeline.staged.wait()
         except BaseException:

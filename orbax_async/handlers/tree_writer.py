@@ -30,7 +30,11 @@ class TreeWriter:
     """
 
     def __init__(
-        self, prepared: PreparedTree, doing: operation.Operation, *, is_part: bool = False
+        self,
+        prepared: PreparedTree,
+        doing: operation.Operation,
+        *,
+        is_part: bool = False,
     ) -> None:
         self._plan = plan = prepared.plan
         self._strings = prepared.strings
@@ -53,8 +57,8 @@ class TreeWriter:
             write_budget=doing.write_budget,
             transfer_budget=doing.transfer_budget,
             recorder=doing.recorder,
-            reporter=reporter,
             may_delay=plan.may_delay,
+            reporter=reporter,
         )
 
     async def run(self, directory: PathAwaitingCreation) -> None:

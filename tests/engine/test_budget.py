@@ -174,8 +174,8 @@ class Model:
             del self.queue[0]
 
 
-# Asks for so many bytes, or stops the borrower of a number, modulo how many there are. The flag says
-# whether the loop may run before the next step.
+# Asks for so many bytes, or stops the borrower of that number, modulo how many there are. The flag
+# says whether the loop may run before the next step.
 ASKS = st.tuples(st.just("ask"), st.integers(1, 14))
 STOPS = st.tuples(st.just("stop"), st.integers(0, 30))
 STEPS = st.lists(st.tuples(ASKS | STOPS, st.booleans()), max_size=30)

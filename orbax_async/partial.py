@@ -26,10 +26,10 @@ from orbax_async._commit.session import (
 )
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async.handlers import tiers
+from orbax_async.handlers import phases
 from orbax_async.handlers.additions import check_addition
+from orbax_async.handlers.choose import Part
 from orbax_async.handlers.pytree import PyTreeHandler
-from orbax_async.handlers.resolve import Part
 from orbax_async.options import AtomicityMode
 from orbax_async.path import PathLike, pathlike
 
@@ -103,7 +103,7 @@ def _prepare_save(operation: Operation, path: Any, state: Any, custom_metadata: 
         )
     session = Session(pathlike.absolute(path, options.file.path_class))
     metadata = json_metadata(custom_metadata)
-    with tiers.naming(names.DEFAULT_CHECKPOINTABLE):
+    with phases.naming(names.DEFAULT_CHECKPOINTABLE):
         handler = PyTreeHandler(partial_save_mode=True)
         prepared = handler.flatten(state)
     form = prepared.form

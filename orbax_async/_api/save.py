@@ -13,7 +13,7 @@ from orbax_async._api import layout
 from orbax_async._api.writing import Save, check_destination
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async.handlers import resolve, tiers
+from orbax_async.handlers import choose, phases
 from orbax_async.handlers.documents import MetricsHandler
 from orbax_async.options import AtomicityMode
 from orbax_async.path import PathLike, pathlike
@@ -219,13 +219,13 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
     metadata = json_metadata(request.custom_metadata)
     parts = []
     for name, value in named:
-        with tiers.naming(name):
+        with phases.naming(name):
             registry = options.checkpointables.registry
-            parts.append(resolve.for_saving(name, value, registry, is_state=request.is_state))
+            parts.append(choose.for_saving(name, value, registry, is_state=request.is_state))
     if request.metrics is not None:
-        with tiers.naming(names.METRICS):
+        with phases.naming(names.METRICS):
             handler = MetricsHandler()
-            parts.append(resolve.Part(names.METRICS, handler, handler.encode(request.metrics)))
+            parts.append(choose.Part(names.METRICS, handler, handler.encode(request.metrics)))
     # In place, the primary may have begun to write while the others are still on their way here.
     is_in_place = layout.commit_mode(options) is AtomicityMode.COMMIT_FILE
     may_look = operation.processes.is_primary or not is_in_place

@@ -18,8 +18,8 @@ from orbax_async._engine import loop
 from orbax_async._operation import Operation, PathLock
 from orbax_async._storage import files
 from orbax_async._trace import logger
-from orbax_async.handlers import tiers
-from orbax_async.handlers.resolve import Part
+from orbax_async.handlers import phases
+from orbax_async.handlers.choose import Part
 from orbax_async.options import AtomicityMode
 from orbax_async.path import Path
 
@@ -172,12 +172,12 @@ class Save:
         async with anyio.create_task_group() as group:
             if not created.is_set():
                 group.start_soon(self._create, created)
-            seconds = await tiers.first(
+            seconds = await phases.first(
                 [_first_tier(part, directory) for part in self._parts],
                 when_done=self._doing.release_caller,
             )
             self._parts.clear()  # all is captured: nothing here keeps the caller's objects alive
-            await tiers.second(seconds)
+            await phases.second(seconds)
 
     async def _create(self, created: anyio.Event) -> None:
         await self._lock.acquire()
@@ -292,9 +292,9 @@ def _place(doing: Operation, final: str) -> Place:
     return InPlace(final) if is_in_place else Beside(final)
 
 
-def _first_tier(part: Part, directory: _Awaited) -> tiers.Tier:
+def _first_tier(part: Part, directory: _Awaited) -> phases.Phase:
     name = str(part.name)
-    return tiers.Tier(
+    return phases.Phase(
         name, lambda: part.handler.save(directory / name, part.value), part.code("save")
     )
 

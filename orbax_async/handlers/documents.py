@@ -24,36 +24,53 @@ _PROTO_FILE = "proto.pbtxt"
 
 
 class Encoded:
-    """A document as it will be written: what tier 1 starts from."""
+    """A document as it will be written: what the first phase starts from."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
 
 
-async def _write(directory: PathAwaitingCreation, filename: str, encoded: Encoded) -> None:
-    path = os.path.join(await directory.await_creation(), filename)
-    if not operation.current().processes.is_primary:
-        return
-    try:
-        await loop.to_worker(files.write_bytes, path, encoded.data)
-    except OSError as error:
-        raise errors.CommitError(f"cannot write {path}: {error.strerror or error}") from error
+class _DocumentHandler:
+    """Saves an object as one file, of the bytes that `encode` makes of it."""
 
+    def __init__(self, filename: str) -> None:
+        self._filename = filename
 
-async def _read(path: str, parse: Callable[[str], Any]) -> Any:
-    def read() -> Any:
-        data = files.read_bytes(path)
-        if data is None:
-            raise errors.InvalidLayoutError(f"{path} is missing")
+    def encode(self, checkpointable: Any) -> Encoded:
+        """Captures an object; `save` accepts the result."""
+        raise NotImplementedError
+
+    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
+        """Captures an object (phase 1) and returns what writes it (phase 2)."""
+        is_encoded = isinstance(checkpointable, Encoded)
+        return self._write(directory, checkpointable if is_encoded else self.encode(checkpointable))
+
+    async def _write(self, directory: PathAwaitingCreation, encoded: Encoded) -> None:
+        path = os.path.join(await directory.await_creation(), self._filename)
+        if not operation.current().processes.is_primary:
+            return
         try:
-            return parse(data.decode())
-        except ValueError as error:
-            raise errors.InvalidLayoutError(f"{path} is damaged: {error}") from error
+            await loop.to_worker(files.write_bytes, path, encoded.data)
+        except OSError as error:
+            raise errors.CommitError(f"cannot write {path}: {error.strerror or error}") from error
 
-    return await loop.to_worker(read)
+    async def metadata(self, directory: Path) -> None:
+        """Returns None, the abstract form of any document: it does not say what it holds."""
 
 
-class JsonHandler:
+def _read(paths: list[str], parse: Callable[[str], Any]) -> Any:
+    """Returns what the first of some files that is there holds."""
+    path = next((path for path in paths if os.path.exists(path)), paths[0])
+    data = files.read_bytes(path)
+    if data is None:
+        raise errors.InvalidLayoutError(f"{path} is missing")
+    try:
+        return parse(data.decode())
+    except ValueError as error:
+        raise errors.InvalidLayoutError(f"{path} is damaged: {error}") from error
+
+
+class JsonHandler(_DocumentHandler):
     """Saves and loads JSON values: dicts, lists, strings, numbers, booleans and None.
 
     A value comes back as JSON has it: tuples as lists, keys as strings.
@@ -71,7 +88,8 @@ class JsonHandler:
     """
 
     def __init__(self, filename: str | None = None) -> None:
-        self._filename = filename
+        super().__init__(filename or _JSON_FILE)
+        self._names = [filename] if filename else [_JSON_FILE, _OLDER_JSON_FILE]
 
     def encode(self, checkpointable: Any) -> Encoded:
         """Captures a value; `save` accepts the result.
@@ -84,29 +102,19 @@ class JsonHandler:
         except (TypeError, ValueError, RecursionError) as error:
             raise errors.NotJsonError(_explain(checkpointable, error)) from None
 
-    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
-        """Captures a value (tier 1) and returns what writes it (tier 2)."""
-        is_encoded = isinstance(checkpointable, Encoded)
-        encoded = checkpointable if is_encoded else self.encode(checkpointable)
-        return _write(directory, self._filename or _JSON_FILE, encoded)
-
     async def load(self, directory: Path, abstract_checkpointable: None = None) -> Awaitable[Any]:
         """Returns what reads the value.
 
         Raises:
           AbstractLeafError: something is asked for: a document is loaded as it is.
-          InvalidLayoutError: (in tier 2) the file is missing or damaged.
+          InvalidLayoutError: (in phase 2) the file is missing or damaged.
         """
         if abstract_checkpointable is not None:
             raise errors.AbstractLeafError(
                 "", f"JSON is loaded as it is: ask for None, not for {abstract_checkpointable!r}"
             )
-        names = [self._filename] if self._filename else [_JSON_FILE, _OLDER_JSON_FILE]
-        paths = [os.path.join(directory, name) for name in names]
-        return _read(await loop.to_worker(_first_there, paths), json.loads)
-
-    async def metadata(self, directory: Path) -> None:
-        """Returns None, which is the abstract form of any JSON value."""
+        paths = [os.path.join(directory, name) for name in self._names]
+        return loop.to_worker(_read, paths, json.loads)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether JSON can hold a value."""
@@ -127,10 +135,6 @@ class MetricsHandler(JsonHandler):
         super().__init__(_METRICS_FILE)
 
 
-def _first_there(paths: list[str]) -> str:
-    return next((path for path in paths if os.path.exists(path)), paths[0])
-
-
 def _explain(value: Any, error: Exception, where: str = "") -> str:
     """Returns what JSON can't hold in a value, and where it is."""
     inner: Mapping[Any, Any] = {}
@@ -147,7 +151,7 @@ def _explain(value: Any, error: Exception, where: str = "") -> str:
     return f"not a JSON value{f' at {where}' if where else ''}: {error}"
 
 
-class ProtoHandler:
+class ProtoHandler(_DocumentHandler):
     """Saves and loads protobuf messages, as text.
 
     protobuf itself is imported when a message is at hand.
@@ -163,7 +167,7 @@ class ProtoHandler:
     """
 
     def __init__(self, filename: str = _PROTO_FILE) -> None:
-        self._filename = filename
+        super().__init__(filename)
 
     def encode(self, checkpointable: Any) -> Encoded:
         """Captures a message; `save` accepts the result.
@@ -177,12 +181,6 @@ class ProtoHandler:
             )
         return Encoded(_text_format().MessageToString(checkpointable).encode())
 
-    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
-        """Captures a message (tier 1) and returns what writes it (tier 2)."""
-        is_encoded = isinstance(checkpointable, Encoded)
-        encoded = checkpointable if is_encoded else self.encode(checkpointable)
-        return _write(directory, self._filename, encoded)
-
     async def load(
         self, directory: Path, abstract_checkpointable: type[Any] | None = None
     ) -> Awaitable[Any]:
@@ -191,7 +189,7 @@ class ProtoHandler:
         Raises:
           MissingAbstractError: no class is given.
           AbstractLeafError: what is given is no class of messages.
-          InvalidLayoutError: (in tier 2) the file is missing, or holds no such message.
+          InvalidLayoutError: (in phase 2) the file is missing, or holds no such message.
         """
         if abstract_checkpointable is None:
             raise errors.MissingAbstractError(
@@ -201,13 +199,8 @@ class ProtoHandler:
             raise errors.AbstractLeafError(
                 "", f"no class of protobuf messages, but {abstract_checkpointable!r}"
             )
-        return _read(
-            os.path.join(directory, self._filename),
-            lambda text: _parse(text, abstract_checkpointable),
-        )
-
-    async def metadata(self, directory: Path) -> None:
-        """Returns None: a file does not say of which class its message is."""
+        paths = [os.path.join(directory, self._filename)]
+        return loop.to_worker(_read, paths, lambda text: _parse(text, abstract_checkpointable))
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether an object is a protobuf message."""

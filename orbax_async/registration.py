@@ -174,19 +174,29 @@ class HandlerRegistry:
         Raises:
           NoEntryError: No handler is bound to that name.
         """
-        name = _required_name(checkpointable, checkpointable_name)
-        for entry in self._entries:
-            if entry.name == name:
-                return entry.handler
-        bound = sorted(entry.name for entry in self._entries if entry.name is not None)
-        raise NoEntryError(f"no handler is bound to the checkpointable {name!r}; bound: {bound}")
+        entry = self._find(checkpointable, checkpointable_name)
+        if entry is None:
+            bound = sorted(entry.name for entry in self._entries if entry.name is not None)
+            name = checkpointable_name or checkpointable
+            raise NoEntryError(
+                f"no handler is bound to the checkpointable {name!r}; bound: {bound}"
+            )
+        return entry.handler
 
     def has(
         self, checkpointable_name: str | None = None, *, checkpointable: str | None = None
     ) -> bool:
         """Say whether a handler is bound to a name; `checkpointable` is the older spelling."""
-        name = _required_name(checkpointable, checkpointable_name)
-        return any(entry.name == name for entry in self._entries)
+        return self._find(checkpointable, checkpointable_name) is not None
+
+    def _find(self, older: str | None, newer: str | None) -> _Entry | None:
+        name = _one_name(older, newer)
+        if name is None:
+            raise TypeError("the name of a checkpointable is missing")
+        for entry in self._entries:
+            if entry.name == name:
+                return entry
+        return None
 
     def get_all_entries(self) -> list[tuple[Handler, str | None]]:
         """Return (handler, name or None) pairs, oldest first, as a list of the caller's own."""
@@ -363,10 +373,3 @@ def _one_name(older: str | None, newer: str | None) -> str | None:
             "checkpointable is the older spelling of checkpointable_name; give one of them"
         )
     return newer if older is None else older
-
-
-def _required_name(older: str | None, newer: str | None) -> str:
-    name = _one_name(older, newer)
-    if name is None:
-        raise TypeError("the name of a checkpointable is missing")
-    return name

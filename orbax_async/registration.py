@@ -209,12 +209,11 @@ class HandlerRegistry:
                 return list(entry.secondary_typestrs)
         return []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HandlerRegistry:
+    def __deepcopy__(self, memo: Any = None) -> HandlerRegistry:
         # Entries are copied, handlers shared: a ready instance must stay the one that was given.
         return HandlerRegistry(self)
 
-    def __copy__(self) -> HandlerRegistry:
-        return HandlerRegistry(self)
+    __copy__ = __deepcopy__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The global registry travels by name: in another process it is that process's own.
@@ -253,7 +252,7 @@ class ReadOnlyHandlerRegistry(HandlerRegistry):
     def __hash__(self) -> int:
         return hash(id(self._registry))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: Any = None) -> Self:
         return self
 
 

@@ -28,10 +28,10 @@ from orbax_async._commit.sessions import (
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.directory import Directory
-from orbax_async.handlers import tiers
+from orbax_async.handlers import phases
+from orbax_async.handlers.choose import Part
 from orbax_async.handlers.parts import PartsHandler, check_part
 from orbax_async.handlers.pytree import PyTreeHandler
-from orbax_async.handlers.resolve import Part
 from orbax_async.options import AtomicityMode
 from orbax_async.path import PathLike, pathlike
 
@@ -105,7 +105,7 @@ def _prepare_save(operation: Operation, path: Any, state: Any, custom_metadata: 
         )
     session = Session(pathlike.absolute(path, options.file.path_class))
     metadata = json_metadata(custom_metadata)
-    with tiers.naming(names.DEFAULT_CHECKPOINTABLE):
+    with phases.naming(names.DEFAULT_CHECKPOINTABLE):
         handler = PyTreeHandler(partial_save_mode=True)
         prepared = handler.flatten(state)
     plan = prepared.plan

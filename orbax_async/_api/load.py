@@ -15,7 +15,7 @@ from orbax_async._api.narrowing import Narrowing, Selects, Shardings
 from orbax_async._engine import loop
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async.handlers import resolve, tiers
+from orbax_async.handlers import choose, phases
 from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.path import Path, PathLike, pathlike
 from orbax_async.tree.selection import Select
@@ -112,7 +112,7 @@ def load_async(
         if isinstance(abstract_state, CheckpointMetadata):
             abstract_state = abstract_state.metadata
         registry = doing.context.checkpointables.registry
-        part = resolve.state_for_loading(
+        part = choose.state_for_loading(
             checkpointable_name, abstract_state, registry, select=select, sharding=sharding
         )
 
@@ -206,8 +206,8 @@ def load_checkpointables_async(
             parts = {}
             chosen = _chosen(contents, wanted)
             for name, abstract in chosen.items():
-                with tiers.naming(name):
-                    parts[name] = resolve.for_loading(
+                with phases.naming(name):
+                    parts[name] = choose.for_loading(
                         name,
                         abstract,
                         registry,
@@ -255,7 +255,7 @@ def _chosen(contents: layout.Contents, wanted: dict[str, Any]) -> dict[str, Any]
     return wanted
 
 
-_Found = tuple[resolve.Part, str]
+_Found = tuple[choose.Part, str]
 """What to load, and where it lies."""
 
 
@@ -266,14 +266,14 @@ def _begin(where: str, doing: Operation, take: Callable[[], Awaitable[Any]]) -> 
 async def _load(found: list[_Found], doing: Operation) -> dict[str, Any]:
     """Runs both tiers of all that is to be loaded."""
     doing.expect(part.name or "" for part, _ in found)
-    seconds = await tiers.first(
+    seconds = await phases.first(
         [_first_tier(part, directory) for part, directory in found],
         when_done=doing.release_caller,
     )
-    return await tiers.second(seconds)
+    return await phases.second(seconds)
 
 
-def _first_tier(part: resolve.Part, directory: str) -> tiers.Tier:
-    return tiers.Tier(
+def _first_tier(part: choose.Part, directory: str) -> phases.Phase:
+    return phases.Phase(
         part.name or "", lambda: part.handler.load(Path(directory), part.value), part.code("load")
     )

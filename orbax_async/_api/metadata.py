@@ -14,7 +14,7 @@ from orbax_async._operation import Operation, starting
 from orbax_async._storage.directory import sizes
 from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
-from orbax_async.handlers import foreign, resolve, tiers
+from orbax_async.handlers import choose, phases, user_code
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.tensors import TensorTree
 from orbax_async.path import Path, PathLike, pathlike
@@ -187,7 +187,7 @@ async def _abstract_form(contents: layout.Contents, name: str, doing: Operation)
     directory = contents.directory(name)
     try:
         part = await loop.to_worker(
-            lambda: resolve.for_loading(
+            lambda: choose.for_loading(
                 name,
                 None,
                 doing.context.checkpointables.registry,
@@ -200,11 +200,11 @@ async def _abstract_form(contents: layout.Contents, name: str, doing: Operation)
         logger.info("%s has no metadata: %s", directory, error)
         return None
     code = part.code("metadata")
-    with tiers.naming(name):
+    with phases.naming(name):
         if isinstance(part.handler, PyTreeHandler):
             return await part.handler.metadata(Path(directory))
         try:
-            return await foreign.awaited(part.handler.metadata(Path(directory)), str(code))
+            return await user_code.awaited(part.handler.metadata(Path(directory)), str(code))
         except Exception as error:
             logger.warning("%s has no metadata: %s", directory, error, exc_info=error)
             return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from orbax_async.handlers import resolve
+from orbax_async.handlers import choose
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.tree.selection import Select
@@ -38,8 +38,8 @@ class Narrowing:
                 PyTreeHandler().read_abstract(None, **options)
 
     def of(
-        self, parts: Mapping[str, resolve.Part], abstracts: Mapping[str, Any]
-    ) -> dict[str, resolve.Part]:
+        self, parts: Mapping[str, choose.Part], abstracts: Mapping[str, Any]
+    ) -> dict[str, choose.Part]:
         """Returns what is to be loaded, narrowed.
 
         Args:

@@ -9,7 +9,7 @@ from orbax_async import errors
 from orbax_async._api import layout
 from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
-from orbax_async.handlers import builtin
+from orbax_async.handlers.choose import TYPESTRS
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
 from orbax_async.handlers.inspection import Damage, Findings, inspect_tree
 from orbax_async.handlers.pytree import PyTreeHandler
@@ -18,8 +18,8 @@ from orbax_async.path import Path, PathLike, pathlike
 __all__ = ["Damage", "VerificationReport", "verify", "verify_async"]
 
 _SHOWN = 20
-_DOCUMENTS = {builtin.TYPESTRS[kind]: kind for kind in (JsonHandler, MetricsHandler)}
-_TREES = (builtin.TYPESTRS[PyTreeHandler],)
+_DOCUMENTS = {TYPESTRS[kind]: kind for kind in (JsonHandler, MetricsHandler)}
+_TREES = (TYPESTRS[PyTreeHandler],)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,14 @@ Does not:
 
 from __future__ import annotations
 
-from orbax_async.handlers import builtin as builtin
+from orbax_async.handlers import choose as choose
 from orbax_async.handlers.documents import JsonHandler as JsonHandler
 from orbax_async.handlers.documents import ProtoHandler as ProtoHandler
-from orbax_async.handlers.protocols import PLACEHOLDER as PLACEHOLDER
-from orbax_async.handlers.protocols import AbstractCheckpointable as AbstractCheckpointable
-from orbax_async.handlers.protocols import Checkpointable as Checkpointable
-from orbax_async.handlers.protocols import CheckpointableHandler as CheckpointableHandler
-from orbax_async.handlers.protocols import StatefulCheckpointable as StatefulCheckpointable
+from orbax_async.handlers.protocol import PLACEHOLDER as PLACEHOLDER
+from orbax_async.handlers.protocol import AbstractCheckpointable as AbstractCheckpointable
+from orbax_async.handlers.protocol import Checkpointable as Checkpointable
+from orbax_async.handlers.protocol import CheckpointableHandler as CheckpointableHandler
+from orbax_async.handlers.protocol import StatefulCheckpointable as StatefulCheckpointable
 from orbax_async.handlers.pytree import PyTreeHandler as PyTreeHandler
 from orbax_async.registration import (
     CheckpointableHandlerRegistry as CheckpointableHandlerRegistry,

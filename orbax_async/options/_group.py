@@ -247,7 +247,9 @@ class OptionGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         # For pickle and copy: a copy is nobody's, so the freeze stays behind.
-        return {name: value for name, value in vars(self).items() if name != "_freeze"}
+        options = vars(self).copy()
+        options.pop("_freeze", None)
+        return options
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self._copied()

@@ -13,8 +13,8 @@ from orbax_async import context as ambient
 from orbax_async._api import layout
 from orbax_async._api import load as loading
 from orbax_async._api import metadata as describing
+from orbax_async._api.deprecated import older_method
 from orbax_async._api.narrowing import Selects, Shardings
-from orbax_async._api.older_names import older_method
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
 from orbax_async.handlers.read_plan import ShardingFunction

@@ -37,7 +37,7 @@ from orbax_async import errors
 from orbax_async._commit import atomicity
 from orbax_async._commit.places import Beside
 from orbax_async._storage import files
-from orbax_async.tree.union import merge_json
+from orbax_async.tree.merging import merge_json
 
 try:
     import fcntl

@@ -23,7 +23,7 @@ from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import leaves
 from orbax_async.handlers.forms import TreeForm
 from orbax_async.path import PathAwaitingCreation
-from orbax_async.tree import keypath, schema, union
+from orbax_async.tree import keypath, merging, schema
 
 __all__ = ["check_addition", "put_together"]
 
@@ -52,7 +52,7 @@ def check_addition(form: TreeForm, options: ambient.Context, additions: list[str
                     f"the partial save {path} has array.saving.{name} = {theirs}, and this one "
                     f"{ours}; the parts of one checkpoint are stored alike. Save with {theirs}."
                 )
-    taken = union.Taken(as_files=not saving.use_ocdbt)
+    taken = merging.Taken(as_files=not saving.use_ocdbt)
     for _, tree in trees:
         taken.add(tree.entries)
     _refuse(
@@ -60,7 +60,7 @@ def check_addition(form: TreeForm, options: ambient.Context, additions: list[str
     )
 
 
-def _refuse(taken: union.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
+def _refuse(taken: merging.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
     refused: list[errors.LeafError] = []
     for entry in entries:
         label = keypath.label(entry.keys)
@@ -179,7 +179,7 @@ def _serial(addition: str) -> str:
 
 def _write_documents(additions: list[str], path: str) -> None:
     """Writes the documents of all additions, and refuses them if they don't fit together."""
-    taken = union.Taken()
+    taken = merging.Taken()
     formats = set()
     for _, tree in _read_trees(additions):
         _refuse(taken, tree.entries)
@@ -199,11 +199,11 @@ def _write_documents(additions: list[str], path: str) -> None:
     documents: dict[str, Any] = {}
     trees = read(names.TREE_METADATA)
     if trees:
-        documents[names.TREE_METADATA] = union.merge_trees(trees)
+        documents[names.TREE_METADATA] = merging.merge_trees(trees)
     for name in (names.SHARDINGS, names.STRINGS):
         found = read(name)
         if found:
-            documents[name] = functools.reduce(union.merge_json, found)
+            documents[name] = functools.reduce(merging.merge_json, found)
     of_processes = {
         entry.name
         for directory in directories
@@ -211,7 +211,7 @@ def _write_documents(additions: list[str], path: str) -> None:
     }
     for process in of_processes:
         name = os.path.join(names.ARRAY_METADATAS, process)
-        documents[name] = union.merge_array_metadatas(read(name))
+        documents[name] = merging.merge_array_metadatas(read(name))
     for name, document in documents.items():
         files.write_bytes(os.path.join(path, name), json.dumps(document).encode())
 

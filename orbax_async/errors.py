@@ -48,7 +48,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 __all__ = [
@@ -284,6 +284,32 @@ def with_notes(error: BaseException) -> str:
     """Returns what an error says, and the notes on it, such as the checkpointable's name."""
     notes = getattr(error, "__notes__", ())
     return f"{error} ({'; '.join(notes)})" if notes else str(error)
+
+
+@contextlib.contextmanager
+def reported_as(
+    kind: Callable[[str], CheckpointError], problem: str, advice: str = ""
+) -> Iterator[None]:
+    """Turns an OSError that is raised inside the block into an error of ours.
+
+    Errors of ours pass as they are.
+
+    Args:
+      kind: the class of the error, or what makes one from its message.
+      problem: what could not be done. The message goes on with the cause, and with the file where
+        the problem does not name it.
+      advice: sentences at the end of the message.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        message = f"{problem}: {error.strerror or error}"
+        file = error.filename
+        if file is not None and error.strerror and str(file) not in message:
+            message += f" ({file})"
+        raise kind(f"{message}. {advice}" if advice else message) from error
 
 
 @contextlib.contextmanager

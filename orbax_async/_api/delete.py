@@ -10,7 +10,7 @@ import anyio
 
 from orbax_async import errors
 from orbax_async._api import layout
-from orbax_async._commit import atomicity, removal
+from orbax_async._commit import leftovers, removal
 from orbax_async._engine import loop
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
@@ -130,7 +130,7 @@ def _is_there(path: str, name: str | None, missing_ok: bool) -> bool:
         raise ValueError(
             f"Cannot delete a checkpoint through a symlink: {path}. Delete {os.path.realpath(path)}"
         )
-    atomicity.recover(path)
+    leftovers.settle(path)
     if not os.path.lexists(path):
         if missing_ok:
             return False

@@ -12,9 +12,10 @@ import anyio
 from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._commit import atomicity, session
+from orbax_async._commit import leftovers, sessions
 from orbax_async._engine import loop
 from orbax_async._storage import files, safetensors
+from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
 from orbax_async.options import AtomicityMode, CheckpointLayout
 from orbax_async.options._file_options import mode_of_temporary_path
@@ -147,7 +148,7 @@ def _directories(path: str) -> list[str]:
                 f"Could not auto-detect the layout of the checkpoint at {path}: there are no "
                 f"{names.SAFETENSORS} files; and as an Orbax checkpoint: {problem}"
             )
-        if safetensors.find(path):
+        if safetensors.find(open_directory(path)):
             problem += " It holds safetensors files: set context.checkpoint_layout = 'safetensors'."
         raise errors.InvalidLayoutError(
             f"Could not recognize the checkpoint at {path} as a valid Orbax checkpoint: {problem}"
@@ -160,7 +161,7 @@ def _is_of_tensors(path: str) -> bool:
     layout = ambient.current().checkpoint_layout
     if layout is CheckpointLayout.ORBAX:
         return False
-    is_there = bool(safetensors.find(path))
+    is_there = bool(safetensors.find(open_directory(path)))
     if layout is CheckpointLayout.AUTO:
         return is_there and _problem(path) is not None
     if not is_there:
@@ -328,7 +329,7 @@ def _problem(path: str) -> str | None:
 
 def _contents_problem(path: str) -> str | None:
     if not os.path.lexists(path):
-        if session.find_additions(session.directory_of(path)):
+        if sessions.find_parts(open_directory(sessions.session_path(path))):
             return "its partial saves are not finalized. Call partial.finalize first."
         return "there is no such directory. Check the path."
     if not os.path.isdir(path):
@@ -347,7 +348,7 @@ def _contents_problem(path: str) -> str | None:
         return f"{names.CHECKPOINT_METADATA} is missing."
     if _is_checkpointable(path):
         return None
-    if path.endswith(names.SESSION_SUFFIX) and session.find_additions(path):
+    if path.endswith(names.SESSION_SUFFIX) and sessions.find_parts(open_directory(path)):
         return "it holds partial saves. Call partial.finalize, and load the checkpoint beside it."
     inside = sorted(entry.name for entry in files.scan(path) if entry.is_dir())
     if any(
@@ -459,7 +460,7 @@ def name_in_deletion(path: str) -> str | None:
 async def when_settled(path: str, look: Callable[[str], T]) -> T:
     """Looks at a checkpoint, once what an interrupted overwrite had set aside is put back."""
     for _ in range(_LOOKS):
-        if not await loop.to_worker(atomicity.recover, path):
+        if not await loop.to_worker(leftovers.settle, path):
             break
         await anyio.sleep(_LOOK_SECS)
     return await loop.to_worker(look, path)

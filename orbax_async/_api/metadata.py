@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from orbax_async import _names as names
@@ -12,7 +11,8 @@ from orbax_async import registration
 from orbax_async._api import layout
 from orbax_async._engine import loop
 from orbax_async._operation import Operation, starting
-from orbax_async._storage import files
+from orbax_async._storage.directory import sizes
+from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
 from orbax_async.handlers import foreign, resolve, tiers
 from orbax_async.handlers.pytree import PyTreeHandler
@@ -218,21 +218,23 @@ async def _described(path: str, metadata: T, document: dict[str, Any]) -> Checkp
         commit_timestamp_nsecs=_int(document.get("commit_timestamp_nsecs")),
         custom_metadata=document.get("custom_metadata") or {},
     )
-    described._nbytes = sum((await loop.to_worker(files.sizes, path)).values())
+    described._nbytes = sum((await loop.to_worker(sizes, open_directory(path))).values())
     return described
 
 
 def _of_tensors(path: str, options: ambient.Context) -> CheckpointMetadata[PyTreeMetadata]:
     """Returns what the headers of safetensors files say; blocks."""
     tree = TensorTree(path, options.safetensors)
-    stats = [os.stat(file) for file in tree.contents.files]
+    directory = tree.contents.directory
+    found = [directory.status(file, follow_links=True) for file in tree.contents.files]
+    stats = [each for each in found if each is not None]
     described = CheckpointMetadata(
         path,
         metadata=tree.metadata(),
-        commit_timestamp_nsecs=max(stat.st_mtime_ns for stat in stats),
+        commit_timestamp_nsecs=max((each.modified_nsecs for each in stats), default=None),
         custom_metadata=tree.contents.metadata,
     )
-    described._nbytes = sum(stat.st_size for stat in stats)
+    described._nbytes = sum(each.nbytes for each in stats)
     return described
 
 

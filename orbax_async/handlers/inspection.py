@@ -14,7 +14,8 @@ from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import ArrayRead, VerifyPipeline
 from orbax_async._storage import files, safetensors, zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.array_store import ArrayStore
+from orbax_async._storage.openers import open_directory
 from orbax_async.handlers.stored import StoredTree
 from orbax_async.handlers.tensors import TensorTree, is_of_tensors, open_tree
 from orbax_async.tree import keypath, schema, selection
@@ -99,7 +100,7 @@ class _Inspection:
     def begin(self, options: ambient.Context, doing: operation.Operation) -> VerifyPipeline | None:
         """Checks the documents; returns what checks the arrays. Blocks."""
         if is_of_tensors(self._directory, options):
-            for path, problem in safetensors.find_damage(self._directory):
+            for path, problem in safetensors.find_damage(open_directory(self._directory)):
                 self._add(path, problem, "Nothing can be loaded from here without it.")
             if self.findings.damage:
                 return None

@@ -18,9 +18,9 @@ import jax
 from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
-from orbax_async._commit.session import Session
+from orbax_async._commit.sessions import Session
 from orbax_async._engine import loop
-from orbax_async.handlers import additions, forms, ordering, read_plan, shardings, storing
+from orbax_async.handlers import forms, ordering, parts, read_plan, shardings, storing
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.read_plan import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.saving import Saving
@@ -93,7 +93,7 @@ class PyTreeHandler:
           checkpointable: a pytree, or what `flatten` made of it, or partial saves to be one.
         """
         if isinstance(checkpointable, Session):
-            return additions.put_together(directory, checkpointable)
+            return parts.put_together(directory, checkpointable)
         prepared = (
             checkpointable
             if isinstance(checkpointable, PreparedTree)

@@ -21,7 +21,7 @@ from orbax_async import errors
 from orbax_async._engine import loop, plan, transfer
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
 from orbax_async._storage import zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async._trace import logger
 from orbax_async.handlers import kinds, leaves, shardings
 from orbax_async.handlers.kinds import LeafRecord, Request

@@ -11,7 +11,8 @@ from orbax_async import _names as names
 from orbax_async import arrays, errors
 from orbax_async import context as ambient
 from orbax_async._storage import files, zarr
-from orbax_async._storage.kvstore import ArrayStore, read_index
+from orbax_async._storage.array_store import ArrayStore, holds_ocdbt, read_index
+from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import kinds
 from orbax_async.tree import keypath, rich, schema, structure
 from orbax_async.tree.keypath import KeyPath
@@ -33,12 +34,13 @@ class StoredTree:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
+        self._files = open_directory(directory)
         data = files.read_bytes(os.path.join(directory, names.TREE_METADATA))
         if data is None:
             raise errors.InvalidLayoutError(
                 f"{directory} holds no pytree: it has no {names.TREE_METADATA}"
             )
-        index = read_index(directory)
+        index = read_index(self._files)
         try:
             self.tree = schema.TreeDocument.load(data)
         except _DAMAGED as error:
@@ -47,9 +49,9 @@ class StoredTree:
             ) from error
         self.uses_ocdbt = self.tree.uses_ocdbt
         if self.uses_ocdbt is None:
-            self.uses_ocdbt = index is not None
+            self.uses_ocdbt = holds_ocdbt(self._files)
         self._index = index if self.uses_ocdbt else None
-        if self.uses_ocdbt and index is None and self.arrays:
+        if self.uses_ocdbt and self.arrays and not (index or holds_ocdbt(self._files)):
             raise errors.InvalidLayoutError(
                 f"{directory} is damaged: {names.OCDBT_MANIFEST} is missing"
             )
@@ -83,7 +85,7 @@ class StoredTree:
     def open_store(self) -> ArrayStore:
         """Opens the store of its arrays."""
         return ArrayStore(
-            self.directory,
+            self._files,
             ocdbt=bool(self.uses_ocdbt),
             zarr3=self.tree.uses_zarr3,
             direct=self._index,

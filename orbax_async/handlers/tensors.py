@@ -11,7 +11,8 @@ import numpy as np
 from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async._storage import safetensors, zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.array_store import ArrayStore
+from orbax_async._storage.openers import open_directory
 from orbax_async.handlers.stored import StoredTree
 from orbax_async.options import CheckpointLayout, SafetensorsOptions
 from orbax_async.tree import schema
@@ -35,7 +36,7 @@ class TensorTree(StoredTree):
     def __init__(self, path: str, options: SafetensorsOptions, *, is_for_jax: bool = False) -> None:
         self.directory = path
         self._options = options
-        self.contents = safetensors.read_headers(path)
+        self.contents = safetensors.read_headers(open_directory(path))
         # With a dtype of its own, a leaf is read as it is stored and cast thereafter.
         entries = tuple(
             schema.Entry(
@@ -52,12 +53,14 @@ class TensorTree(StoredTree):
 
     def open_store(self) -> ArrayStore:
         """Opens the files as a store of arrays."""
+        files = self.contents.directory
         reader = safetensors.TensorReader(
+            files,
             self.contents.tensors,
             max_over_read_ratio=self._options.max_over_read_ratio,
             read_chunk_nbytes=self._options.read_chunk_bytes,
         )
-        return ArrayStore(self.directory, ocdbt=False, zarr3=True, direct=reader)
+        return ArrayStore(files, ocdbt=False, zarr3=True, direct=reader)
 
     def documents(
         self, store: ArrayStore, entries: list[schema.Entry]
@@ -90,7 +93,7 @@ def is_of_tensors(path: str, options: ambient.Context) -> bool:
     layout = options.checkpoint_layout
     if layout is CheckpointLayout.AUTO:
         is_orbax = os.path.exists(os.path.join(path, names.TREE_METADATA))
-        return not is_orbax and bool(safetensors.find(path))
+        return not is_orbax and bool(safetensors.find(open_directory(path)))
     return layout is CheckpointLayout.SAFETENSORS
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import importlib
 import inspect
 import operator
@@ -147,6 +148,38 @@ def test_a_group_of_errors_becomes_the_first_leaf_error() -> None:
     assert first.others == (second,)
     with pytest.raises(OSError, match="alone"), errors.ungrouped():
         raise ExceptionGroup("all", [OSError("alone")])
+
+
+def test_an_os_error_is_reported_as_one_of_ours() -> None:
+    """The message names the problem, the cause, the file once, and what to do; ours pass."""
+    reported_as = errors.reported_as
+    with (
+        pytest.raises(errors.CommitError) as caught,
+        reported_as(errors.CommitError, "cannot publish /run/5", "Make room."),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", "/run/5.tmp/d/0")
+    assert str(caught.value) == (
+        "cannot publish /run/5: No space left on device (/run/5.tmp/d/0). Make room."
+    )
+    assert isinstance(caught.value.__cause__, OSError)
+    for raised, message in {
+        OSError(
+            errno.EACCES, "Permission denied", "/run/5"
+        ): "cannot open /run/5: Permission denied",
+        OSError("as it is"): "cannot open /run/5: as it is",
+    }.items():
+        with (
+            pytest.raises(errors.InvalidLayoutError, match=f"^{message}$"),
+            reported_as(errors.InvalidLayoutError, "cannot open /run/5"),
+        ):
+            raise raised
+    own = errors.DestinationExistsError("there already")
+    with (
+        pytest.raises(errors.DestinationExistsError) as caught_own,
+        reported_as(errors.CommitError, "cannot publish"),
+    ):
+        raise own
+    assert caught_own.value is own
 
 
 # Documentation.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from orbax_async import _names as names
 from orbax_async import registration
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler, ProtoHandler
+from orbax_async.handlers.parts import PartsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.stateful import StatefulCheckpointableHandler
 
@@ -19,6 +20,7 @@ STATEFUL_TYPESTR = f"{_HANDLERS}stateful_checkpointable_handler.StatefulCheckpoi
 
 TYPESTRS: dict[type, str] = {
     PyTreeHandler: names.PYTREE_TYPESTR,
+    PartsHandler: names.PYTREE_TYPESTR,
     JsonHandler: f"{_HANDLERS}json_handler.JsonHandler",
     MetricsHandler: f"{_HANDLERS}json_handler.MetricsHandler",
     ProtoHandler: f"{_HANDLERS}proto_handler.ProtoHandler",

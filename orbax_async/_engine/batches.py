@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from orbax_async._engine import plan
-from orbax_async._engine.capture import SmallGroup
+from orbax_async._engine.capture import Small
 from orbax_async._engine.leaf import Leaf
 from orbax_async._engine.plan import Box, WriteRequest
 
@@ -24,7 +24,6 @@ _BATCH_NBYTES = 128 << 20  # half as much of what is encoded, or within a limit
 _FIRST_NBYTES = 16 << 20
 # Small arrays of which copies are made; of what follows views are taken.
 _SMALL_NBYTES_IN_ALL = 16 << 20
-_SMALL_AT_ONCE = 128  # arrays for whose copies the interpreter lock is kept: 0.2 ms
 
 
 class WriteBatch:
@@ -82,7 +81,7 @@ class WriteBatch:
                 self.undecided.append(index)
             else:
                 self.documents[leaf.document_key] = leaf.document(encoding)
-        self.small = _small_groups(leaves, requests, small_nbytes)
+        self.small = _small_ones(leaves, requests, small_nbytes)
         self.is_separate = any(storage.is_separate for storage in storages[:1])
         self.is_delayed = any(request.priority > 1 for request in requests[:1])
 
@@ -100,10 +99,8 @@ def _only_index(box: Box, chunk_shape: tuple[int, ...]) -> tuple[int, ...] | Non
     return tuple(start // side for (start, _), side in zip(box, chunk_shape, strict=True))
 
 
-def _small_groups(
-    leaves: Sequence[Leaf], requests: Sequence[WriteRequest], room: int
-) -> list[SmallGroup]:
-    found = []
+def _small_ones(leaves: Sequence[Leaf], requests: Sequence[WriteRequest], room: int) -> list[Small]:
+    found: list[Small] = []
     for place, request in enumerate(requests):
         leaf = leaves[request.leaf]
         if leaf.storage.is_small and leaf.shape is not None:
@@ -112,8 +109,7 @@ def _small_groups(
             if room < 0:
                 break
             found.append((place, request.leaf, leaf.shape, leaf.dtype, nbytes))
-    groups = range(0, len(found), _SMALL_AT_ONCE)
-    return [SmallGroup(*zip(*found[at : at + _SMALL_AT_ONCE], strict=True)) for at in groups]
+    return found
 
 
 def write_batches(
@@ -161,7 +157,7 @@ def write_batches(
             first_of = [leaf for leaf in here if leaf in undocumented]
             undocumented.difference_update(first_of)
             batches.append(WriteBatch(leaves, group, first_of, leaf_count, room))
-            room -= sum(sum(each.nbytes) for each in batches[-1].small)
+            room -= sum(nbytes for *_, nbytes in batches[-1].small)
     if undocumented:  # of leaves of which this process writes no piece
         batches.append(WriteBatch(leaves, [], sorted(undocumented), len(undocumented), 0))
     return batches

@@ -105,8 +105,7 @@ class SavePipeline:
         self._filling = anyio.Semaphore(_FILLED_AT_ONCE)
         self._encoding_budget = ByteBudget(_ENCODED_NBYTES)
         self._sampled: dict[int, zarr.Encoding] = {}
-        self._to_write_back: set[ArrayStore] = set()
-        self._is_starting_writeback = False
+        self._starting_writeback = anyio.Semaphore(1)
         nbytes = sum(batch.nbytes for batch in batches)
         count = sum(batch.leaf_count for batch in batches)
         recorder.add(leaves_planned=count, bytes_planned=nbytes)
@@ -243,7 +242,10 @@ class SavePipeline:
             pieces.clear()
             self.transfer_budget.release(batch.staging_nbytes)
         if batch.nbytes >= _WRITTEN_BACK_NBYTES:
-            await self._start_writeback(store)
+            # A disk with much to do may keep whoever tells it waiting: one worker at a time.
+            async with self._starting_writeback:
+                with self._recorder.span("writeback"):
+                    await loop.to_worker(store.start_writeback)
 
     async def _write(self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]) -> None:
         try:
@@ -326,22 +328,6 @@ class SavePipeline:
             is_worth_it = saving >= self._leaves[index].storage.min_saving
             found = self._sampled.setdefault(index, "zstd" if is_worth_it else "raw")
         return found
-
-    async def _start_writeback(self, store: ArrayStore) -> None:
-        """Has the disk begin with what is written to a store, on one worker at a time.
-
-        A disk with much to do may keep that one waiting.
-        """
-        self._to_write_back.add(store)
-        if self._is_starting_writeback:
-            return
-        self._is_starting_writeback = True
-        try:
-            with self._recorder.span("writeback"):
-                while self._to_write_back:
-                    await loop.to_worker(self._to_write_back.pop().start_writeback)
-        finally:
-            self._is_starting_writeback = False
 
 
 def _chunks(

@@ -71,16 +71,14 @@ class AsyncResponse(Generic[T]):
         """
         self._check_may_block()
         try:
-            with self._recorder.waited_for():
-                return self._committed.result(timeout)
+            return self._committed.result(timeout)
         finally:
             self._note_report()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Blocks like `result`, and returns what the operation failed with, or None."""
         self._check_may_block()
-        with self._recorder.waited_for():
-            error = self._committed.exception(timeout)
+        error = self._committed.exception(timeout)
         self._note_report()
         return error
 

@@ -64,7 +64,6 @@ class Recorder:
         self._ended: float | None = None
         self._progress = Progress("planned", 0, 0, 0, 0, 0, 0, 0.0, 0.0)
         self._spans: list[Span] = []
-        self._waiting = 0
 
     def add(self, **increments: int) -> None:
         """Adds to counters of `Progress`, by name."""
@@ -79,22 +78,6 @@ class Recorder:
             self._progress = self._progress._replace(phase=phase)
             if phase in ("committed", "failed"):
                 self._ended = time.perf_counter()
-
-    @contextlib.contextmanager
-    def waited_for(self) -> Iterator[None]:
-        """Notes that a thread does nothing but wait for the end, for as long as the block takes."""
-        with self._lock:
-            self._waiting += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._waiting -= 1
-
-    @property
-    def is_waited_for(self) -> bool:
-        """Whether a thread does nothing but wait for the end: it had better come soon."""
-        return self._waiting > 0
 
     def unblock(self) -> None:
         """Notes that the caller goes on."""

@@ -43,23 +43,21 @@ class TreeWriter:
         self._is_part = is_part
         limits = (doing.write_budget.limit_nbytes, doing.transfer_budget.limit_nbytes)
         batches = plan.batches(doing.processes, limits)
-        reporter = None
+        report = None
         if plan.status_callback is not None:
             pieces = Counter(request.leaf for batch in batches for request in batch.requests)
-            reporter = StatusReporter(plan.status_callback, plan.paths, pieces)
+            report = StatusReporter(plan.status_callback, plan.paths, pieces)
         # Whether what readers open is made of others, each in its own directory.
         is_divided = doing.processes.are_several or is_part
         is_divided = is_divided or any(leaf.storage.is_separate for leaf in plan.arrays)
         self._is_divided = is_divided and plan.saving.use_ocdbt
         self.pipeline = SavePipeline(
-            plan.arrays,
             batches,
             prepared.arrays,
             write_budget=doing.write_budget,
             transfer_budget=doing.transfer_budget,
             recorder=doing.recorder,
-            may_delay=plan.may_delay,
-            reporter=reporter,
+            report=report,
         )
 
     async def run(self, directory: PathAwaitingCreation) -> None:

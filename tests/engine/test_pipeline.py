@@ -52,14 +52,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
         def _capture(self, batch: Any) -> Any:
             pieces = super()._capture(batch)
-            for request, piece in zip(batch.requests, pieces, strict=True):
-                label = self._leaves[request.leaf].label
-                seen.captured.append(label)
-                seen.pieces.setdefault(label, []).append(piece)
+            for leaf, piece in zip(batch.leaves, pieces, strict=True):
+                seen.captured.append(leaf.label)
+                seen.pieces.setdefault(leaf.label, []).append(piece)
             return list(pieces)
 
         async def _write(self, store: Any, batch: Any, *others: Any) -> None:
-            seen.written += [self._leaves[request.leaf].label for request in batch.requests]
+            seen.written += [leaf.label for leaf in batch.leaves]
             await super()._write(store, batch, *others)
 
     class Loading(load_pipeline.LoadPipeline):
@@ -520,7 +519,8 @@ def test_batches_of_small_pieces_take_little_memory(
     assert [len(batch.requests) for batch in pipeline._batches] == [8, 8]
     batch = pipeline._batches[0]
     assert pipeline._slots.of(batch.nbytes, 8) is pipeline._slots.of(8, 8)
-    assert pipeline._encoded_nbytes(batch) == batch.nbytes
+    # All of it is encoded, one batch at a time.
+    assert pipeline._encoding_budget.statistics().peak_nbytes == batch.nbytes
 
 
 def test_the_disk_gets_something_to_do_soon(

@@ -9,10 +9,10 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from orbax_async._engine import plan
-from orbax_async._engine.capture import SmallGroup
+from orbax_async._engine.capture import Small
 from orbax_async._engine.leaf import Leaf
 from orbax_async._engine.plan import Box, WriteRequest
 
@@ -24,7 +24,6 @@ _BATCH_NBYTES = 128 << 20  # half as much of what is encoded, or within a limit
 _FIRST_NBYTES = 16 << 20
 # Small arrays of which copies are made; of what follows views are taken.
 _SMALL_NBYTES_IN_ALL = 16 << 20
-_SMALL_AT_ONCE = 128  # arrays for whose copies the interpreter lock is kept: 0.2 ms
 
 
 class WriteBatch:
@@ -39,52 +38,48 @@ class WriteBatch:
 
     Attributes:
       requests: in the order of the plan.
-      leaf_count: of how many leaves nothing follows.
-      nbytes: the bytes of all of them.
-      staging_nbytes: the bytes of those that take memory to capture, and are not prioritized.
-      encoded_nbytes: the bytes of those that will be re-encoded, whatever a sample says.
-      sampled: those of which a sample decides that.
+      leaves: of each piece, the leaf.
       keys: of each piece, the key of its chunk; None where it is several chunks.
       documents: by key, the metadata documents.
       undecided: the leaves whose document depends on a sample.
-      small: those that are captured by `copy_small`.
+      small: the pieces that are captured by `copy_small`.
+      leaf_count: of how many leaves nothing follows.
+      nbytes: the bytes of all pieces.
+      staging_nbytes: the bytes of those that take memory to capture, and are not prioritized.
       is_separate: whether it is written to the database of what replicas share.
-      is_delayed: whether it may be captured after the caller goes on.
+      is_delayed: whether it is captured after the caller goes on.
     """
 
     def __init__(
         self,
         leaves: Sequence[Leaf],
         requests: Sequence[WriteRequest],
-        first_of: Sequence[int],
+        first_of: Sequence[Leaf],
+        *,
         leaf_count: int,
-        small_nbytes: int,
+        small_nbytes: int = 0,
     ) -> None:
-        storages = [leaves[request.leaf].storage for request in requests]
         self.requests = requests
+        self.leaves = [leaves[request.leaf] for request in requests]
+        pairs = list(zip(requests, self.leaves, strict=True))
+        self.keys = [_only_key(leaf, request.box) for request, leaf in pairs]
+        self.documents: dict[str, bytes] = {}
+        self.undecided: list[Leaf] = []
+        for leaf in first_of:
+            if leaf.storage.encoding is None:
+                self.undecided.append(leaf)
+            else:
+                self.documents[leaf.document_key] = leaf.document(leaf.storage.encoding)
+        self.small = _small_ones(pairs, small_nbytes)
         self.leaf_count = leaf_count
         self.nbytes = sum(request.nbytes for request in requests)
-        self.staging_nbytes = self.encoded_nbytes = 0
-        self.sampled: list[WriteRequest] = []
-        for request, storage in zip(requests, storages, strict=True):
-            if request.priority and storage.mode != "view":
-                self.staging_nbytes += request.nbytes
-            if storage.encoding is None and storage.zarr3:
-                self.sampled.append(request)
-            elif storage.reencodes(storage.encoding):
-                self.encoded_nbytes += request.nbytes
-        self.keys = [_only_key(leaves[request.leaf], request.box) for request in requests]
-        self.documents: dict[str, bytes] = {}
-        self.undecided: list[int] = []
-        for index in first_of:
-            leaf, encoding = leaves[index], leaves[index].storage.encoding
-            if encoding is None:
-                self.undecided.append(index)
-            else:
-                self.documents[leaf.document_key] = leaf.document(encoding)
-        self.small = _small_groups(leaves, requests, small_nbytes)
-        self.is_separate = any(storage.is_separate for storage in storages[:1])
-        self.is_delayed = any(request.priority > 1 for request in requests[:1])
+        self.staging_nbytes = sum(
+            request.nbytes
+            for request, leaf in pairs
+            if request.priority and leaf.storage.mode != "view"
+        )
+        self.is_separate = any(leaf.storage.is_separate for leaf in self.leaves[:1])
+        self.is_delayed = False
 
 
 def _only_key(leaf: Leaf, box: Box) -> str | None:
@@ -100,20 +95,16 @@ def _only_index(box: Box, chunk_shape: tuple[int, ...]) -> tuple[int, ...] | Non
     return tuple(start // side for (start, _), side in zip(box, chunk_shape, strict=True))
 
 
-def _small_groups(
-    leaves: Sequence[Leaf], requests: Sequence[WriteRequest], room: int
-) -> list[SmallGroup]:
-    found = []
-    for place, request in enumerate(requests):
-        leaf = leaves[request.leaf]
+def _small_ones(pairs: Iterable[tuple[WriteRequest, Leaf]], most_nbytes: int) -> list[Small]:
+    found: list[Small] = []
+    for place, (request, leaf) in enumerate(pairs):
         if leaf.storage.is_small and leaf.shape is not None:
             nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
-            room -= nbytes
-            if room < 0:
+            most_nbytes -= nbytes
+            if most_nbytes < 0:
                 break
             found.append((place, request.leaf, leaf.shape, leaf.dtype, nbytes))
-    groups = range(0, len(found), _SMALL_AT_ONCE)
-    return [SmallGroup(*zip(*found[at : at + _SMALL_AT_ONCE], strict=True)) for at in groups]
+    return found
 
 
 def write_batches(
@@ -121,6 +112,7 @@ def write_batches(
     requests: Sequence[WriteRequest],
     *,
     limit_nbytes: int | None = None,
+    may_delay: bool = False,
     writes_documents: bool = True,
 ) -> list[WriteBatch]:
     """Divides what this process writes into batches, prioritized leaves first.
@@ -132,6 +124,7 @@ def write_batches(
       leaves: every leaf that is stored as an array.
       requests: the pieces that this process writes, in order.
       limit_nbytes: the smallest of the save's budgets; None where none has a limit.
+      may_delay: whether the caller goes on before leaves of low priority are captured.
       writes_documents: whether this process writes the metadata documents of arrays.
     """
     is_limited = limit_nbytes is not None
@@ -152,16 +145,23 @@ def write_batches(
     undocumented = set(range(len(leaves))) if writes_documents else set()
     room = 0 if is_limited else _SMALL_NBYTES_IN_ALL
     batches: list[WriteBatch] = []
-    for _, alike in kinds:
+    for (_, is_low), alike in kinds:
         first_nbytes = None if batches else _FIRST_NBYTES
         for group in plan.batches(alike, target_nbytes, first_nbytes=first_nbytes, weigh=weight):
             here = Counter(request.leaf for request in group)
             left.subtract(here)
-            leaf_count = sum(not left[leaf] for leaf in here)
-            first_of = [leaf for leaf in here if leaf in undocumented]
-            undocumented.difference_update(first_of)
-            batches.append(WriteBatch(leaves, group, first_of, leaf_count, room))
-            room -= sum(sum(each.nbytes) for each in batches[-1].small)
+            batch = WriteBatch(
+                leaves,
+                group,
+                [leaves[leaf] for leaf in here if leaf in undocumented],
+                leaf_count=sum(not left[leaf] for leaf in here),
+                small_nbytes=room,
+            )
+            batch.is_delayed = is_low and may_delay
+            undocumented.difference_update(here)
+            room -= sum(nbytes for *_, nbytes in batch.small)
+            batches.append(batch)
     if undocumented:  # of leaves of which this process writes no piece
-        batches.append(WriteBatch(leaves, [], sorted(undocumented), len(undocumented), 0))
+        rest = [leaves[leaf] for leaf in sorted(undocumented)]
+        batches.append(WriteBatch(leaves, [], rest, leaf_count=len(rest)))
     return batches

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -30,12 +30,16 @@ from orbax_async._engine.host_memory import aligned_empty, fills_bytes, lies_on_
 from orbax_async._engine.plan import Box
 from orbax_async.arrays import devices_of
 
-__all__ = ["Mode", "Piece", "SmallGroup", "capture", "capture_mode", "copy_small", "is_small"]
+__all__ = ["Mode", "Piece", "Small", "capture", "capture_mode", "copy_small", "is_small"]
 
 Piece = np.ndarray[Any, Any] | jax.Array
 Mode = Literal["view", "copy", "fetch", "pin"]
 
+# Of a small array: which piece of a batch it is, of which leaf, its shape, dtype and bytes.
+Small = tuple[int, int, tuple[int, ...], np.dtype[Any], int]
+
 _SMALL_NBYTES = 16 << 10
+_COPIED_AT_ONCE = 128  # small arrays for whose copies the interpreter lock is kept: 0.2 ms
 
 
 def capture_mode(
@@ -119,24 +123,6 @@ def _shard(array: jax.Array, device_id: int) -> jax.Array:
     raise ValueError(f"no shard on device {device_id}")
 
 
-class SmallGroup(NamedTuple):
-    """Small jax arrays of a batch that are copied together, by column.
-
-    Attributes:
-      places: of each, which piece of the batch it is.
-      leaves: which leaf.
-      shapes: its shape.
-      dtypes: its dtype.
-      nbytes: its bytes.
-    """
-
-    places: Sequence[int]
-    leaves: Sequence[int]
-    shapes: Sequence[tuple[int, ...]]
-    dtypes: Sequence[np.dtype[Any]]
-    nbytes: Sequence[int]
-
-
 def is_small(
     shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding | None
 ) -> bool:
@@ -161,27 +147,27 @@ def _is_on_one_cpu(sharding: jax.sharding.Sharding) -> bool:
     return bool(devices_of(sharding)[0].platform == "cpu")
 
 
-def copy_small(
-    arrays: Sequence[Piece], groups: Sequence[SmallGroup], pieces: list[Piece | None]
-) -> None:
+def copy_small(arrays: Sequence[Piece], small: Sequence[Small], pieces: list[Piece | None]) -> None:
     """I3: copies small jax arrays, without letting go of the interpreter lock for each.
 
     One that can't be copied is left out, for `capture` to say what is wrong with it.
 
     Args:
       arrays: those of all leaves.
-      groups: which of them to copy.
+      small: which of them to copy.
       pieces: those of the batch, where the copies go.
     """
     try:
-        jax.block_until_ready([arrays[leaf] for group in groups for leaf in group.leaves])
-        for places, leaves, shapes, dtypes, nbytes in gil.sliced(groups):
+        jax.block_until_ready([arrays[leaf] for _, leaf, *_ in small])
+        for start in gil.sliced(range(0, len(small), _COPIED_AT_ONCE)):
+            group = small[start : start + _COPIED_AT_ONCE]
+            places, leaves, shapes, dtypes, nbytes = zip(*group, strict=True)
             sources = [arrays[leaf] for leaf in leaves]
             copies = list(map(_array_over, shapes, dtypes, gil.bytes_of(sources, nbytes)))
             for place, source, copied in zip(places, sources, copies, strict=True):
                 # It may be donated meanwhile, against the rules, by a thread that computes. XLA
                 # marks it as deleted before it writes to its memory.
-                if not source.is_deleted():  # type: ignore[union-attr]
+                if not source.is_deleted():
                     pieces[place] = copied
     except (RuntimeError, ValueError):
         pass  # one was deleted, or what computes it has failed

@@ -56,7 +56,7 @@ class Storage(NamedTuple):
         """How chunks are encoded, or mostly will be: for narrow floats and integers zstd pays."""
         return self.encoding or ("raw" if self.dtype.itemsize > 2 else "zstd")
 
-    def reencodes(self, encoding: codecs.Encoding | None) -> bool:
+    def reencodes(self, encoding: codecs.Encoding) -> bool:
         """Says whether an encoding makes other bytes than the array has, which take memory."""
         return not self.zarr3 or encoding != "raw"
 

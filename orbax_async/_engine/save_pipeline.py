@@ -1,9 +1,10 @@
 """Writing a tree's arrays: captured, written.
 
 A pipeline owns the only mutable state of a save: its batches and its budgets. Batches are captured
-in the order of the plan. A batch holds its share of the transfer budget from before it is captured
-until it is written, if capturing takes memory, and its share of the write budget while it is being
-written. One task group runs everything: the first failure cancels the rest, and leaving the group
+in the order of the plan, at once where nothing limits copies, and else one by one, while others are
+written. A batch holds its share of the transfer budget from before it is captured until it is
+written, if capturing takes memory, and its share of the write budget while it is being written. One
+task group runs all that is written: the first failure cancels the rest, and leaving the group
 returns every reservation.
 """
 
@@ -12,8 +13,8 @@ from __future__ import annotations
 import collections
 import itertools
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import anyio
 import jax
@@ -31,7 +32,9 @@ from orbax_async._storage import codecs, zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._trace import Recorder
 
-__all__ = ["SavePipeline"]
+__all__ = ["Event", "SavePipeline"]
+
+Event = Literal["transfer_start", "transfer_end", "write_start", "write_end"]
 
 _WRITTEN_BACK_NBYTES = 8 << 20  # in a smaller batch there is little for the disk to begin with
 _GIVEN_BACK_NBYTES = 8 << 20  # re-encoded in one batch: what was freed is given back after it
@@ -42,78 +45,60 @@ _ENCODED_NBYTES = max(2, min(3, os.cpu_count() or 2)) * (64 << 20)
 _FILLED_AT_ONCE = max(1, min(4, (os.cpu_count() or 1) // 4))
 
 
-class Reporter(Protocol):
-    """Is told what becomes of each leaf; it may block, and what it raises fails the save."""
-
-    def start(self, stage: Literal["transfer", "write"], leaves: Iterable[int]) -> None:
-        """Notes that a piece of each of these leaves, with repetitions, is begun."""
-        ...
-
-    def end(self, stage: Literal["transfer", "write"], leaves: Iterable[int]) -> None:
-        """Notes that a piece of each of these leaves, with repetitions, is done."""
-        ...
-
-
 class SavePipeline:
     """Captures and writes the arrays of one save.
 
     Tier 1 ends when `staged` is set, tier 2 when `run` returns. `released` is set when all is
-    captured for which the caller has to wait: everything but what is, and may be, delayed.
+    captured for which the caller has to wait: everything but what is delayed.
 
     Args:
-      leaves: every leaf that is stored as an array.
-      batches: what to write of them.
-      arrays: their arrays.
+      batches: what to write.
+      arrays: the arrays of all leaves.
       write_budget: bytes that are being written.
       transfer_budget: bytes that were copied and are not written yet.
       recorder: counts and times.
-      may_delay: whether the caller goes on before delayed leaves are captured.
-      reporter: is told of each leaf, unless it is None.
+      report: is told when pieces of leaves begin to be captured or written, and when they are;
+        it may block, and what it raises fails the save.
     """
 
     def __init__(
         self,
-        leaves: Sequence[Leaf],
         batches: Sequence[WriteBatch],
         arrays: Sequence[Piece],
         *,
         write_budget: ByteBudget,
         transfer_budget: ByteBudget,
         recorder: Recorder,
-        may_delay: bool = False,
-        reporter: Reporter | None = None,
+        report: Callable[[Event, Sequence[int]], None] | None = None,
     ) -> None:
         self.staged = anyio.Event()
         self.released = anyio.Event()
         self.write_budget = write_budget
         self.transfer_budget = transfer_budget
-        self._leaves = leaves
         self._batches = batches
         self._arrays = arrays
         self._recorder = recorder
-        self._may_delay = may_delay
-        self._reporter = reporter
-        # Only a limit calls for it: the caller may be waiting, and both want the interpreter lock.
-        self._writes_while_staging = transfer_budget.limit_nbytes is not None and any(
-            batch.staging_nbytes for batch in batches
-        )
-        self._uncaptured = collections.deque(self._together())
+        self._report = report
+        self._uncaptured = collections.deque(_together(batches))
         self._captured: collections.deque[tuple[WriteBatch, list[Piece]]] = collections.deque()
         self._stores: dict[bool, ArrayStore] = {}
         self._stores_are_open = anyio.Event()
         self._slots = BatchSlots()
         self._filling = anyio.Semaphore(_FILLED_AT_ONCE)
         self._encoding_budget = ByteBudget(_ENCODED_NBYTES)
-        self._sampled: dict[int, codecs.Encoding] = {}
-        self._to_write_back: set[ArrayStore] = set()
-        self._is_starting_writeback = False
+        self._sampled: dict[str, codecs.Encoding] = {}
+        self._starting_writeback = anyio.Semaphore(1)
         nbytes = sum(batch.nbytes for batch in batches)
         count = sum(batch.leaf_count for batch in batches)
         recorder.add(leaves_planned=count, bytes_planned=nbytes)
 
     async def capture(self) -> None:
-        """Captures what waits for no budget: everything, unless copies are limited."""
-        while self._uncaptured and not self._waits_for_writes(self._uncaptured[0]):
+        """Captures what waits for nothing: everything, unless copies are limited."""
+        is_limited = self.transfer_budget.limit_nbytes is not None
+        while self._uncaptured:
+            first = self._uncaptured[0][0]
+            if first.is_delayed or (is_limited and first.staging_nbytes):
+                break
             await self._capture_next()
 
     async def run(self, open_store: Callable[[bool], Awaitable[ArrayStore]]) -> None:
@@ -144,27 +129,9 @@ class SavePipeline:
 
     # Capturing.
 
-    def _together(self) -> Iterator[list[WriteBatch]]:
-        """Yields the batches that one call captures.
-
-        Where it takes memory each is captured by itself, when the budget has room; views are not
-        worth the caller's time for more than one way to a worker and back.
-        """
-
-        def kind(numbered: tuple[int, WriteBatch]) -> tuple[bool, int]:
-            number, batch = numbered
-            return batch.is_delayed, number if batch.staging_nbytes else 0
-
-        for _, alike in itertools.groupby(enumerate(self._batches, 1), kind):
-            yield [batch for _, batch in alike]
-
-    def _waits_for_writes(self, batches: list[WriteBatch]) -> bool:
-        is_delayed = self._may_delay and batches[0].is_delayed
-        return is_delayed or (self._writes_while_staging and batches[0].staging_nbytes > 0)
-
     async def _capture_next(self) -> None:
         batches = self._uncaptured.popleft()
-        if self._may_delay and batches[0].is_delayed:
+        if batches[0].is_delayed:
             self.released.set()
         nbytes = sum(batch.staging_nbytes for batch in batches)
         await self.transfer_budget.acquire(nbytes)
@@ -185,29 +152,27 @@ class SavePipeline:
 
     def _capture(self, batch: WriteBatch) -> list[Piece]:
         """I3: takes the values of a batch; runs on a worker, in the order of the plan."""
-        reporter = self._reporter
         pieces: list[Any] = [None] * len(batch.requests)
         with (
             self._recorder.span("stage", batch.nbytes),
             jax.transfer_guard("allow"),
             jax.enable_x64(True),
         ):
-            if reporter is None:
+            if self._report is None:
                 copy_small(self._arrays, batch.small, pieces)
             others = [place for place, piece in enumerate(pieces) if piece is None]
             for place in gil.sliced(others):
-                request = batch.requests[place]
-                if reporter is not None:
-                    reporter.start("transfer", [request.leaf])
-                pieces[place] = self._piece_of(request)
-                if reporter is not None:
+                request, leaf = batch.requests[place], batch.leaves[place]
+                if self._report is not None:
+                    self._report("transfer_start", [request.leaf])
+                pieces[place] = self._piece(request, leaf)
+                if self._report is not None:
                     jax.block_until_ready(pieces[place])
-                    reporter.end("transfer", [request.leaf])
+                    self._report("transfer_end", [request.leaf])
         self._recorder.add(leaves_staged=batch.leaf_count, bytes_staged=batch.nbytes)
         return pieces
 
-    def _piece_of(self, request: plan.WriteRequest) -> Piece:
-        leaf = self._leaves[request.leaf]
+    def _piece(self, request: plan.WriteRequest, leaf: Leaf) -> Piece:
         try:
             return capture(
                 self._arrays[request.leaf],
@@ -226,37 +191,40 @@ class SavePipeline:
         try:
             await self._stores_are_open.wait()
             store = self._stores[batch.is_separate]
-            if not self._writes_while_staging:
-                await self.staged.wait()
             async with (
                 self._slots.of(batch.nbytes, len(batch.requests)),
                 self.write_budget.reserve(batch.nbytes),
             ):
-                told = [request.leaf for request in batch.requests] if self._reporter else []
-                if self._reporter is not None:
-                    await loop.to_worker(self._reporter.start, "write", told)
+                await self._tell("write_start", batch)
                 with self._recorder.span("write", batch.nbytes):
                     await self._write(store, batch, pieces)
-                if self._reporter is not None:
-                    await loop.to_worker(self._reporter.end, "write", told)
+                await self._tell("write_end", batch)
         finally:
             pieces.clear()
             self.transfer_budget.release(batch.staging_nbytes)
         if batch.nbytes >= _WRITTEN_BACK_NBYTES:
-            await self._start_writeback(store)
+            # A disk with much to do may keep whoever tells it waiting: one worker at a time.
+            async with self._starting_writeback:
+                with self._recorder.span("writeback"):
+                    await loop.to_worker(store.start_writeback)
+
+    async def _tell(self, event: Event, batch: WriteBatch) -> None:
+        if self._report is not None:
+            leaves = [request.leaf for request in batch.requests]
+            await loop.to_worker(self._report, event, leaves)
 
     async def _write(self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]) -> None:
         try:
             async with self._filling:
-                transaction, pending = await loop.to_worker(self._fill, store, batch, pieces)
-            nbytes = self._encoded_nbytes(batch)
-            async with self._encoding_budget.reserve(nbytes):
+                filled = await loop.to_worker(self._fill, store, batch, pieces)
+            transaction, pending, encoded_nbytes = filled
+            async with self._encoding_budget.reserve(encoded_nbytes):
                 with anyio.CancelScope(shield=True):
                     # Not to be abandoned: the files below must not change once they are removed.
                     # To wait for it begins the commit, without the lock that commit_async holds.
                     await transaction.future
-                del pending
-                if nbytes >= _GIVEN_BACK_NBYTES:
+                del filled, pending
+                if encoded_nbytes >= _GIVEN_BACK_NBYTES:
                     await loop.to_worker(give_back_freed)
         except errors.LeafError:
             raise
@@ -264,35 +232,29 @@ class SavePipeline:
             raise self._write_error(batch, error) from error
         self._recorder.add(leaves_written=batch.leaf_count, bytes_written=batch.nbytes)
 
-    def _encoded_nbytes(self, batch: WriteBatch) -> int:
-        """Returns the bytes of a batch that are re-encoded."""
-        return batch.encoded_nbytes + sum(
-            request.nbytes
-            for request in batch.sampled
-            if self._leaves[request.leaf].storage.reencodes(self._sampled.get(request.leaf))
-        )
-
     def _write_error(self, batch: WriteBatch, error: Exception) -> errors.WriteError:
-        labels = [self._leaves[request.leaf].label for request in batch.requests]
+        labels = [leaf.label for leaf in batch.leaves]
         others = f" (or one of the {len(labels) - 1} others written with it)" if labels[1:] else ""
         return errors.WriteError(labels[0] if labels else "", f"cannot be written{others}: {error}")
 
     def _fill(
         self, store: ArrayStore, batch: WriteBatch, pieces: list[Piece]
-    ) -> tuple[ts.Transaction, list[ts.Future[None]]]:
+    ) -> tuple[ts.Transaction, list[ts.Future[None]], int]:
         """Puts a batch into a transaction: small pieces as encoded values, large by reference.
 
-        Returns it, and what its end is to be awaited with.
+        Returns it, what its end is to be awaited with, and the bytes that are re-encoded.
         """
         transaction = store.begin()
         values = store.values(transaction)
         pending: list[ts.Future[None]] = []
-        described = zip(batch.requests, batch.keys, pieces, strict=True)
-        for request, key, piece in gil.sliced(described):
-            leaf = self._leaves[request.leaf]
+        encoded_nbytes = 0
+        described = zip(batch.requests, batch.leaves, batch.keys, pieces, strict=True)
+        for request, leaf, key, piece in gil.sliced(described):
             try:
                 array = leaf.storage.stored(piece)
-                encoding = leaf.storage.encoding or self._encoding(request.leaf, array)
+                encoding = leaf.storage.encoding or self._encoding(leaf, array)
+                if leaf.storage.reencodes(encoding):
+                    encoded_nbytes += request.nbytes
                 if encoding != "stored":
                     document = leaf.document(encoding)
                     pending.append(
@@ -308,40 +270,38 @@ class SavePipeline:
                         values[leaf.chunk_key(index)] = codecs.encode_stored(chunk)
             except Exception as error:
                 raise errors.WriteError(leaf.label, f"cannot be written: {error}") from error
-        for first in batch.undecided:
-            leaf = self._leaves[first]
-            values[leaf.document_key] = leaf.document(self._encoding(first, None))
+        for leaf in batch.undecided:
+            values[leaf.document_key] = leaf.document(self._encoding(leaf, None))
         for key, document in gil.sliced(batch.documents.items()):
             values[key] = document
-        return transaction, pending
+        return transaction, pending, encoded_nbytes
 
-    def _encoding(self, index: int, array: np.ndarray[Any, Any] | None) -> codecs.Encoding:
+    def _encoding(self, leaf: Leaf, array: np.ndarray[Any, Any] | None) -> codecs.Encoding:
         """Decides once how a leaf is encoded, by the first of its pieces that gets here.
 
         Pieces of one leaf may be in several batches, which are filled on several workers.
         """
-        found = self._sampled.get(index)
+        found = self._sampled.get(leaf.name)
         if found is None:
             saving = 0.0 if array is None else codecs.compression_saving(array)
-            is_worth_it = saving >= self._leaves[index].storage.min_saving
-            found = self._sampled.setdefault(index, "zstd" if is_worth_it else "raw")
+            is_worth_it = saving >= leaf.storage.min_saving
+            found = self._sampled.setdefault(leaf.name, "zstd" if is_worth_it else "raw")
         return found
 
-    async def _start_writeback(self, store: ArrayStore) -> None:
-        """Has the disk begin with what is written to a store, on one worker at a time.
 
-        A disk with much to do may keep that one waiting.
-        """
-        self._to_write_back.add(store)
-        if self._is_starting_writeback:
-            return
-        self._is_starting_writeback = True
-        try:
-            with self._recorder.span("writeback"):
-                while self._to_write_back:
-                    await loop.to_worker(self._to_write_back.pop().start_writeback)
-        finally:
-            self._is_starting_writeback = False
+def _together(batches: Sequence[WriteBatch]) -> Iterator[list[WriteBatch]]:
+    """Yields batches that one call captures.
+
+    Where it takes memory each is captured by itself, when the budget has room; views are not
+    worth the caller's time for more than one way to a worker and back.
+    """
+
+    def kind(numbered: tuple[int, WriteBatch]) -> tuple[bool, int]:
+        number, batch = numbered
+        return batch.is_delayed, number if batch.staging_nbytes else 0
+
+    for _, alike in itertools.groupby(enumerate(batches, 1), kind):
+        yield [batch for _, batch in alike]
 
 
 def _chunks(

@@ -1,11 +1,11 @@
 """Turning objects into files, and files into objects.
 
 Does:
-  - describe each kind of leaf for the plan, and refuse what can't be held (`leaves`); keep what a
-    structure decides for its later saves (`forms`), with each leaf's options (`storing`);
+  - describe each kind of leaf, and refuse what can't be held (`leaves`); decide how each is stored
+    (`leaf_storage`), and keep what a structure and options decide for later saves (`write_plan`);
   - resolve what each leaf should be loaded as (`targets`);
-  - save and load pytrees in two tiers (`pytree`, with `saving`, `stored` and `reading` behind
-    it), and look for damage in them (`inspection`);
+  - save and load pytrees in two tiers (`pytree`, with `tree_writer`, `stored` and `reading` behind
+    it), tell callbacks of it (`status`), and look for damage in them (`inspection`);
   - put the trees of partial saves together (`additions`);
   - save and load documents (`documents`), and objects that do so themselves (`stateful`);
   - choose the handler of a checkpointable (`resolve`, from those in `builtin` and the users');

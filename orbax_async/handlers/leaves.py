@@ -1,4 +1,4 @@
-"""The leaves of a state: what is known of each but its values, and which are refused."""
+"""The leaves of a state: what each is, and which trees of them are refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from orbax_async import _names as names
 from orbax_async import errors
@@ -23,7 +22,6 @@ __all__ = [
 ]
 
 
-_UINT8 = np.dtype(np.uint8)
 _DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.ARRAY_METADATAS}
 
 
@@ -34,38 +32,18 @@ def describe(keys: KeyPath, value: Any) -> Described:
     """Describes one leaf or empty node.
 
     Returns:
-      Its form, and its value as it is stored: a jax or NumPy array, a str, or None.
+      What it is, and its value as it is stored: a jax or NumPy array, a str, or None.
 
     Raises:
       UnsupportedLeafError: a checkpoint can't hold it.
       StagingError: it is a jax array whose buffer is gone.
     """
     try:
-        encoded = kinds.encode(value)
+        return kinds.encode(keys, value)
     except ValueError as reason:
         raise errors.UnsupportedLeafError(keypath.label(keys), str(reason)) from None
     except RuntimeError as reason:
         raise errors.StagingError(keypath.label(keys), str(reason)) from None
-    array = encoded.value
-    if array is None or isinstance(array, str):
-        leaf = Leaf(keys, encoded.value_type)
-        if leaf.has_value and "~" in leaf.name:
-            raise errors.UnsupportedLeafError(
-                leaf.label,
-                "a string's key can't hold '~', which readers take for an escape; rename it",
-            )
-        return leaf, array
-    form = Leaf(
-        keys,
-        encoded.value_type,
-        array.shape,
-        encoded.dtype,
-        array.sharding if isinstance(array, jax.Array) else None,
-        encoded.is_mutable,
-        encoded.prng_impl,
-        encoded.private,
-    )
-    return form, array
 
 
 def describe_all(

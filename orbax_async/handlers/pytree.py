@@ -17,14 +17,13 @@ from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._engine import loop
-from orbax_async.handlers import read_plan, shardings, write_plan
+from orbax_async.handlers import read_plan, write_plan
 from orbax_async.handlers.read_plan import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.stored import read_metadata
 from orbax_async.handlers.tree_writer import TreeWriter
 from orbax_async.handlers.write_plan import PreparedTree
 from orbax_async.path import Path, PathAwaitingCreation
-from orbax_async.tree import structure
-from orbax_async.tree.selection import Select, Selection
+from orbax_async.tree.selection import Select
 
 __all__ = ["PyTreeHandler"]
 
@@ -128,20 +127,7 @@ class PyTreeHandler:
           TypeError: `select` or `sharding` is something else.
           ValueError: a pattern of `select` is empty.
         """
-        selection = None if select is None else Selection(select)
-        if isinstance(sharding, jax.sharding.Sharding):
-            try:
-                sharding = shardings.concrete(sharding)
-            except ValueError as reason:
-                raise errors.AbstractLeafError("", str(reason)) from None
-        elif sharding is not None and not callable(sharding):
-            raise TypeError(
-                f"sharding must be a jax.sharding.Sharding or a function, not {sharding!r}"
-            )
-        if abstract is None:
-            return AbstractTree(None, (), selection, sharding)
-        flat = structure.flatten(abstract)
-        return AbstractTree(flat, read_plan.want(flat.entries), selection, sharding)
+        return read_plan.understand(abstract, select, sharding)
 
     async def load(
         self, directory: Path, abstract_checkpointable: Any | None = None

@@ -9,17 +9,16 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import get_args
 
 from orbax_async import errors
 from orbax_async._engine.leaf import Leaf
+from orbax_async._engine.save_pipeline import Event
 from orbax_async.handlers import leaves
 from orbax_async.options import SerializationStatusCallback, TransferPriority
 from orbax_async.tree.keypath import JaxKeyPath
 
 __all__ = ["StatusReporter", "set_priorities"]
-
-Stage = Literal["transfer", "write"]
 
 # By name, so that Orbax's own members are understood.
 _PRIORITIES = {
@@ -39,7 +38,7 @@ def set_priorities(
       UnsupportedLeafError: the priority of leaves is unknown; all of them are named.
       Exception: what the callback raises.
     """
-    for event in ("transfer_start", "transfer_end", "write_start", "write_end"):
+    for event in get_args(Event):
         getattr(callback, f"on_{event}")
     refused: list[errors.LeafError] = []
     for path, leaf in named:
@@ -75,21 +74,14 @@ class StatusReporter:
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, int]] = Counter()
 
-    def start(self, stage: Stage, leaves: Iterable[int]) -> None:
-        """Notes that a piece of each of these leaves, with repetitions, is begun."""
+    def __call__(self, event: Event, leaves: Iterable[int]) -> None:
+        """Notes an event of a piece of each of these leaves, with repetitions."""
         for leaf in leaves:
-            self._note(f"on_{stage}_start", leaf, 1)
-
-    def end(self, stage: Stage, leaves: Iterable[int]) -> None:
-        """Notes that a piece of each of these leaves, with repetitions, is done."""
-        for leaf in leaves:
-            self._note(f"on_{stage}_end", leaf, self._pieces[leaf])
-
-    def _note(self, event: str, leaf: int, due: int) -> None:
-        if leaf not in self._paths:
-            return
-        with self._lock:
-            self._counts[event, leaf] += 1
-            is_due = self._counts[event, leaf] == due
-        if is_due:
-            getattr(self._callback, event)(self._paths[leaf])
+            if leaf not in self._paths:
+                continue
+            due = 1 if event.endswith("_start") else self._pieces[leaf]
+            with self._lock:
+                self._counts[event, leaf] += 1
+                is_due = self._counts[event, leaf] == due
+            if is_due:
+                getattr(self._callback, f"on_{event}")(self._paths[leaf])

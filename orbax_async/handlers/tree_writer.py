@@ -11,7 +11,8 @@ from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
 from orbax_async._engine.save_pipeline import SavePipeline
-from orbax_async._storage.array_store import ArrayStore, merge_process_databases
+from orbax_async._storage import array_store
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.openers import open_directory
 from orbax_async.handlers.status import StatusReporter
 from orbax_async.handlers.write_plan import PreparedTree
@@ -42,23 +43,21 @@ class TreeWriter:
         self._is_part = is_part
         limits = (doing.write_budget.limit_nbytes, doing.transfer_budget.limit_nbytes)
         batches = plan.batches(doing.processes, limits)
-        reporter = None
+        report = None
         if plan.status_callback is not None:
             pieces = Counter(request.leaf for batch in batches for request in batch.requests)
-            reporter = StatusReporter(plan.status_callback, plan.paths, pieces)
+            report = StatusReporter(plan.status_callback, plan.paths, pieces)
         # Whether what readers open is made of others, each in its own directory.
         is_divided = doing.processes.are_several or is_part
         is_divided = is_divided or any(leaf.storage.is_separate for leaf in plan.arrays)
         self._is_divided = is_divided and plan.saving.use_ocdbt
         self.pipeline = SavePipeline(
-            plan.arrays,
             batches,
             prepared.arrays,
             write_budget=doing.write_budget,
             transfer_budget=doing.transfer_budget,
             recorder=doing.recorder,
-            may_delay=plan.may_delay,
-            reporter=reporter,
+            report=report,
         )
 
     async def run(self, directory: PathAwaitingCreation) -> None:
@@ -69,7 +68,7 @@ class TreeWriter:
         if not self._processes.is_primary:
             return
         if self._is_divided and not self._is_part:
-            await loop.to_worker(merge_process_databases, open_directory(path))
+            await loop.to_worker(array_store.merge_process_databases, open_directory(path))
             if self._plan.saving.enable_post_merge_validation:
                 await loop.to_worker(self._validate, path)
         await loop.to_worker(self._write_documents, path)
@@ -104,9 +103,8 @@ class TreeWriter:
         saving = self._plan.saving
         if not self._plan.arrays:
             return
-        keys = ArrayStore(
-            open_directory(path), ocdbt=saving.use_ocdbt, zarr3=saving.use_zarr3
-        ).list_keys()
+        store = ArrayStore(open_directory(path), ocdbt=saving.use_ocdbt, zarr3=saving.use_zarr3)
+        keys = store.list_keys()
         for leaf in self._plan.arrays:
             assert leaf.shape is not None
             sides = zip(leaf.shape, leaf.storage.chunk_shape, strict=True)

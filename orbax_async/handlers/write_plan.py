@@ -46,7 +46,6 @@ class WritePlan:
       arrays: those that are stored as arrays.
       saving: how arrays are stored.
       status_callback: is told of the save, unless it is None.
-      may_delay: whether the caller goes on before what may wait is captured.
       paths: jax's key path of each jax array, if there is such a callback.
     """
 
@@ -56,7 +55,7 @@ class WritePlan:
         self.arrays = [leaf for leaf in leaves if leaf.shape is not None]
         self.saving = options.array.saving
         self.status_callback = memory.serialization_status_callback
-        self.may_delay = (
+        self._may_delay = (
             memory.transfer_concurrent_bytes is not None or memory.regulator_options is not None
         )
         self.paths: dict[int, JaxKeyPath] = {}
@@ -108,6 +107,7 @@ class WritePlan:
                     self.arrays,
                     requests,
                     limit_nbytes=limit_nbytes,
+                    may_delay=self._may_delay,
                     writes_documents=processes.is_primary,
                 ),
             )
@@ -249,8 +249,8 @@ _lock = threading.Lock()
 
 def _key(values: list[Any], treedef: Any, options: ambient.Context, are_several: bool) -> Hashable:
     """Returns what the plan of a state depends on; raises where that can't be told quickly."""
-    for cls in {type(value) for value in values} - _SIGNATURES.keys():
-        _SIGNATURES[cls] = kinds.signature_of(cls)
+    for cls in {type(value) for value in values} - _signatures.keys():
+        _signatures[cls] = kinds.signature_of(cls)
     settings = (
         repr(options.array.saving),
         _records_containers(options),
@@ -258,7 +258,7 @@ def _key(values: list[Any], treedef: Any, options: ambient.Context, are_several:
         options.multiprocessing.primary_host,
         are_several,
     )
-    return treedef, settings, tuple([_SIGNATURES[type(value)](value) for value in values])
+    return treedef, settings, tuple([_signatures[type(value)](value) for value in values])
 
 
-_SIGNATURES: dict[type, Callable[[Any], Hashable]] = {}  # by the class of a leaf
+_signatures: dict[type, Callable[[Any], Hashable]] = {}  # by the class of a leaf

@@ -504,7 +504,7 @@ def test_prioritized_leaves_stay_first_with_separate_folders(
     capture = tree_writer.SavePipeline._capture
 
     def noted(self: Any, batch: Any) -> Any:
-        order.extend(self._leaves[request.leaf].name for request in batch.requests)
+        order.extend(leaf.name for leaf in batch.leaves)
         return capture(self, batch)
 
     monkeypatch.setattr(tree_writer.SavePipeline, "_capture", noted)

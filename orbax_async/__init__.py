@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from orbax_async import tree as tree
     from orbax_async._api.delete import delete as delete
     from orbax_async._api.delete import delete_async as delete_async
-    from orbax_async._api.layout import is_orbax_checkpoint as is_orbax_checkpoint
     from orbax_async._api.load import load as load
     from orbax_async._api.load import load_async as load_async
     from orbax_async._api.load import load_checkpointables as load_checkpointables
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from orbax_async._api.metadata import CheckpointMetadata as CheckpointMetadata
     from orbax_async._api.metadata import PyTreeMetadata as PyTreeMetadata
     from orbax_async._api.metadata import checkpointables_metadata as checkpointables_metadata
+    from orbax_async._api.metadata import is_orbax_checkpoint as is_orbax_checkpoint
     from orbax_async._api.metadata import metadata as metadata
     from orbax_async._api.older_names import load_pytree as load_pytree
     from orbax_async._api.older_names import load_pytree_async as load_pytree_async
@@ -117,7 +117,7 @@ _HOMES = {
     "checkpointables_metadata": "_api.metadata",
     "delete": "_api.delete",
     "delete_async": "_api.delete",
-    "is_orbax_checkpoint": "_api.layout",
+    "is_orbax_checkpoint": "_api.metadata",
     "load": "_api.load",
     "load_async": "_api.load",
     "load_checkpointables": "_api.load",

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import anyio
 
 from orbax_async import errors
-from orbax_async._api import layout
 from orbax_async._commit import atomicity, removal
 from orbax_async._engine import loop
+from orbax_async._layouts import table
+from orbax_async._layouts.orbax import OrbaxCheckpoint, check_name
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async._storage import files
+from orbax_async._storage.directory import Directory
+from orbax_async._storage.openers import open_directory
 from orbax_async.path import PathLike, pathlike
 
 __all__ = ["check_options", "delete", "delete_async"]
@@ -72,40 +73,119 @@ def delete_async(
       UnsupportedOptionError: `deletion.gcs_deletion_options` asks to move it instead.
       CommitError: (when awaited) files can't be removed.
     """
-    with starting("delete") as doing:
-        return _start(doing, path, checkpointable_name, missing_ok)
+    with starting("delete") as operation:
+        where = pathlike.absolute(path, operation.context.file.path_class)
+        deletion = _Deletion(operation, open_directory(where), checkpointable_name, missing_ok)
+        return deletion.start()
 
 
-def _start(doing: Operation, path: Any, name: Any, missing_ok: Any) -> AsyncResponse[bool]:
-    where = pathlike.absolute(path, doing.context.file.path_class)
-    if name is not None:
-        layout.check_name(name, is_saved=True)
-    if not isinstance(missing_ok, bool):
-        raise TypeError(f"missing_ok must be a bool, got {missing_ok!r}")
-    if where == os.path.dirname(where):
-        raise ValueError(f"Cannot delete a storage root: {where}.")
-    check_options(doing.context.deletion.gcs_deletion_options.todelete_full_path)
-    lock = doing.lock_path(where, overwrite=True)
+class _Deletion:
+    """One deletion; refuses what can be known to be wrong without a look at the path."""
 
-    async def body() -> bool:
-        processes = doing.processes
+    def __init__(
+        self, operation: Operation, directory: Directory, name: Any, missing_ok: Any
+    ) -> None:
+        if name is not None:
+            check_name(name, is_saved=True)
+        if not isinstance(missing_ok, bool):
+            raise TypeError(f"missing_ok must be a bool, got {missing_ok!r}")
+        if directory.parent == directory:
+            raise ValueError(f"Cannot delete a storage root: {directory.path}.")
+        check_options(operation.context.deletion.gcs_deletion_options.todelete_full_path)
+        self._operation = operation
+        self._directory = directory
+        self._name = name
+        self._missing_ok = missing_ok
+        self._lock = operation.lock_path(directory.path, overwrite=True)
+
+    def start(self) -> AsyncResponse[bool]:
+        """Starts it, and looks first what is there, unless a save to the path is under way."""
+        path = self._directory.path
+        if self._lock.is_first:
+            self._is_there()
+        what = path if self._name is None else f"{self._name!r} of {path}"
+        return self._operation.start(f"deletion of {what}", self._run)
+
+    async def _run(self) -> bool:
+        processes = self._operation.processes
         async with processes.together():
-            await lock.acquire()
+            await self._lock.acquire()
             await processes.gather("looked")  # nothing goes before every process has seen it
             if not processes.is_primary:
                 return bool(json.loads(await processes.broadcast("deleted")))
-            is_there = await loop.to_worker(_is_there, where, name, missing_ok)
-            doing.cancel_switch.pass_commit_point()
+            is_there = await loop.to_worker(self._is_there)
+            self._operation.cancel_switch.pass_commit_point()
             with anyio.CancelScope(shield=True):
                 if is_there:
-                    await loop.to_worker(_remove, where, name)
+                    await loop.to_worker(self._remove)
                 await processes.broadcast("deleted", json.dumps(is_there))
             return is_there
 
-    what = where if name is None else f"{name!r} of {where}"
-    if lock.is_first:
-        _is_there(where, name, missing_ok)
-    return doing.start(f"deletion of {what}", body)
+    def _is_there(self) -> bool:
+        """Says whether there is anything to delete, and raises if it must not be."""
+        with errors.reported_as(errors.CommitError, f"cannot delete {self._directory.path}"):
+            return self._find()
+
+    def _find(self) -> bool:
+        path, name = self._directory.path, self._name
+        status = self._directory.status()
+        if status is not None and status.kind == "link":
+            raise ValueError(
+                f"Cannot delete a checkpoint through a symlink: {path}. Delete what it leads to."
+            )
+        atomicity.recover(path)
+        status = self._directory.status()
+        if status is None:
+            if self._missing_ok:
+                return False
+            raise errors.NothingToDeleteError(f"Checkpoint does not exist: {path}.")
+        if status.kind == "file":
+            raise errors.NotACheckpointError(f"{path} is a file, not the directory of a checkpoint")
+        found = OrbaxCheckpoint(self._directory)
+        if name is None:
+            problem = None if found.is_marked or found.is_empty else found.problem()
+            if problem is not None:
+                raise errors.InvalidLayoutError(
+                    f"Not an Orbax checkpoint root: {path}: {problem} Delete it yourself if it "
+                    "must go."
+                )
+            return True
+        record = removal.read_record(path)
+        if record is not None:
+            if record["checkpointable_name"] == name:
+                return True
+            raise errors.DeletionRecoveryError(
+                f"the deletion of {record['checkpointable_name']!r} of {path} was begun and not "
+                f"finished: delete it again before {name!r}, or delete the checkpoint"
+            )
+        names_there: list[str] = []
+        if not found.is_empty:
+            checkpoint = table.open_checkpoint(self._directory, self._operation.context)
+            names_there = list(checkpoint.checkpointables())
+        if name not in names_there:
+            if self._missing_ok:
+                return False
+            raise errors.NothingToDeleteError(
+                f"Checkpointable {name!r} does not exist at {path}; it holds {names_there}"
+            )
+        if len(names_there) == 1:
+            raise ValueError(
+                f"Cannot delete the final checkpointable, {name!r} of {path}; delete the whole "
+                "checkpoint instead."
+            )
+        return True
+
+    def _remove(self) -> None:
+        path = self._directory.path
+        with errors.reported_as(errors.CommitError, f"cannot delete {path}"):
+            if self._name is None:
+                removal.remove_whole(path)
+                return
+            record = removal.read_record(path)
+            if record is None:
+                document = OrbaxCheckpoint(self._directory).document
+                record = removal.begin(path, self._name, document)
+            removal.finish(path, record)
 
 
 def check_options(todelete_full_path: str | None) -> None:
@@ -122,53 +202,3 @@ def check_options(todelete_full_path: str | None) -> None:
         "deletion.gcs_deletion_options.todelete_full_path requires a checkpoint in Google's cloud "
         "storage, which this version does not reach; leave it at None"
     )
-
-
-def _is_there(path: str, name: str | None, missing_ok: bool) -> bool:
-    """Says whether there is anything to delete, and raises if it must not be."""
-    if os.path.islink(path):
-        raise ValueError(
-            f"Cannot delete a checkpoint through a symlink: {path}. Delete {os.path.realpath(path)}"
-        )
-    atomicity.recover(path)
-    if not os.path.lexists(path):
-        if missing_ok:
-            return False
-        raise errors.NothingToDeleteError(f"Checkpoint does not exist: {path}.")
-    if not os.path.isdir(path):
-        raise errors.NotACheckpointError(f"{path} is a file, not the directory of a checkpoint")
-    if name is None:
-        layout.check_deletable(path)
-        return True
-    record = removal.read_record(path)
-    if record is not None:
-        if record["checkpointable_name"] == name:
-            return True
-        raise errors.DeletionRecoveryError(
-            f"the deletion of {record['checkpointable_name']!r} of {path} was begun and not "
-            f"finished: delete it again before {name!r}, or delete the checkpoint"
-        )
-    is_empty = not any(True for _ in files.scan(path))
-    found = [] if is_empty else list(layout.contents(path).typestrs)
-    if name not in found:
-        if missing_ok:
-            return False
-        raise errors.NothingToDeleteError(
-            f"Checkpointable {name!r} does not exist at {path}; it holds {found}"
-        )
-    if len(found) == 1:
-        raise ValueError(
-            f"Cannot delete the final checkpointable, {name!r} of {path}; delete the whole "
-            "checkpoint instead."
-        )
-    return True
-
-
-def _remove(path: str, name: str | None) -> None:
-    if name is None:
-        removal.remove_whole(path)
-        return
-    record = removal.read_record(path)
-    if record is None:
-        record = removal.begin(path, name, layout.contents(path).document)
-    removal.finish(path, record)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from orbax_async import _names as names
-from orbax_async._api import layout
 from orbax_async._api.writing import Save, check_destination
+from orbax_async._layouts.orbax import check_name, commit_mode
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async.handlers import resolve, tiers
@@ -215,7 +215,7 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
     if not request.is_state:
         named = _pairs(named)
     for name, _ in named:
-        layout.check_name(name, is_saved=True)
+        check_name(name, is_saved=True)
     metadata = json_metadata(request.custom_metadata)
     parts = []
     for name, value in named:
@@ -227,7 +227,7 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
             handler = MetricsHandler()
             parts.append(resolve.Part(names.METRICS, handler, handler.encode(request.metrics)))
     # In place, the primary may have begun to write while the others are still on their way here.
-    is_in_place = layout.commit_mode(options) is AtomicityMode.COMMIT_FILE
+    is_in_place = commit_mode(options) is AtomicityMode.COMMIT_FILE
     may_look = operation.processes.is_primary or not is_in_place
     if may_look and not options.file.skip_sync_file_validations:
         check_destination(final, overwrite=overwrite)

@@ -10,13 +10,15 @@ from typing import Any
 
 import anyio
 
+from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._api import layout
 from orbax_async._commit import atomicity, finalize
 from orbax_async._commit.places import Beside, InPlace, Place
 from orbax_async._engine import loop
+from orbax_async._layouts.orbax import OrbaxCheckpoint, commit_mode
 from orbax_async._operation import Operation, PathLock
 from orbax_async._storage import files
+from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
 from orbax_async.handlers import tiers
 from orbax_async.handlers.resolve import Part
@@ -35,7 +37,8 @@ def check_destination(final: str, *, overwrite: bool) -> None:
     atomicity.recover(final)
     atomicity.clear_abandoned(final)
     if os.path.lexists(final):
-        if layout.name_in_deletion(final) is not None:
+        found = OrbaxCheckpoint(open_directory(final))
+        if found.hidden is not None:
             raise errors.DeletionInProgressError(
                 f"{final} has a deletion that was begun and not finished: finish it before saving "
                 "there, or delete the checkpoint"
@@ -44,8 +47,8 @@ def check_destination(final: str, *, overwrite: bool) -> None:
             raise errors.DestinationExistsError(
                 f"Destination {final} already exists. Save elsewhere, or with overwrite=True."
             )
-        is_empty = os.path.isdir(final) and not any(True for _ in files.scan(final))
-        if os.path.islink(final) or not (is_empty or layout.may_be_replaced(final)):
+        is_empty = os.path.isdir(final) and found.is_empty
+        if os.path.islink(final) or not (is_empty or found.may_be_replaced(ambient.current())):
             raise errors.DestinationExistsError(
                 f"Destination {final} already exists and is no checkpoint: overwrite=True replaces "
                 "checkpoints only. Remove it yourself, or save elsewhere."
@@ -288,7 +291,7 @@ class Save:
 
 
 def _place(doing: Operation, final: str) -> Place:
-    is_in_place = layout.commit_mode(doing.context) is AtomicityMode.COMMIT_FILE
+    is_in_place = commit_mode(doing.context) is AtomicityMode.COMMIT_FILE
     return InPlace(final) if is_in_place else Beside(final)
 
 

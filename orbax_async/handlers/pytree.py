@@ -20,11 +20,12 @@ from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._commit.session import Session
 from orbax_async._engine import loop
+from orbax_async._layouts.table import open_tree
+from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import additions, forms, leaves, ordering, storing, targets
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.reading import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.saving import Saving
-from orbax_async.handlers.stored import read_metadata
 from orbax_async.path import Path, PathAwaitingCreation
 from orbax_async.tree import structure
 from orbax_async.tree.selection import Select, Selection
@@ -192,7 +193,8 @@ class PyTreeHandler:
 
     async def metadata(self, directory: Path) -> Any:
         """Returns the stored tree with each leaf's metadata, without reading array data."""
-        return await loop.to_worker(read_metadata, os.fspath(directory), self._options())
+        where, options = open_directory(os.fspath(directory)), self._options()
+        return await loop.to_worker(lambda: open_tree(where, options).metadata(options))
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether every leaf of a tree can be stored."""

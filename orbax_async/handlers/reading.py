@@ -14,11 +14,12 @@ from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import LoadPipeline
+from orbax_async._layouts.protocol import StoredTree
+from orbax_async._layouts.table import open_tree
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import leaves, targets
-from orbax_async.handlers.stored import StoredTree
-from orbax_async.handlers.tensors import TensorTree, open_tree, replicated
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.selection import Selection
 from orbax_async.tree.structure import FlatTree
@@ -62,17 +63,16 @@ class Loading:
         self._abstract = abstract
         self._problems: list[str] = []
         self._refused: list[errors.LeafError] = []
-        stored = open_tree(directory, doing.context, is_for_jax=abstract.sharding is not None)
-        self._is_of_tensors = isinstance(stored, TensorTree)
-        self._nest = stored.nest_for(options)
-        self._wanted = self._matched(
-            stored.tree.entries, is_partial=options.pytree.loading.partial_load
+        stored = self._stored = open_tree(
+            open_directory(directory), doing.context, is_for_jax=abstract.sharding is not None
         )
+        self._nest = stored.nest_for(options)
+        self._wanted = self._matched(stored.entries, is_partial=options.pytree.loading.partial_load)
         to_load = self._without_data(stored)
         self._targets: dict[int, targets.Target] = {}
         store = stored.open_store() if to_load else None
         if store is not None:
-            terms = _terms(options, doing, is_tight=self._is_of_tensors)
+            terms = _terms(options, doing, is_tight=stored.lies_plainly)
             self._resolve(stored, store, to_load, terms)
         self._raise_problems(directory)
         self._pipeline: LoadPipeline | None = None
@@ -124,7 +124,7 @@ class Loading:
                     for keys, leaf in flat.entries
                 ],
             )
-        if self._is_of_tensors:  # of which any may be left out
+        if self._stored.may_be_asked_in_part:
             asked = set(flat.keys)
             selected = {keys: entry for keys, entry in selected.items() if keys in asked}
         self._entries, problems = structure.match(
@@ -174,7 +174,7 @@ class Loading:
         given = self._abstract.sharding
         function = given if callable(given) else None
         for_all = None if callable(given) else given
-        default = replicated() if self._is_of_tensors else None
+        default = stored.default_sharding()
         needs_shardings = for_all is None and any(
             wanted.form == "stored" or (wanted.form == "jax" and wanted.sharding is None)
             for wanted in (self._wanted[index] for index in to_load)
@@ -228,17 +228,9 @@ class Loading:
             *(str(error).removeprefix("leaf ") for error in self._refused),
         ]
         listing = "\n  ".join(lines)
-        kind, hint = (
-            (errors.UnknownTensorError, "Tensors lie in one flat dict: ask for some, by name.")
-            if self._is_of_tensors
-            else (
-                errors.TreeMismatchError,
-                "Give a tree with the same keys; `...` or None as a leaf skips that leaf, and "
-                "pytree.loading.partial_load or `select` whole parts.",
-            )
-        )
-        raise kind(
-            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n{hint}",
+        raise self._stored.mismatch(
+            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
+            f"{self._stored.mismatch_hint}",
             tuple(lines),
         )
 

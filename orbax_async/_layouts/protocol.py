@@ -1,0 +1,298 @@
+"""What a layout is asked: is it this one, what does the checkpoint hold, how is a tree read.
+
+`Layout` is the protocol. `Checkpoint` and `StoredTree` are what it opens; by themselves they are
+those of the simplest layout, one tree of arrays and nothing else, and a layout overrides what
+differs in its own. Every method blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from orbax_async import arrays, errors
+from orbax_async import context as ambient
+from orbax_async._storage import zarr
+from orbax_async._storage.directory import Directory
+from orbax_async._storage.kvstore import ArrayStore
+from orbax_async.tree import schema, structure
+from orbax_async.tree.keypath import KeyPath
+
+__all__ = ["Checkpoint", "Checkpointable", "Damage", "Details", "Layout", "StoredTree"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong with a checkpoint.
+
+    Attributes:
+      checkpointable: its name; empty for the checkpoint itself, or a flat, older one.
+      keypath: of the leaf that can't be loaded; empty where a document is damaged.
+      path: the file or directory where it is.
+      problem: what was found.
+      hint: what can be done.
+      pattern: selects the leaf, for `load(..., select=)`; empty where there is none.
+    """
+
+    checkpointable: str
+    keypath: str
+    path: str
+    problem: str
+    hint: str
+    pattern: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.checkpointable}{self.keypath}" if self.keypath else self.path
+        return f"{where}: {self.problem}"
+
+    @classmethod
+    def of_file(cls, path: str, error: Exception, hint: str) -> Damage:
+        """Describes a file that can't be used, by what the use of it has raised."""
+        problem = str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path}: ")
+        again = "Copy the file again from where the checkpoint came from."
+        return cls("", "", path, problem, f"{again} {hint}")
+
+
+class Checkpointable(NamedTuple):
+    """One checkpointable of a checkpoint.
+
+    Attributes:
+      directory: where it lies.
+      typestr: the handler that saved it; None where the checkpoint does not say.
+      is_pytree: whether it looks like a pytree.
+    """
+
+    directory: Directory
+    typestr: str | None
+    is_pytree: bool
+
+
+class Details(NamedTuple):
+    """What a checkpoint says of itself; None where it does not.
+
+    Attributes:
+      nbytes: the bytes of all its files.
+      init_timestamp_nsecs: when its save began.
+      commit_timestamp_nsecs: when it was committed.
+      custom_metadata: what its user has added.
+    """
+
+    nbytes: int
+    init_timestamp_nsecs: int | None
+    commit_timestamp_nsecs: int | None
+    custom_metadata: dict[str, Any]
+
+
+class Checkpoint:
+    """A checkpoint that was found: here, one tree without a name.
+
+    Args:
+      directory: where it lies.
+      what: what it consists of, for messages: "safetensors files".
+    """
+
+    def __init__(self, directory: Directory, what: str) -> None:
+        self.directory = directory
+        self._what = what
+
+    def tree(self, name: str | None) -> tuple[str | None, Directory]:
+        """Finds one pytree, and returns its name and where it lies.
+
+        Args:
+          name: a checkpointable's, `AUTO` to choose, None for a tree without one.
+
+        Raises:
+          InvalidLayoutError: there is no such pytree.
+          DeletionInProgressError: its deletion was begun and not finished.
+        """
+        return None, self.directory
+
+    def checkpointables(self, wanted: Collection[str] = ()) -> dict[str, Checkpointable]:
+        """Returns what can be loaded, by name.
+
+        Args:
+          wanted: the names; none for all.
+
+        Raises:
+          InvalidLayoutError: nothing here has a name.
+          UnknownCheckpointableError: one of the names is not there.
+          DeletionInProgressError: its deletion was begun and not finished.
+          UnsupportedOptionError: nothing has a name in this layout.
+        """
+        raise errors.UnsupportedOptionError(
+            f"{self.directory.path} is read as {self._what}, which hold no checkpointables: use "
+            "`load` and `metadata`, or leave context.checkpoint_layout at 'orbax'"
+        )
+
+    def survey(self) -> tuple[dict[str, Checkpointable], list[Damage]]:
+        """Returns all that is there, by name, and what is wrong with the checkpoint as a whole."""
+        return {"": Checkpointable(self.directory, None, is_pytree=True)}, []
+
+    def details(self) -> Details:
+        """Returns what it says of itself."""
+        files = [self.directory.status(name) for name in self.directory.walk()[0]]
+        found = [status for status in files if status is not None]
+        newest = max((status.modified_nsecs for status in found), default=None)
+        return Details(sum(status.nbytes for status in found), None, newest, {})
+
+
+class StoredTree:
+    """A tree that was found: its leaves, and how their values are read.
+
+    Attributes:
+      directory: where it lies.
+      entries: its leaves and empty nodes.
+      arrays: the leaves that are stored as arrays.
+      may_be_asked_in_part: whether an abstract tree may leave out leaves.
+      lies_plainly: whether elements lie as they are, so that any box of them is read alone.
+      mismatch: the error where an abstract tree does not match.
+      mismatch_hint: what to do then.
+    """
+
+    may_be_asked_in_part = False
+    lies_plainly = False
+    mismatch: Callable[[str, tuple[str, ...]], errors.TreeMismatchError] = errors.TreeMismatchError
+    mismatch_hint = (
+        "Give a tree with the same keys; `...` or None as a leaf skips that leaf, and "
+        "pytree.loading.partial_load or `select` whole parts."
+    )
+
+    def __init__(self, directory: Directory, entries: Sequence[schema.Entry]) -> None:
+        self.directory = directory
+        self.entries = entries
+        self.arrays = [each for each in entries if not each.is_empty and each.kind != schema.STRING]
+
+    def nest_for(self, options: ambient.Context) -> Callable[[Iterable[tuple[KeyPath, Any]]], Any]:
+        """Returns what builds the tree out of key paths and values."""
+        return structure.nest
+
+    def open_store(self) -> ArrayStore:
+        """Opens the store of its arrays."""
+        raise NotImplementedError
+
+    def documents(
+        self, store: ArrayStore, entries: Sequence[schema.Entry]
+    ) -> dict[str, dict[str, Any]]:
+        """Returns what a zarr document says, or would say, of some arrays, by stored name.
+
+        Raises:
+          ReadError: one of them is missing.
+          CorruptDataError: the document of one is damaged.
+          InvalidLayoutError: the store is damaged.
+        """
+        raise NotImplementedError
+
+    def strings(self, entries: Sequence[schema.Entry]) -> dict[str, str]:
+        """Reads the texts of some leaves, by stored name."""
+        return {}
+
+    def shardings(self) -> Mapping[str, Mapping[str, Any]]:
+        """Reads where jax arrays were, by stored name."""
+        return {}
+
+    def default_sharding(self) -> jax.sharding.Sharding | None:
+        """Returns where jax arrays go of which nothing says where; None for the usual place."""
+        return None
+
+    def prng_impls(self) -> Mapping[str, str]:
+        """Reads the implementations of typed keys, by stored name."""
+        return {}
+
+    def metadata(self, options: ambient.Context) -> Any:
+        """Returns the tree with what `metadata` tells of each leaf."""
+        store = self.open_store() if self.arrays else None
+        documents = {} if store is None else self.documents(store, self.arrays)
+        sizes = {} if store is None else _sizes(store, {entry.name for entry in self.arrays})
+        shardings = self.shardings()
+
+        def described(entry: schema.Entry) -> Any:
+            if entry.is_empty:
+                return entry.empty_value()
+            if entry.kind == schema.STRING:
+                return "string"
+            document, nbytes = documents[entry.name], sizes.get(entry.name)
+            shape, dtype = tuple(document["shape"]), zarr.stored_dtype(document)
+            chunk_shape = zarr.chunk_shape(document)
+            if entry.kind == schema.SCALAR:
+                return {"b": False, "i": 0, "u": 0, "c": 0j}.get(dtype.kind, 0.0)
+            if entry.kind != schema.JAX_ARRAY:
+                storage = arrays.StorageMetadata(chunk_shape, nbytes=nbytes)
+                return arrays.NumpyMetadata(shape, dtype, storage)
+            storage = arrays.StorageMetadata(chunk_shape, entry.write_shape, nbytes)
+            saved = shardings.get(entry.name)
+            sharding = None if saved is None else arrays.ShardingMetadata(saved)
+            return arrays.ArrayMetadata(shape, dtype, sharding, storage)
+
+        return self.nest_for(options)((entry.keys, described(entry)) for entry in self.entries)
+
+    def find_damage(self) -> Iterator[Damage]:
+        """Yields what is wrong with documents that describe several leaves."""
+        yield from ()
+
+
+def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
+    """Returns the bytes that each array takes on disk, where the store's index tells."""
+    sizes = dict.fromkeys(array_names, 0)
+    for key, nbytes in store.sizes().items():
+        name = zarr.array_of(key, array_names, zarr3=store.zarr3)
+        if name is not None:
+            sizes[name] += nbytes
+    return {name: nbytes for name, nbytes in sizes.items() if nbytes}
+
+
+class Layout(Protocol):
+    """One way in which a checkpoint can lie in a directory.
+
+    Attributes:
+      name: what asks for it, as `context.checkpoint_layout`.
+      what: what its checkpoints consist of, for messages: "safetensors files".
+    """
+
+    name: str
+    what: str
+
+    def holds(self, directory: Directory) -> bool:
+        """Says whether a directory has what only this layout has: a checkpoint, or a tree of one.
+
+        It may be damaged.
+        """
+        ...
+
+    def find(
+        self, directory: Directory, options: ambient.Context, *, may_be_damaged: bool = False
+    ) -> Checkpoint | str:
+        """Returns the checkpoint that lies in a directory, or a sentence on why there is none.
+
+        Args:
+          directory: where to look.
+          options: of the operation.
+          may_be_damaged: whether one counts that can't be loaded.
+        """
+        ...
+
+    def open_tree(
+        self, directory: Directory, options: ambient.Context, *, is_for_jax: bool
+    ) -> StoredTree:
+        """Opens the tree that lies in a directory.
+
+        Args:
+          directory: where it lies.
+          options: of the operation.
+          is_for_jax: whether arrays become jax arrays, where neither the layout nor the user says.
+
+        Raises:
+          InvalidLayoutError: there is no tree, or it is damaged.
+        """
+        ...
+
+    def explain(self, directory: Directory, error: Exception) -> list[Damage]:
+        """Returns what keeps a tree from being opened, file by file.
+
+        Args:
+          directory: where it lies.
+          error: what `open_tree` has raised.
+        """
+        ...

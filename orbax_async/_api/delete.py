@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from typing import Any
 
 import anyio
 
+from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit import atomicity, removal
 from orbax_async._engine import loop
-from orbax_async._layouts import table
-from orbax_async._layouts.orbax import OrbaxCheckpoint, check_name
-from orbax_async._operation import Operation, starting
+from orbax_async._layouts.orbax import OrbaxLayout, check_name
+from orbax_async._layouts.protocol import reading
+from orbax_async._layouts.table import find_checkpoint
+from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.openers import open_directory
@@ -74,118 +76,37 @@ def delete_async(
       CommitError: (when awaited) files can't be removed.
     """
     with starting("delete") as operation:
-        where = pathlike.absolute(path, operation.context.file.path_class)
-        deletion = _Deletion(operation, open_directory(where), checkpointable_name, missing_ok)
-        return deletion.start()
-
-
-class _Deletion:
-    """One deletion; refuses what can be known to be wrong without a look at the path."""
-
-    def __init__(
-        self, operation: Operation, directory: Directory, name: Any, missing_ok: Any
-    ) -> None:
+        directory = open_directory(pathlike.absolute(path, operation.context.file.path_class))
+        name, options = checkpointable_name, operation.context
         if name is not None:
             check_name(name, is_saved=True)
         if not isinstance(missing_ok, bool):
             raise TypeError(f"missing_ok must be a bool, got {missing_ok!r}")
         if directory.parent == directory:
             raise ValueError(f"Cannot delete a storage root: {directory.path}.")
-        check_options(operation.context.deletion.gcs_deletion_options.todelete_full_path)
-        self._operation = operation
-        self._directory = directory
-        self._name = name
-        self._missing_ok = missing_ok
-        self._lock = operation.lock_path(directory.path, overwrite=True)
+        check_options(options.deletion.gcs_deletion_options.todelete_full_path)
+        lock = operation.lock_path(directory.path, overwrite=True)
+        find = functools.partial(_is_there, directory, name, options, missing_ok=missing_ok)
+        if lock.is_first:
+            find()
 
-    def start(self) -> AsyncResponse[bool]:
-        """Starts it, and looks first what is there, unless a save to the path is under way."""
-        path = self._directory.path
-        if self._lock.is_first:
-            self._is_there()
-        what = path if self._name is None else f"{self._name!r} of {path}"
-        return self._operation.start(f"deletion of {what}", self._run)
+        async def run() -> bool:
+            processes = operation.processes
+            async with processes.together():
+                await lock.acquire()
+                await processes.gather("looked")  # nothing goes before every process has seen it
+                if not processes.is_primary:
+                    return bool(json.loads(await processes.broadcast("deleted")))
+                is_there = await loop.to_worker(find)
+                operation.cancel_switch.pass_commit_point()
+                with anyio.CancelScope(shield=True):
+                    if is_there:
+                        await loop.to_worker(_remove, directory, name, options)
+                    await processes.broadcast("deleted", json.dumps(is_there))
+                return is_there
 
-    async def _run(self) -> bool:
-        processes = self._operation.processes
-        async with processes.together():
-            await self._lock.acquire()
-            await processes.gather("looked")  # nothing goes before every process has seen it
-            if not processes.is_primary:
-                return bool(json.loads(await processes.broadcast("deleted")))
-            is_there = await loop.to_worker(self._is_there)
-            self._operation.cancel_switch.pass_commit_point()
-            with anyio.CancelScope(shield=True):
-                if is_there:
-                    await loop.to_worker(self._remove)
-                await processes.broadcast("deleted", json.dumps(is_there))
-            return is_there
-
-    def _is_there(self) -> bool:
-        """Says whether there is anything to delete, and raises if it must not be."""
-        with errors.reported_as(errors.CommitError, f"cannot delete {self._directory.path}"):
-            return self._find()
-
-    def _find(self) -> bool:
-        path, name = self._directory.path, self._name
-        status = self._directory.status()
-        if status is not None and status.kind == "link":
-            raise ValueError(
-                f"Cannot delete a checkpoint through a symlink: {path}. Delete what it leads to."
-            )
-        atomicity.recover(path)
-        status = self._directory.status()
-        if status is None:
-            if self._missing_ok:
-                return False
-            raise errors.NothingToDeleteError(f"Checkpoint does not exist: {path}.")
-        if status.kind == "file":
-            raise errors.NotACheckpointError(f"{path} is a file, not the directory of a checkpoint")
-        found = OrbaxCheckpoint(self._directory)
-        if name is None:
-            problem = None if found.is_marked or found.is_empty else found.problem()
-            if problem is not None:
-                raise errors.InvalidLayoutError(
-                    f"Not an Orbax checkpoint root: {path}: {problem} Delete it yourself if it "
-                    "must go."
-                )
-            return True
-        record = removal.read_record(path)
-        if record is not None:
-            if record["checkpointable_name"] == name:
-                return True
-            raise errors.DeletionRecoveryError(
-                f"the deletion of {record['checkpointable_name']!r} of {path} was begun and not "
-                f"finished: delete it again before {name!r}, or delete the checkpoint"
-            )
-        names_there: list[str] = []
-        if not found.is_empty:
-            checkpoint = table.open_checkpoint(self._directory, self._operation.context)
-            names_there = list(checkpoint.checkpointables())
-        if name not in names_there:
-            if self._missing_ok:
-                return False
-            raise errors.NothingToDeleteError(
-                f"Checkpointable {name!r} does not exist at {path}; it holds {names_there}"
-            )
-        if len(names_there) == 1:
-            raise ValueError(
-                f"Cannot delete the final checkpointable, {name!r} of {path}; delete the whole "
-                "checkpoint instead."
-            )
-        return True
-
-    def _remove(self) -> None:
-        path = self._directory.path
-        with errors.reported_as(errors.CommitError, f"cannot delete {path}"):
-            if self._name is None:
-                removal.remove_whole(path)
-                return
-            record = removal.read_record(path)
-            if record is None:
-                document = OrbaxCheckpoint(self._directory).document
-                record = removal.begin(path, self._name, document)
-            removal.finish(path, record)
+        what = directory.path if name is None else f"{name!r} of {directory.path}"
+        return operation.start(f"deletion of {what}", run)
 
 
 def check_options(todelete_full_path: str | None) -> None:
@@ -202,3 +123,74 @@ def check_options(todelete_full_path: str | None) -> None:
         "deletion.gcs_deletion_options.todelete_full_path requires a checkpoint in Google's cloud "
         "storage, which this version does not reach; leave it at None"
     )
+
+
+def _is_there(
+    directory: Directory, name: str | None, options: ambient.Context, *, missing_ok: bool
+) -> bool:
+    """Says whether there is anything to delete, and raises if it must not be."""
+    path = directory.path
+    with reading(path):
+        status = directory.status()
+        if status is None or status.kind == "directory":
+            atomicity.recover(path)
+            status = directory.status()
+        if status is None:
+            if missing_ok:
+                return False
+            raise errors.NothingToDeleteError(f"Checkpoint does not exist: {path}.")
+        if status.kind == "link":
+            raise ValueError(
+                f"Cannot delete a checkpoint through a symlink: {path}. Delete what it leads to."
+            )
+        if status.kind == "file":
+            raise errors.NotACheckpointError(f"{path} is a file, not the directory of a checkpoint")
+        layout = OrbaxLayout(directory, options)
+        if name is not None:
+            return _holds(layout, name, missing_ok=missing_ok)
+        problem = None if layout.is_marked or not layout.inside else layout.problem()
+        if problem is not None:
+            raise errors.InvalidLayoutError(
+                f"Not an Orbax checkpoint root: {path}: {problem} Delete it yourself if it must go."
+            )
+        return True
+
+
+def _holds(layout: OrbaxLayout, name: str, *, missing_ok: bool) -> bool:
+    """Says whether a checkpoint holds what is to be deleted of it."""
+    directory = layout.directory
+    record = removal.read_record(directory.path)
+    if record is not None:
+        if record["checkpointable_name"] == name:
+            return True
+        raise errors.DeletionRecoveryError(
+            f"the deletion of {record['checkpointable_name']!r} of {directory.path} was begun and "
+            f"not finished: delete it again before {name!r}, or delete the checkpoint"
+        )
+    found: list[str] = []
+    if layout.inside:
+        found = list(find_checkpoint(directory, layout.options).checkpointables())
+    if name not in found and missing_ok:
+        return False
+    if name not in found:
+        raise errors.NothingToDeleteError(
+            f"Checkpointable {name!r} does not exist at {directory.path}; it holds {found}"
+        )
+    if len(found) == 1:
+        raise ValueError(
+            f"Cannot delete the final checkpointable, {name!r} of {directory.path}; delete the "
+            "whole checkpoint instead."
+        )
+    return True
+
+
+def _remove(directory: Directory, name: str | None, options: ambient.Context) -> None:
+    path = directory.path
+    with errors.reported_as(errors.CommitError, f"cannot delete {path}"):
+        if name is None:
+            removal.remove_whole(path)
+            return
+        record = removal.read_record(path)
+        if record is None:
+            record = removal.begin(path, name, OrbaxLayout(directory, options).document)
+        removal.finish(path, record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from orbax_async._api.metadata import CheckpointMetadata
 from orbax_async._api.reader import Reader
 from orbax_async._engine import loop
 from orbax_async._layouts.orbax import check_name
-from orbax_async._layouts.protocol import Checkpoint, Checkpointable
+from orbax_async._layouts.protocol import Checkpointable, Layout
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async.handlers import resolve, tiers
@@ -127,8 +128,8 @@ def load_async(
             checkpointable_name, abstract_state, registry, select=select, sharding=sharding
         )
 
-        def find(checkpoint: Checkpoint) -> _Found:
-            name, directory = checkpoint.tree(checkpointable_name)
+        def find(layout: Layout) -> _Found:
+            name, directory = layout.tree(checkpointable_name)
             return part._replace(name=name), Path(directory.path)
 
         async def read(found: _Found) -> Any:
@@ -210,7 +211,7 @@ def load_checkpointables_async(
     with starting("load") as operation:
         reader = Reader(operation, path)
         wanted = _wanted(abstract_checkpointables)
-        subset = _Subset(select, sharding)
+        options = _options_of_reading(select, sharding)
         registry = operation.context.checkpointables.registry
 
         def resolved(stored: dict[str, Checkpointable]) -> list[_Found]:
@@ -225,13 +226,13 @@ def load_checkpointables_async(
                         is_pytree=each.is_pytree,
                         path=reader.directory.path,
                     )
-            found = subset.of(parts, wanted).items()
+            found = _subset(parts, wanted, options).items()
             return [(part, Path(stored[name].directory.path)) for name, part in found]
 
         async def read(stored: dict[str, Checkpointable]) -> dict[str, Any]:
             return await _load(await loop.to_worker(resolved, stored), operation)
 
-        return reader.start("load from", lambda found: found.checkpointables(wanted), read)
+        return reader.start("load from", lambda layout: layout.checkpointables(wanted), read)
 
 
 def _wanted(abstract: Any) -> dict[str, Any]:
@@ -258,68 +259,27 @@ async def _load(found: list[_Found], operation: Operation) -> dict[str, Any]:
     """Runs both phases of all that is to be loaded."""
     operation.expect(part.name or "" for part, _ in found)
     seconds = await tiers.first(
-        [_first_tier(part, directory) for part, directory in found],
+        [
+            tiers.Tier(
+                part.name or "",
+                functools.partial(part.handler.load, directory, part.value),
+                part.code("load"),
+            )
+            for part, directory in found
+        ],
         when_done=operation.release_caller,
     )
     return await tiers.second(seconds)
 
 
-def _first_tier(part: resolve.Part, directory: Path) -> tiers.Tier:
-    return tiers.Tier(
-        part.name or "", lambda: part.handler.load(directory, part.value), part.code("load")
-    )
-
-
-class _Subset:
-    """Which leaves are wanted of the pytrees among several checkpointables, and where.
-
-    Args:
-      select: patterns or a function, as for a state, for all pytrees; or a mapping of names to
-        such, which leaves the others whole.
-      sharding: likewise.
-
-    Raises:
-      TypeError, ValueError: one of them is something else.
-    """
-
-    def __init__(self, select: Selects | None, sharding: Shardings | None) -> None:
-        self._options = {"select": _kept(select), "sharding": _kept(sharding)}
-        for what, given in self._options.items():
-            for one in given.values() if isinstance(given, Mapping) else [given]:
-                options: dict[str, Any] = {what: one}
-                PyTreeHandler().read_abstract(None, **options)
-
-    def of(
-        self, parts: Mapping[str, resolve.Part], abstracts: Mapping[str, Any]
-    ) -> dict[str, resolve.Part]:
-        """Returns what is to be loaded, without the leaves that are not wanted.
-
-        Args:
-          parts: what would be loaded, by name.
-          abstracts: as what; what it does not name is loaded as it is stored.
-
-        Raises:
-          ValueError: one that is named is not loaded, or is no pytree; or none of them is.
-        """
-        trees = [name for name, part in parts.items() if isinstance(part.handler, PyTreeHandler)]
-        for what, given in self._options.items():
-            named = given if isinstance(given, Mapping) else dict.fromkeys(trees or parts, given)
-            wrong = [name for name in named if name not in trees and given is not None]
-            if wrong:
-                raise ValueError(
-                    f"{what}: {wrong} can't be loaded in part, as nothing but pytrees can; of what "
-                    f"is to be loaded these are pytrees: {trees}"
-                )
-        subset = dict(parts)
-        for name in trees:
-            options = {
-                what: given.get(name) if isinstance(given, Mapping) else given
-                for what, given in self._options.items()
-            }
-            if any(each is not None for each in options.values()):
-                abstract = parts[name].handler.read_abstract(abstracts.get(name), **options)
-                subset[name] = parts[name]._replace(value=abstract)
-        return subset
+def _options_of_reading(select: Any, sharding: Any) -> dict[str, Any]:
+    """Returns `select` and `sharding`, kept and checked; each is one for all, or a dict by name."""
+    options = {"select": _kept(select), "sharding": _kept(sharding)}
+    for what, given in options.items():
+        for one in given.values() if isinstance(given, Mapping) else [given]:
+            only: dict[str, Any] = {what: one}
+            PyTreeHandler().read_abstract(None, **only)
+    return options
 
 
 def _kept(given: Any) -> Any:
@@ -327,3 +287,32 @@ def _kept(given: Any) -> Any:
     if isinstance(given, Mapping):
         return {name: _kept(each) for name, each in given.items()}
     return list(given) if isinstance(given, Iterator) else given
+
+
+def _subset(
+    parts: dict[str, resolve.Part], abstracts: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, resolve.Part]:
+    """Returns what is to be loaded, pytrees without the leaves that are not selected.
+
+    Raises:
+      ValueError: an option names what is not loaded, or is no pytree; or nothing is one.
+    """
+    trees = [name for name, part in parts.items() if isinstance(part.handler, PyTreeHandler)]
+    subset = dict(parts)
+    for what, given in options.items():
+        named = given if isinstance(given, Mapping) else dict.fromkeys(trees or parts, given)
+        wrong = [name for name in named if name not in trees and given is not None]
+        if wrong:
+            raise ValueError(
+                f"{what}: {wrong} can't be loaded in part, as nothing but pytrees can; of what "
+                f"is to be loaded these are pytrees: {trees}"
+            )
+    for name in trees:
+        of_tree = {
+            what: given.get(name) if isinstance(given, Mapping) else given
+            for what, given in options.items()
+        }
+        if any(each is not None for each in of_tree.values()):
+            abstract = parts[name].handler.read_abstract(abstracts.get(name), **of_tree)
+            subset[name] = parts[name]._replace(value=abstract)
+    return subset

@@ -12,7 +12,7 @@ from orbax_async import registration
 from orbax_async._api.reader import Reader
 from orbax_async._engine import loop
 from orbax_async._layouts.orbax import OrbaxLayout, check_name
-from orbax_async._layouts.protocol import Checkpoint, Checkpointable, Details
+from orbax_async._layouts.protocol import Checkpointable, Details, Layout
 from orbax_async._operation import Operation, starting
 from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
@@ -122,8 +122,8 @@ def metadata(
         reader = Reader(operation, path)
         check_name(checkpointable_name, is_saved=False)
 
-        def find(checkpoint: Checkpoint) -> tuple[Path, Details]:
-            return Path(checkpoint.tree(checkpointable_name)[1].path), checkpoint.details()
+        def find(layout: Layout) -> tuple[Path, Details]:
+            return Path(layout.tree(checkpointable_name)[1].path), layout.details()
 
         async def read(found: tuple[Path, Details]) -> CheckpointMetadata[PyTreeMetadata]:
             directory, details = found
@@ -156,8 +156,8 @@ def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any
     with starting("metadata") as operation:
         reader = Reader(operation, path)
 
-        def find(checkpoint: Checkpoint) -> tuple[dict[str, Checkpointable], Details]:
-            return checkpoint.checkpointables(), checkpoint.details()
+        def find(layout: Layout) -> tuple[dict[str, Checkpointable], Details]:
+            return layout.checkpointables(), layout.details()
 
         async def read(
             found: tuple[dict[str, Checkpointable], Details],
@@ -199,14 +199,8 @@ async def _abstract(operation: Operation, name: str, stored: Checkpointable) -> 
 
 
 def _described(reader: Reader, metadata: T, details: Details) -> CheckpointMetadata[T]:
-    described = CheckpointMetadata(
-        reader.directory.path,
-        metadata=metadata,
-        init_timestamp_nsecs=details.init_timestamp_nsecs,
-        commit_timestamp_nsecs=details.commit_timestamp_nsecs,
-        custom_metadata=details.custom_metadata,
-    )
-    vars(described).update(nbytes=details.nbytes)
+    described = CheckpointMetadata(reader.directory.path, metadata=metadata)
+    vars(described).update(details._asdict())
     return described
 
 
@@ -221,5 +215,5 @@ def is_orbax_checkpoint(path: PathLike) -> bool:
 
         steps = [p for p in run.iterdir() if ocp.is_orbax_checkpoint(p)]
     """
-    found = OrbaxLayout().find(open_directory(pathlike.absolute(path)), ambient.current())
-    return not isinstance(found, str)
+    layout = OrbaxLayout(open_directory(pathlike.absolute(path)), ambient.current())
+    return layout.problem() is None

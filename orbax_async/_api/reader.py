@@ -12,7 +12,6 @@ Theory of operation
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable
-from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import anyio
@@ -22,7 +21,7 @@ from orbax_async import errors
 from orbax_async._commit import atomicity
 from orbax_async._engine import loop
 from orbax_async._layouts import table
-from orbax_async._layouts.protocol import Checkpoint
+from orbax_async._layouts.protocol import Layout, reading
 from orbax_async._operation import Operation
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.openers import open_directory
@@ -54,7 +53,7 @@ class Reader:
     def start(
         self,
         label: str,
-        find: Callable[[Checkpoint], Found],
+        find: Callable[[Layout], Found],
         read: Callable[[Found], Awaitable[T]],
         *,
         may_be_damaged: bool = False,
@@ -90,26 +89,18 @@ class Reader:
 
         return self._operation.start(f"{label} {path}", run)
 
-    def _find(self, find: Callable[[Checkpoint], Found], may_be_damaged: bool) -> Found:
-        with self._reporting():
+    def _find(self, find: Callable[[Layout], Found], may_be_damaged: bool) -> Found:
+        with reading(self.directory.path):
             self._is_settled = not atomicity.recover(self.directory.path)
             self._identity = self._look()
+            options = self._operation.context
             return find(
-                table.open_checkpoint(
-                    self.directory, self._operation.context, may_be_damaged=may_be_damaged
-                )
+                table.find_checkpoint(self.directory, options, may_be_damaged=may_be_damaged)
             )
 
     def _look(self) -> Hashable:
         """Returns what tells a checkpoint from the one before it at the same path."""
         # The directory may be a link, and then only what lies in it changes.
-        with self._reporting():
+        with reading(self.directory.path):
             found = [self.directory.status(name) for name in ("", names.CHECKPOINT_METADATA)]
         return tuple(status and status.identity for status in found)
-
-    def _reporting(self) -> AbstractContextManager[None]:
-        return errors.reported_as(
-            errors.UnreadableError,
-            f"cannot read {self.directory.path}",
-            "Check that this process may read it, and that its storage works.",
-        )

@@ -13,7 +13,7 @@ from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import ReadForm
 from orbax_async._engine.verify_pipeline import VerifyPipeline
 from orbax_async._layouts import table
-from orbax_async._layouts.protocol import Checkpointable, Damage, StoredTree
+from orbax_async._layouts.protocol import COPY_AGAIN, Checkpointable, Damage, StoredTree
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage import zarr
@@ -156,7 +156,7 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
             )
 
         return reader.start(
-            "verification of", lambda found: found.survey(), read, may_be_damaged=True
+            "verification of", lambda layout: layout.survey(), read, may_be_damaged=True
         )
 
 
@@ -177,10 +177,9 @@ async def _inspect_document(
     try:
         await (await handler.load(Path(directory.path)))
     except (errors.InvalidLayoutError, OSError) as error:
-        hint = "Copy the file again from where the checkpoint came from."
         path, _, problem = str(error).partition(" is ")
         problem = f"it is {problem}" if problem else path
-        findings.damage.append(Damage(name, "", path, problem, hint))
+        findings.damage.append(Damage(name, "", path, problem, COPY_AGAIN))
 
 
 class _Inspection:
@@ -214,15 +213,14 @@ class _Inspection:
     def _begin(self) -> VerifyPipeline | None:
         """Checks the documents; returns what checks the arrays. Blocks."""
         options = self._operation.context
+        layout = table.layout_of(self._directory, options)
+        self._add(*layout.find_damage())
         try:
-            stored = table.open_tree(self._directory, options)
-        except (errors.InvalidLayoutError, OSError) as error:
-            layout = table.layout_of(self._directory, options)
-            self._add(*layout.explain(self._directory, error))
+            stored = layout.open_tree()
+        except (errors.InvalidLayoutError, OSError):
             return None
         entries = [entry for entry in stored.entries if not entry.is_empty]
         self._findings.leaves += len(entries)
-        self._add(*stored.find_damage())
         self._check_strings(stored, [each for each in entries if each.kind == schema.STRING])
         if not stored.arrays:
             return None
@@ -248,9 +246,8 @@ class _Inspection:
                 self._attempt(entry.keys, stored.strings, [entry])
         except (errors.InvalidLayoutError, OSError) as error:
             file = (self._directory / names.STRINGS).path
-            self._add(
-                Damage.of_file(file, error, "All leaves that are no strings load without it.")
-            )
+            hint = f"{COPY_AGAIN} All leaves that are no strings load without it."
+            self._add(Damage.of(file, error, hint))
             for entry in texts:
                 self._add_leaf(entry.keys, error)
 
@@ -263,7 +260,9 @@ class _Inspection:
         except errors.CheckpointError as error:
             if isinstance(error, errors.InvalidLayoutError):
                 file = (self._directory / names.OCDBT_MANIFEST).path
-                self._add(Damage.of_file(file, error, "Leaves may be readable nevertheless."))
+                self._add(
+                    Damage.of(file, error, f"{COPY_AGAIN} Leaves may be readable without it.")
+                )
                 store.forgo_direct()
         else:
             return [(entry, documents[entry.name]) for entry in stored.arrays]

@@ -15,7 +15,7 @@ from orbax_async import errors
 from orbax_async._commit import atomicity, finalize
 from orbax_async._commit.places import Beside, InPlace, Place
 from orbax_async._engine import loop
-from orbax_async._layouts.orbax import OrbaxCheckpoint, commit_mode
+from orbax_async._layouts.orbax import OrbaxLayout, commit_mode
 from orbax_async._operation import Operation, PathLock
 from orbax_async._storage import files
 from orbax_async._storage.openers import open_directory
@@ -37,7 +37,7 @@ def check_destination(final: str, *, overwrite: bool) -> None:
     atomicity.recover(final)
     atomicity.clear_abandoned(final)
     if os.path.lexists(final):
-        found = OrbaxCheckpoint(open_directory(final))
+        found = OrbaxLayout(open_directory(final), ambient.current())
         if found.hidden is not None:
             raise errors.DeletionInProgressError(
                 f"{final} has a deletion that was begun and not finished: finish it before saving "
@@ -47,8 +47,8 @@ def check_destination(final: str, *, overwrite: bool) -> None:
             raise errors.DestinationExistsError(
                 f"Destination {final} already exists. Save elsewhere, or with overwrite=True."
             )
-        is_empty = os.path.isdir(final) and found.is_empty
-        if os.path.islink(final) or not (is_empty or found.may_be_replaced(ambient.current())):
+        is_empty = os.path.isdir(final) and not found.inside
+        if os.path.islink(final) or not (is_empty or found.may_be_replaced()):
             raise errors.DestinationExistsError(
                 f"Destination {final} already exists and is no checkpoint: overwrite=True replaces "
                 "checkpoints only. Remove it yourself, or save elsewhere."

@@ -1,15 +1,15 @@
-"""What a layout is asked: is it this one, what does the checkpoint hold, how is a tree read.
+"""What a layout answers: is it this one, what does the checkpoint hold, how is a tree of it read.
 
-`Layout` is the protocol. `Checkpoint` and `StoredTree` are what it opens; by themselves they are
-those of the simplest layout, one tree of arrays and nothing else, and a layout overrides what
-differs in its own. Every method blocks.
+`Layout` and `StoredTree` by themselves are the simplest layout, one tree of arrays and nothing
+else; a layout overrides what differs in its own. Every method blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -21,7 +21,19 @@ from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.tree import schema, structure
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["Checkpoint", "Checkpointable", "Damage", "Details", "Layout", "StoredTree"]
+__all__ = ["COPY_AGAIN", "Checkpointable", "Damage", "Details", "Layout", "StoredTree", "reading"]
+
+
+COPY_AGAIN = "Copy it again from where the checkpoint came from."
+
+
+def reading(path: str) -> AbstractContextManager[None]:
+    """Reports an OSError of the block as one of ours: what lies at a path can't be read."""
+    return errors.reported_as(
+        errors.UnreadableError,
+        f"cannot read {path}",
+        "Check that this process may read it, and that its storage works.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +61,12 @@ class Damage:
         return f"{where}: {self.problem}"
 
     @classmethod
-    def of_file(cls, path: str, error: Exception, hint: str) -> Damage:
-        """Describes a file that can't be used, by what the use of it has raised."""
-        problem = str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path}: ")
-        again = "Copy the file again from where the checkpoint came from."
-        return cls("", "", path, problem, f"{again} {hint}")
+    def of(cls, path: str, problem: str | Exception, hint: str) -> Damage:
+        """Describes a file by what is wrong with it, or by what its use has raised."""
+        if isinstance(problem, OSError):
+            hint = ""  # it is not damaged, and the message says what to do
+        said = str(problem).removeprefix(path).removeprefix(": ").removeprefix(" is damaged: ")
+        return cls("", "", path, said, hint)
 
 
 class Checkpointable(NamedTuple):
@@ -71,35 +84,47 @@ class Checkpointable(NamedTuple):
 
 
 class Details(NamedTuple):
-    """What a checkpoint says of itself; None where it does not.
-
-    Attributes:
-      nbytes: the bytes of all its files.
-      init_timestamp_nsecs: when its save began.
-      commit_timestamp_nsecs: when it was committed.
-      custom_metadata: what its user has added.
-    """
+    """What a checkpoint says of itself, beside its tree; as in `CheckpointMetadata`."""
 
     nbytes: int
-    init_timestamp_nsecs: int | None
-    commit_timestamp_nsecs: int | None
-    custom_metadata: dict[str, Any]
+    init_timestamp_nsecs: int | None = None
+    commit_timestamp_nsecs: int | None = None
+    custom_metadata: dict[str, Any] | None = None
 
 
-class Checkpoint:
-    """A checkpoint that was found: here, one tree without a name.
+class Layout:
+    """One way in which a checkpoint can lie, looked for in one directory.
 
-    Args:
-      directory: where it lies.
-      what: what it consists of, for messages: "safetensors files".
+    Attributes:
+      name: what asks for it, as `context.checkpoint_layout`.
+      what: what its checkpoints consist of, for messages: "safetensors files".
+      directory: where it is looked for; there may be nothing of the kind.
+      options: those of the operation.
     """
 
-    def __init__(self, directory: Directory, what: str) -> None:
+    name: ClassVar[str]
+    what: ClassVar[str]
+
+    def __init__(self, directory: Directory, options: ambient.Context) -> None:
         self.directory = directory
-        self._what = what
+        self.options = options
+
+    @property
+    def is_there(self) -> bool:
+        """Whether what only this layout has lies here: a checkpoint, or a tree; maybe damaged."""
+        raise NotImplementedError
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether this was a checkpoint, and has lost what loading needs."""
+        return False
+
+    def problem(self) -> str | None:
+        """Returns why no checkpoint can be loaded from here, as the end of a sentence."""
+        return None if self.is_there else f"there are no {self.what}. Check the path."
 
     def tree(self, name: str | None) -> tuple[str | None, Directory]:
-        """Finds one pytree, and returns its name and where it lies.
+        """Returns one pytree's name, and where it lies.
 
         Args:
           name: a checkpointable's, `AUTO` to choose, None for a tree without one.
@@ -111,10 +136,7 @@ class Checkpoint:
         return None, self.directory
 
     def checkpointables(self, wanted: Collection[str] = ()) -> dict[str, Checkpointable]:
-        """Returns what can be loaded, by name.
-
-        Args:
-          wanted: the names; none for all.
+        """Returns what can be loaded by name: what is wanted, or all.
 
         Raises:
           InvalidLayoutError: nothing here has a name.
@@ -123,7 +145,7 @@ class Checkpoint:
           UnsupportedOptionError: nothing has a name in this layout.
         """
         raise errors.UnsupportedOptionError(
-            f"{self.directory.path} is read as {self._what}, which hold no checkpointables: use "
+            f"{self.directory.path} is read as {self.what}, which hold no checkpointables: use "
             "`load` and `metadata`, or leave context.checkpoint_layout at 'orbax'"
         )
 
@@ -132,11 +154,27 @@ class Checkpoint:
         return {"": Checkpointable(self.directory, None, is_pytree=True)}, []
 
     def details(self) -> Details:
-        """Returns what it says of itself."""
+        """Returns what the checkpoint says of itself."""
         files = [self.directory.status(name) for name in self.directory.walk()[0]]
-        found = [status for status in files if status is not None]
-        newest = max((status.modified_nsecs for status in found), default=None)
-        return Details(sum(status.nbytes for status in found), None, newest, {})
+        return Details(sum(status.nbytes for status in files if status is not None))
+
+    def open_tree(self, *, is_for_jax: bool = False) -> StoredTree:
+        """Opens the tree that lies in the directory.
+
+        Args:
+          is_for_jax: whether arrays become jax arrays, where nothing says what they become.
+
+        Raises:
+          InvalidLayoutError: there is none, or it is damaged.
+        """
+        raise NotImplementedError
+
+    def find_damage(self) -> Iterator[Damage]:
+        """Yields what is wrong with the documents of the tree that lies in the directory."""
+        try:
+            self.open_tree()
+        except errors.InvalidLayoutError as error:
+            yield Damage.of(self.directory.path, error, COPY_AGAIN)
 
 
 class StoredTree:
@@ -154,7 +192,7 @@ class StoredTree:
 
     may_be_asked_in_part = False
     lies_plainly = False
-    mismatch: Callable[[str, tuple[str, ...]], errors.TreeMismatchError] = errors.TreeMismatchError
+    mismatch: type[errors.TreeMismatchError] = errors.TreeMismatchError
     mismatch_hint = (
         "Give a tree with the same keys; `...` or None as a leaf skips that leaf, and "
         "pytree.loading.partial_load or `select` whole parts."
@@ -165,10 +203,6 @@ class StoredTree:
         self.entries = entries
         self.arrays = [each for each in entries if not each.is_empty and each.kind != schema.STRING]
 
-    def nest_for(self, options: ambient.Context) -> Callable[[Iterable[tuple[KeyPath, Any]]], Any]:
-        """Returns what builds the tree out of key paths and values."""
-        return structure.nest
-
     def open_store(self) -> ArrayStore:
         """Opens the store of its arrays."""
         raise NotImplementedError
@@ -176,11 +210,10 @@ class StoredTree:
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]
     ) -> dict[str, dict[str, Any]]:
-        """Returns what a zarr document says, or would say, of some arrays, by stored name.
+        """Returns what zarr documents say, or would say, of some arrays, by stored name.
 
         Raises:
-          ReadError: one of them is missing.
-          CorruptDataError: the document of one is damaged.
+          ReadError, CorruptDataError: that of one is missing, or damaged.
           InvalidLayoutError: the store is damaged.
         """
         raise NotImplementedError
@@ -200,6 +233,10 @@ class StoredTree:
     def prng_impls(self) -> Mapping[str, str]:
         """Reads the implementations of typed keys, by stored name."""
         return {}
+
+    def nest_for(self, options: ambient.Context) -> Callable[[Iterable[tuple[KeyPath, Any]]], Any]:
+        """Returns what builds the tree out of key paths and values."""
+        return structure.nest
 
     def metadata(self, options: ambient.Context) -> Any:
         """Returns the tree with what `metadata` tells of each leaf."""
@@ -228,10 +265,6 @@ class StoredTree:
 
         return self.nest_for(options)((entry.keys, described(entry)) for entry in self.entries)
 
-    def find_damage(self) -> Iterator[Damage]:
-        """Yields what is wrong with documents that describe several leaves."""
-        yield from ()
-
 
 def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
     """Returns the bytes that each array takes on disk, where the store's index tells."""
@@ -241,58 +274,3 @@ def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
         if name is not None:
             sizes[name] += nbytes
     return {name: nbytes for name, nbytes in sizes.items() if nbytes}
-
-
-class Layout(Protocol):
-    """One way in which a checkpoint can lie in a directory.
-
-    Attributes:
-      name: what asks for it, as `context.checkpoint_layout`.
-      what: what its checkpoints consist of, for messages: "safetensors files".
-    """
-
-    name: str
-    what: str
-
-    def holds(self, directory: Directory) -> bool:
-        """Says whether a directory has what only this layout has: a checkpoint, or a tree of one.
-
-        It may be damaged.
-        """
-        ...
-
-    def find(
-        self, directory: Directory, options: ambient.Context, *, may_be_damaged: bool = False
-    ) -> Checkpoint | str:
-        """Returns the checkpoint that lies in a directory, or a sentence on why there is none.
-
-        Args:
-          directory: where to look.
-          options: of the operation.
-          may_be_damaged: whether one counts that can't be loaded.
-        """
-        ...
-
-    def open_tree(
-        self, directory: Directory, options: ambient.Context, *, is_for_jax: bool
-    ) -> StoredTree:
-        """Opens the tree that lies in a directory.
-
-        Args:
-          directory: where it lies.
-          options: of the operation.
-          is_for_jax: whether arrays become jax arrays, where neither the layout nor the user says.
-
-        Raises:
-          InvalidLayoutError: there is no tree, or it is damaged.
-        """
-        ...
-
-    def explain(self, directory: Directory, error: Exception) -> list[Damage]:
-        """Returns what keeps a tree from being opened, file by file.
-
-        Args:
-          directory: where it lies.
-          error: what `open_tree` has raised.
-        """
-        ...

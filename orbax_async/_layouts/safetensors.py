@@ -5,7 +5,7 @@ A checkpoint is one file, or the files of a directory. It is read, and never wri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._layouts.protocol import Checkpoint, Damage, Details, StoredTree
+from orbax_async._layouts.protocol import COPY_AGAIN, Damage, Details, Layout, StoredTree, reading
 from orbax_async._storage import safetensors, zarr
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.kvstore import ArrayStore
@@ -25,51 +25,46 @@ from orbax_async.tree.keypath import Key
 __all__ = ["SafetensorsLayout"]
 
 
-class SafetensorsLayout:
-    """Finds and opens safetensors files."""
+class SafetensorsLayout(Layout):
+    """Safetensors files."""
 
     name = "safetensors"
     what = "safetensors files"
 
-    def holds(self, directory: Directory) -> bool:
-        """Says whether there is such a file."""
-        return bool(safetensors.find(directory.path))
+    @property
+    def is_there(self) -> bool:
+        """Whether there is such a file."""
+        return bool(safetensors.find(self.directory.path))
 
-    def find(
-        self, directory: Directory, options: ambient.Context, *, may_be_damaged: bool = False
-    ) -> Checkpoint | str:
-        """Returns the files as a checkpoint; damage shows when they are opened."""
-        if self.holds(directory):
-            return _Files(directory, self.what)
+    def problem(self) -> str | None:
+        """Returns that there are no files; damage shows when they are opened."""
+        if self.is_there:
+            return None
         return (
             f"it is no {names.SAFETENSORS} file, and no directory with such in it. Check the path, "
             "or leave context.checkpoint_layout at 'orbax'."
         )
-
-    def open_tree(
-        self, directory: Directory, options: ambient.Context, *, is_for_jax: bool
-    ) -> StoredTree:
-        """Reads what the headers of the files say."""
-        return _Tensors(directory, options.safetensors, is_for_jax=is_for_jax)
-
-    def explain(self, directory: Directory, error: Exception) -> list[Damage]:
-        """Names each file that is damaged; where all are whole, what is wrong between them."""
-        hint = "Nothing can be loaded from here without it."
-        found = safetensors.find_damage(directory.path) or [(directory.path, error)]
-        return [Damage.of_file(path, problem, hint) for path, problem in found]
-
-
-class _Files(Checkpoint):
-    """Files of tensors, which are one tree."""
 
     def details(self) -> Details:
         """Returns sizes and times of the files, and the texts in their headers."""
         contents = safetensors.read_headers(self.directory.path)
         files = [file.removeprefix(f"{self.directory.path}/") for file in contents.files]
         found = [status for file in files if (status := self.directory.status(file))]
-        newest = max((status.modified_nsecs for status in found), default=None)
-        nbytes = sum(status.nbytes for status in found)
-        return Details(nbytes, None, newest, contents.metadata)
+        return Details(
+            nbytes=sum(status.nbytes for status in found),
+            commit_timestamp_nsecs=max((each.modified_nsecs for each in found), default=None),
+            custom_metadata=contents.metadata,
+        )
+
+    def open_tree(self, *, is_for_jax: bool = False) -> StoredTree:
+        """Reads the headers of the files."""
+        return _Tensors(self.directory, self.options.safetensors, is_for_jax=is_for_jax)
+
+    def find_damage(self) -> Iterator[Damage]:
+        """Yields each file that is damaged; where all are whole, what is wrong between them."""
+        for path, problem in safetensors.find_damage(self.directory.path):
+            hint = f"{COPY_AGAIN} Nothing can be loaded from here without it."
+            yield Damage.of(path, problem, hint)
 
 
 class _Tensors(StoredTree):
@@ -84,21 +79,22 @@ class _Tensors(StoredTree):
         self, directory: Directory, options: SafetensorsOptions, *, is_for_jax: bool
     ) -> None:
         self._options = options
-        self._contents = safetensors.read_headers(directory.path)
+        with reading(directory.path):
+            self._tensors = safetensors.read_headers(directory.path).tensors
         kind = schema.JAX_ARRAY if is_for_jax else schema.NUMPY_ARRAY
         # With a dtype of its own, a leaf is read as it is stored and cast thereafter.
         entries = [
             schema.Entry(
                 (Key(name, False),), kind, name, private={"logical_dtype": tensor.dtype.name}
             )
-            for name, tensor in self._contents.tensors.items()
+            for name, tensor in self._tensors.items()
         ]
         super().__init__(directory, entries)
 
     def open_store(self) -> ArrayStore:
         """Opens the files as a store of arrays."""
         reader = safetensors.TensorReader(
-            self._contents.tensors,
+            self._tensors,
             max_over_read_ratio=self._options.max_over_read_ratio,
             read_chunk_nbytes=self._options.read_chunk_bytes,
         )
@@ -107,8 +103,8 @@ class _Tensors(StoredTree):
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]
     ) -> dict[str, dict[str, Any]]:
-        """Returns what a zarr document would say of some tensors, by name."""
-        found = [self._contents.tensors[entry.name] for entry in entries]
+        """Returns what zarr documents would say."""
+        found = [self._tensors[entry.name] for entry in entries]
         return {each.name: zarr.plain_document(each.shape, each.dtype) for each in found}
 
     def default_sharding(self) -> jax.sharding.Sharding:
@@ -120,5 +116,5 @@ class _Tensors(StoredTree):
         """Returns the shape and dtype of each tensor."""
         return {
             name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
-            for name, tensor in self._contents.tensors.items()
+            for name, tensor in self._tensors.items()
         }

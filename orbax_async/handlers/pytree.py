@@ -20,7 +20,7 @@ from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._commit.session import Session
 from orbax_async._engine import loop
-from orbax_async._layouts.table import open_tree
+from orbax_async._layouts.table import layout_of
 from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import additions, forms, leaves, ordering, storing, targets
 from orbax_async.handlers.forms import PreparedTree
@@ -194,7 +194,7 @@ class PyTreeHandler:
     async def metadata(self, directory: Path) -> Any:
         """Returns the stored tree with each leaf's metadata, without reading array data."""
         where, options = open_directory(os.fspath(directory)), self._options()
-        return await loop.to_worker(lambda: open_tree(where, options).metadata(options))
+        return await loop.to_worker(lambda: layout_of(where, options).open_tree().metadata(options))
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether every leaf of a tree can be stored."""

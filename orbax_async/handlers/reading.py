@@ -15,7 +15,7 @@ from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import LoadPipeline
 from orbax_async._layouts.protocol import StoredTree
-from orbax_async._layouts.table import open_tree
+from orbax_async._layouts.table import layout_of
 from orbax_async._storage import zarr
 from orbax_async._storage.kvstore import ArrayStore
 from orbax_async._storage.openers import open_directory
@@ -63,9 +63,8 @@ class Loading:
         self._abstract = abstract
         self._problems: list[str] = []
         self._refused: list[errors.LeafError] = []
-        stored = self._stored = open_tree(
-            open_directory(directory), doing.context, is_for_jax=abstract.sharding is not None
-        )
+        layout = layout_of(open_directory(directory), doing.context)
+        stored = self._stored = layout.open_tree(is_for_jax=abstract.sharding is not None)
         self._nest = stored.nest_for(options)
         self._wanted = self._matched(stored.entries, is_partial=options.pytree.loading.partial_load)
         to_load = self._without_data(stored)

@@ -9,7 +9,7 @@ import anyio
 
 from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._commit import atomicity, removal
+from orbax_async._commit import leftovers, removal
 from orbax_async._engine import loop
 from orbax_async._layouts.orbax import OrbaxLayout, check_name
 from orbax_async._layouts.protocol import reading
@@ -133,7 +133,7 @@ def _is_there(
     with reading(path):
         status = directory.status()
         if status is None or status.kind == "directory":
-            atomicity.recover(path)
+            leftovers.settle(path)
             status = directory.status()
         if status is None:
             if missing_ok:

@@ -18,7 +18,7 @@ import anyio
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._commit import atomicity
+from orbax_async._commit import leftovers
 from orbax_async._engine import loop
 from orbax_async._layouts import table
 from orbax_async._layouts.protocol import Layout, reading
@@ -91,7 +91,7 @@ class Reader:
 
     def _find(self, find: Callable[[Layout], Found], may_be_damaged: bool) -> Found:
         with reading(self.directory.path):
-            self._is_settled = not atomicity.recover(self.directory.path)
+            self._is_settled = not leftovers.settle(self.directory.path)
             self._identity = self._look()
             options = self._operation.context
             return find(

@@ -17,8 +17,8 @@ from orbax_async._layouts.protocol import COPY_AGAIN, Checkpointable, Damage, St
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage import zarr
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
-from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.handlers import builtin
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
 from orbax_async.handlers.pytree import PyTreeHandler

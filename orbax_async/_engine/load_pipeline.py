@@ -36,7 +36,7 @@ from orbax_async._engine.transfer import (
     send,
 )
 from orbax_async._storage import zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async._trace import Recorder
 from orbax_async.tree import keypath
 from orbax_async.tree.schema import Entry

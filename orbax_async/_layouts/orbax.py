@@ -7,14 +7,13 @@ a checkpoint is found with as few calls of its storage as can be.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._commit import session
+from orbax_async._commit import removal, sessions
 from orbax_async._layouts.protocol import (
     COPY_AGAIN,
     Checkpointable,
@@ -25,8 +24,9 @@ from orbax_async._layouts.protocol import (
     reading,
 )
 from orbax_async._storage import zarr
+from orbax_async._storage.array_store import ArrayStore, holds_ocdbt, read_index
 from orbax_async._storage.directory import Directory
-from orbax_async._storage.kvstore import ArrayStore, read_index
+from orbax_async._storage.json_documents import MAX_NBYTES, damage_in, read_json
 from orbax_async._trace import logger
 from orbax_async.options import AtomicityMode
 from orbax_async.options._file_options import mode_of_temporary_path
@@ -36,9 +36,6 @@ from orbax_async.tree.keypath import KeyPath
 __all__ = ["OrbaxLayout", "check_name", "commit_mode"]
 
 T = TypeVar("T")
-
-# What reading a document raises that has another form than it should.
-_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
 
 
 class OrbaxLayout(Layout):
@@ -112,7 +109,8 @@ class OrbaxLayout(Layout):
         directory = self.directory
         if not self.inside:
             status = directory.status()
-            if status is None and session.find_additions(session.directory_of(directory.path)):
+            session = directory.parent / sessions.session_path(directory.name)
+            if status is None and sessions.find_parts(session):
                 return "its partial saves are not finalized. Call partial.finalize first."
             if status is None:
                 return "there is no such directory. Check the path."
@@ -132,7 +130,7 @@ class OrbaxLayout(Layout):
             return f"{names.CHECKPOINT_METADATA} is missing."
         if self.is_flat or self._trees:
             return None
-        if directory.name.endswith(names.SESSION_SUFFIX) and session.find_additions(directory.path):
+        if directory.name.endswith(names.SESSION_SUFFIX) and sessions.find_parts(directory):
             return "it holds partial saves. Call partial.finalize, and load what that makes."
         inside = [name for name, is_directory in self.inside.items() if is_directory]
         steps = [name for name in inside if self._lies_in(name, names.CHECKPOINT_METADATA)]
@@ -162,7 +160,8 @@ class OrbaxLayout(Layout):
             return {}
 
     def _read_document(self) -> dict[str, Any]:
-        return _read(self.directory, names.CHECKPOINT_METADATA, _object) or {}
+        with reading((self.directory / names.CHECKPOINT_METADATA).path):
+            return read_json(self.directory, names.CHECKPOINT_METADATA) or {}
 
     @functools.cached_property
     def hidden(self) -> str | None:
@@ -171,21 +170,8 @@ class OrbaxLayout(Layout):
         Raises:
           DeletionRecoveryError: the record of the deletion is damaged.
         """
-        if names.DELETION_RECORD not in self.inside:
-            return None
-
-        def name_in(record: bytes) -> str:
-            return str(_object(record)["checkpointable_name"])
-
-        try:
-            return _read(self.directory, names.DELETION_RECORD, name_in)
-        except errors.UnreadableError:
-            raise
-        except errors.InvalidLayoutError as error:
-            raise errors.DeletionRecoveryError(
-                f"{error}. It is the record of a deletion that was begun: remove it if every "
-                "checkpointable is whole, or delete the checkpoint."
-            ) from error
+        is_recorded = names.DELETION_RECORD in self.inside
+        return removal.name_in_deletion(self.directory) if is_recorded else None
 
     def details(self) -> Details:
         """Returns the bytes of all files, and what the checkpoint's own metadata say."""
@@ -281,7 +267,7 @@ class OrbaxLayout(Layout):
         hidden = None
         try:
             hidden = self.hidden
-        except errors.InvalidLayoutError as error:
+        except errors.CheckpointError as error:
             add(names.DELETION_RECORD, error, "")
         if hidden is not None:
             add(hidden, "its deletion was not finished", "Delete it again.")
@@ -329,7 +315,8 @@ class _OrbaxTree(StoredTree):
 
     def __init__(self, directory: Directory) -> None:
         with reading(directory.path):
-            index = read_index(directory.path)
+            index = read_index(directory)
+            is_database = index is not None or holds_ocdbt(directory)
         document = _read(directory, names.TREE_METADATA, schema.TreeDocument.load)
         if document is None:
             raise errors.InvalidLayoutError(
@@ -337,11 +324,10 @@ class _OrbaxTree(StoredTree):
             )
         super().__init__(directory, document.entries)
         self._document = document
-        self._is_ocdbt = document.uses_ocdbt
-        if self._is_ocdbt is None:
-            self._is_ocdbt = index is not None
+        uses_ocdbt = document.uses_ocdbt
+        self._is_ocdbt = is_database if uses_ocdbt is None else uses_ocdbt
         self._index = index if self._is_ocdbt else None
-        if self._is_ocdbt and index is None and self.arrays:
+        if self._is_ocdbt and not is_database and self.arrays:
             raise errors.InvalidLayoutError(
                 f"{directory.path} is damaged: {names.OCDBT_MANIFEST} is missing"
             )
@@ -367,8 +353,8 @@ class _OrbaxTree(StoredTree):
     def open_store(self) -> ArrayStore:
         """Opens the store of its arrays."""
         return ArrayStore(
-            self.directory.path,
-            ocdbt=bool(self._is_ocdbt),
+            self.directory,
+            ocdbt=self._is_ocdbt,
             zarr3=self._document.uses_zarr3,
             direct=self._index,
         )
@@ -447,29 +433,19 @@ def _read(directory: Directory, name: str, parse: Callable[[bytes], T]) -> T | N
     """Returns what a document says; None where there is none.
 
     Raises:
-      InvalidLayoutError: it is damaged.
+      InvalidLayoutError: it is damaged, or can't be read.
     """
     path = (directory / name).path
     with reading(path):
-        data = directory.read(name)
-    try:
+        data = directory.read(name, nbytes=MAX_NBYTES + 1)
+    with damage_in(path):
         return None if data is None else parse(data)
-    except _DAMAGED as error:
-        said = repr(error) if isinstance(error, KeyError) else str(error)
-        raise errors.InvalidLayoutError(f"{path} is damaged: {said}") from error
 
 
 def _recorded(document: Mapping[str, Any]) -> Mapping[str, str]:
     """Returns the handlers that a checkpoint's own metadata name."""
     recorded = document.get("item_handlers")
     return recorded if isinstance(recorded, dict) else {}
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    document = json.loads(data)
-    if not isinstance(document, dict):
-        raise ValueError(f"it holds a {type(document).__name__}")
-    return document
 
 
 def check_name(name: Any, *, is_saved: bool) -> None:

@@ -16,8 +16,8 @@ import jax
 from orbax_async import arrays, errors
 from orbax_async import context as ambient
 from orbax_async._storage import zarr
-from orbax_async._storage.directory import Directory
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.array_store import ArrayStore
+from orbax_async._storage.directory import Directory, sizes
 from orbax_async.tree import schema, structure
 from orbax_async.tree.keypath import KeyPath
 
@@ -155,8 +155,7 @@ class Layout:
 
     def details(self) -> Details:
         """Returns what the checkpoint says of itself."""
-        files = [self.directory.status(name) for name in self.directory.walk()[0]]
-        return Details(sum(status.nbytes for status in files if status is not None))
+        return Details(sum(sizes(self.directory).values()))
 
     def open_tree(self, *, is_for_jax: bool = False) -> StoredTree:
         """Opens the tree that lies in the directory.
@@ -242,7 +241,7 @@ class StoredTree:
         """Returns the tree with what `metadata` tells of each leaf."""
         store = self.open_store() if self.arrays else None
         documents = {} if store is None else self.documents(store, self.arrays)
-        sizes = {} if store is None else _sizes(store, {entry.name for entry in self.arrays})
+        nbytes = {} if store is None else _sizes(store, {entry.name for entry in self.arrays})
         shardings = self.shardings()
 
         def described(entry: schema.Entry) -> Any:
@@ -250,15 +249,15 @@ class StoredTree:
                 return entry.empty_value()
             if entry.kind == schema.STRING:
                 return "string"
-            document, nbytes = documents[entry.name], sizes.get(entry.name)
+            document, on_disk = documents[entry.name], nbytes.get(entry.name)
             shape, dtype = tuple(document["shape"]), zarr.stored_dtype(document)
             chunk_shape = zarr.chunk_shape(document)
             if entry.kind == schema.SCALAR:
                 return {"b": False, "i": 0, "u": 0, "c": 0j}.get(dtype.kind, 0.0)
             if entry.kind != schema.JAX_ARRAY:
-                storage = arrays.StorageMetadata(chunk_shape, nbytes=nbytes)
+                storage = arrays.StorageMetadata(chunk_shape, nbytes=on_disk)
                 return arrays.NumpyMetadata(shape, dtype, storage)
-            storage = arrays.StorageMetadata(chunk_shape, entry.write_shape, nbytes)
+            storage = arrays.StorageMetadata(chunk_shape, entry.write_shape, on_disk)
             saved = shardings.get(entry.name)
             sharding = None if saved is None else arrays.ShardingMetadata(saved)
             return arrays.ArrayMetadata(shape, dtype, sharding, storage)

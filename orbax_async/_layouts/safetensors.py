@@ -16,8 +16,8 @@ from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._layouts.protocol import COPY_AGAIN, Damage, Details, Layout, StoredTree, reading
 from orbax_async._storage import safetensors, zarr
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
-from orbax_async._storage.kvstore import ArrayStore
 from orbax_async.options import SafetensorsOptions
 from orbax_async.tree import schema
 from orbax_async.tree.keypath import Key
@@ -34,7 +34,7 @@ class SafetensorsLayout(Layout):
     @property
     def is_there(self) -> bool:
         """Whether there is such a file."""
-        return bool(safetensors.find(self.directory.path))
+        return bool(safetensors.find(self.directory))
 
     def problem(self) -> str | None:
         """Returns that there are no files; damage shows when they are opened."""
@@ -47,9 +47,9 @@ class SafetensorsLayout(Layout):
 
     def details(self) -> Details:
         """Returns sizes and times of the files, and the texts in their headers."""
-        contents = safetensors.read_headers(self.directory.path)
-        files = [file.removeprefix(f"{self.directory.path}/") for file in contents.files]
-        found = [status for file in files if (status := self.directory.status(file))]
+        contents = safetensors.read_headers(self.directory)
+        files = [contents.directory.status(file, follow_links=True) for file in contents.files]
+        found = [status for status in files if status is not None]
         return Details(
             nbytes=sum(status.nbytes for status in found),
             commit_timestamp_nsecs=max((each.modified_nsecs for each in found), default=None),
@@ -62,7 +62,7 @@ class SafetensorsLayout(Layout):
 
     def find_damage(self) -> Iterator[Damage]:
         """Yields each file that is damaged; where all are whole, what is wrong between them."""
-        for path, problem in safetensors.find_damage(self.directory.path):
+        for path, problem in safetensors.find_damage(self.directory):
             hint = f"{COPY_AGAIN} Nothing can be loaded from here without it."
             yield Damage.of(path, problem, hint)
 
@@ -80,7 +80,8 @@ class _Tensors(StoredTree):
     ) -> None:
         self._options = options
         with reading(directory.path):
-            self._tensors = safetensors.read_headers(directory.path).tensors
+            found = safetensors.read_headers(directory)
+        self._files, self._tensors = found.directory, found.tensors
         kind = schema.JAX_ARRAY if is_for_jax else schema.NUMPY_ARRAY
         # With a dtype of its own, a leaf is read as it is stored and cast thereafter.
         entries = [
@@ -94,11 +95,12 @@ class _Tensors(StoredTree):
     def open_store(self) -> ArrayStore:
         """Opens the files as a store of arrays."""
         reader = safetensors.TensorReader(
+            self._files,
             self._tensors,
             max_over_read_ratio=self._options.max_over_read_ratio,
             read_chunk_nbytes=self._options.read_chunk_bytes,
         )
-        return ArrayStore(self.directory.path, ocdbt=False, zarr3=True, direct=reader)
+        return ArrayStore(self._files, ocdbt=False, zarr3=True, direct=reader)
 
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]

@@ -18,11 +18,11 @@ import jax
 from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
-from orbax_async._commit.session import Session
+from orbax_async._commit.sessions import Session
 from orbax_async._engine import loop
 from orbax_async._layouts.table import layout_of
 from orbax_async._storage.openers import open_directory
-from orbax_async.handlers import additions, forms, leaves, ordering, storing, targets
+from orbax_async.handlers import forms, leaves, ordering, parts, storing, targets
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.reading import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.saving import Saving
@@ -94,7 +94,7 @@ class PyTreeHandler:
           checkpointable: a pytree, or what `flatten` made of it, or partial saves to be one.
         """
         if isinstance(checkpointable, Session):
-            return additions.put_together(directory, checkpointable)
+            return parts.put_together(directory, checkpointable)
         prepared = (
             checkpointable
             if isinstance(checkpointable, PreparedTree)

@@ -17,7 +17,7 @@ from orbax_async._engine.load_pipeline import LoadPipeline
 from orbax_async._layouts.protocol import StoredTree
 from orbax_async._layouts.table import layout_of
 from orbax_async._storage import zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import leaves, targets
 from orbax_async.tree import keypath, schema, structure

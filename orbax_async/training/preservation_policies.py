@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
-from orbax_async.options._checks import each, flag, function, instance_of, number, optional, whole
+from orbax_async.options._group import each, flag, function, instance_of, number, optional, whole
 from orbax_async.training.checkpoint_info import CheckpointInfo, named
 
 __all__ = [

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 import anyio
 
 from orbax_async import errors
-from orbax_async._commit import atomicity
+from orbax_async._commit import leftovers
 from orbax_async._engine import loop
 from orbax_async._storage import files
 from orbax_async._trace import logger
@@ -160,6 +160,8 @@ class Retirement:
         with self._lock:
             self._leaving = [each for each in self._leaving if each not in leaving]
         for each in leaving:
+            if each.hidden is not None:
+                leftovers.leave(each.hidden)
             _settle(each.out_of_sight)
             _settle(each.gone)
 
@@ -192,16 +194,18 @@ class Retirement:
         for each in leaving:
             if each.hidden is not None:
                 continue
-            hidden = atomicity.temporary_path(each.path)
+            hidden = leftovers.temporary_path(each.path)
             with self._lock:
                 if self._holders[each.step]:
                     are_held = True
                     continue
+                leftovers.look_after(hidden)
                 try:
                     os.rename(each.path, hidden)
                 except FileNotFoundError:
                     pass  # somebody else has removed it: nothing will be found there
                 except OSError as error:
+                    leftovers.leave(hidden)
                     failures[each] = error
                     continue
                 else:
@@ -213,6 +217,7 @@ class Retirement:
             for each in renamed:
                 with contextlib.suppress(OSError):
                     os.rename(str(each.hidden), each.path)
+                    leftovers.leave(str(each.hidden))
                     each.hidden, failures[each] = None, error
         return are_held
 

@@ -19,7 +19,7 @@ from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
 from orbax_async.options import AtomicityMode
-from orbax_async.options._checks import flag, whole
+from orbax_async.options._group import flag, whole
 from orbax_async.path import PathLike, pathlike
 from orbax_async.path.step import NameFormat, StepMetadata, standard_name_format
 from orbax_async.training import preemption

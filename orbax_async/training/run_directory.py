@@ -14,8 +14,9 @@ from typing import Any
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._commit import atomicity
+from orbax_async._commit import leftovers
 from orbax_async._storage import files
+from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
 from orbax_async.path import Path
 from orbax_async.path.step import NameFormat, StepMetadata
@@ -224,11 +225,11 @@ class RunDirectory:
         Orbax's do not tell whose they are; they are all removed, as Orbax does.
         """
         try:
-            removed = atomicity.sweep(self.path)
+            removed = leftovers.sweep(self.path)
             for entry in list(files.scan(self.path)):
                 is_ours = names.OWNED_TEMPORARY.fullmatch(entry.name)
                 if names.TEMPORARY_MARK in entry.name and not is_ours and not entry.is_symlink():
-                    atomicity.discard(entry.path)
+                    leftovers.discard(open_directory(entry.path))
                     removed.append(entry.path)
         except OSError as error:
             raise errors.CommitError(

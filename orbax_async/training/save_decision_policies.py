@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from orbax_async.options import MultiprocessingOptions
-from orbax_async.options._checks import number, optional, whole
+from orbax_async.options._group import number, optional, whole
 from orbax_async.training.checkpoint_info import CheckpointInfo, named
 
 __all__ = [

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._commit import finalize
+from orbax_async._commit import sequence
 from orbax_async._engine import loop
 
 
@@ -62,13 +62,13 @@ async def test_w2_responses_can_be_awaited(tmp_path: Path) -> None:
 async def test_w3_the_callers_loop_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a save is under way, other tasks of the caller's loop run; so they do during a load."""
     held = threading.Event()
-    original = finalize.sync_files
+    original = sequence.Save._sync
 
-    def sync_files(*args: Any) -> None:
+    def sync(*args: Any) -> None:
         held.wait(30)
         original(*args)
 
-    monkeypatch.setattr(finalize, "sync_files", sync_files)
+    monkeypatch.setattr(sequence.Save, "_sync", sync)
     ticks = 0
 
     async def tick() -> None:
@@ -346,7 +346,7 @@ def test_w28_a_failure_leaves_no_temporary_directory(
         raise errors.CommitError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finalize, "sync_directories", fail)
+        patch.setattr(sequence.Save, "_sync", fail)
         with pytest.raises(errors.CommitError):
             ocp.save(tmp_path / "checkpoint", {"a": np.arange(10)})
     assert os.listdir(tmp_path) == []

@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from listing import entries
+from watched_directory import Call, watched
 
 import orbax_async as ocp
 from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import atomicity
 from orbax_async._engine import save_pipeline
-from orbax_async._storage import files, kvstore
+from orbax_async._storage import array_store, files
+from orbax_async._storage.openers import opened_by
 
 STATE = {"a": jnp.arange(2000.0), "b": np.arange(10), "c": "text", "d": 1}
 
@@ -91,20 +93,18 @@ def test_i5_the_disk_begins_early_and_every_file_is_synced_all_the_same(
 ) -> None:
     """Writing back begins as large data files come, and each file is synced once, at the end."""
     monkeypatch.setattr(save_pipeline, "_WRITTEN_BACK_NBYTES", 0)
-    monkeypatch.setattr(kvstore, "_LARGE_FILE_NBYTES", 256 << 10)
+    monkeypatch.setattr(array_store, "_LARGE_FILE_NBYTES", 256 << 10)
     started: dict[str, int] = {}
-    start = files.start_writeback
 
-    def starting(path: str) -> None:
-        start(path)
-        if not path.endswith(".__lock"):  # else it is being written, and told of again
-            started[path] = len(record)
+    def starting(call: Call, proceed: Callable[[], Any]) -> Any:
+        if call.verb == "start_writeback" and not call.path.endswith(".__lock"):
+            started[call.path] = len(record)  # else it is being written, and told of again
+        return proceed()
 
-    monkeypatch.setattr(files, "start_writeback", starting)
     final, context = tmp_path / "checkpoint", ocp.Context()
     context.memory.write_concurrent_bytes = 1 << 20  # a batch for each
     context.array.saving.use_compression = False
-    with context:
+    with context, opened_by(watched(starting)):
         ocp.save(final, {name: np.full(1 << 18, ord(name), np.float32) for name in "abcd"})
     synced = [path for kind, path in record if kind == "sync"]
     temporary = next(path for path in synced if names.TEMPORARY_MARK in path)
@@ -115,28 +115,6 @@ def test_i5_the_disk_begins_early_and_every_file_is_synced_all_the_same(
     large = [p for p in large if (final / p[len(root) + 1 :]).stat().st_size >= 256 << 10]
     assert len(large) >= 4
     assert started == dict.fromkeys(large, 0)  # before anything was synced
-
-
-@linux_only
-def test_writing_back_is_asked_of_the_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Linux is told to begin with all of a file, and takes it; other systems are not asked."""
-    path, asked = tmp_path / "data", []
-    path.write_bytes(b"x" * (4 << 20))
-    ask: Any = files._sync_file_range()
-
-    def asking(descriptor: int, *how: int) -> None:
-        asked.append((os.readlink(f"/proc/self/fd/{descriptor}"), how, ask(descriptor, *how)))
-
-    monkeypatch.setattr(files, "_sync_file_range", lambda: asking)
-    files.start_writeback(str(path))
-    assert asked == [(str(path), (0, 0, 2), 0)]
-    with pytest.raises(FileNotFoundError):
-        files.start_writeback(str(tmp_path / "nothing"))
-    monkeypatch.setattr(files, "_sync_file_range", lambda: None)
-    files.start_writeback(str(path))
-    assert len(asked) == 1
 
 
 @linux_only

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "orbax_async"
 TESTS = ROOT / "tests"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PUBLIC_NAMES = PACKAGE / "_api" / "public.py"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A path with an underscored part is private; ``__init__`` is not such a part.
 PUBLIC = [p for p in SOURCES if not re.search(r"(^|/)_(?!_init__)", str(p.relative_to(PACKAGE)))]
@@ -199,18 +200,30 @@ def test_all_is_sorted_and_true(path: Path) -> None:
 
 
 def test_public_names_are_reexported_by_their_own_name() -> None:
-    """``orbax_async/__init__.py`` says ``X as X`` for ``__all__``, and finds each where it says."""
+    """``X as X``: modules for type checkers alone, the rest where the package takes it from."""
     package = importlib.import_module("orbax_async")
-    reexported = {}
-    for node in ast.walk(_parsed(PACKAGE / "__init__.py")):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orbax_async"):
-            for alias in node.names:
-                assert alias.asname == alias.name, f"line {node.lineno}: {alias.name}"
-                reexported[alias.name] = f"{node.module}."[len("orbax_async.") : -1]
-    assert set(package.__all__) == reexported.keys() == set(dir(package))
-    assert {name: home for name, home in reexported.items() if home} == package._HOMES
+    public = importlib.import_module("orbax_async._api.public")
+    shown = _reexported(PACKAGE / "__init__.py")
+    modules, names = {name for name in shown if name != "*"}, _reexported(PUBLIC_NAMES)
+    assert set(package.__all__) == modules | names == set(dir(package))
+    assert len(package.__all__) == len(modules) + len(names)
+    assert shown - modules == {"*"}
+    for name in package.__all__:
+        home = importlib.import_module(f"orbax_async.{name}") if name in modules else None
+        assert getattr(package, name) is (home or getattr(public, name)), name
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = package.no_such_name
+
+
+def _reexported(path: Path) -> set[str]:
+    """Returns the names that a module takes from others of the package, each by its own name."""
+    found = set()
+    for node in ast.walk(_parsed(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orbax_async"):
+            for alias in node.names:
+                assert alias.name == "*" or alias.asname == alias.name, f"line {node.lineno}"
+                found.add(alias.name)
+    return found
 
 
 def test_the_import_leaves_the_engine_alone() -> None:
@@ -222,6 +235,22 @@ def test_the_import_leaves_the_engine_alone() -> None:
     modules = done.stdout.split()
     assert "orbax_async" in modules
     assert not {"jax", "tensorstore", "anyio", "orbax_async._engine"} & set(modules)
+
+
+def test_each_module_can_be_the_first() -> None:
+    """No module needs another one of the package to have been imported before it."""
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
+    program = f"""
+        import importlib, os, anyio, jax.experimental.multihost_utils, tensorstore, uvloop
+        for name in {[name.removesuffix(".__init__") for name in modules]}:
+            if os.fork() == 0:
+                importlib.import_module(name)
+                os._exit(0)
+            assert os.wait()[1] == 0, name
+    """
+    program = textwrap.dedent(program)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from directory_conformance import DirectoryConformance
 from memory_directory import LIKE_A_BUCKET, LIKE_A_FILE_SYSTEM, MemoryStore
 
+from orbax_async._storage import local
 from orbax_async._storage.directory import Capability, Directory, Entry
 from orbax_async._storage.local import LocalDirectory
 from orbax_async._storage.openers import open_directory, opened_by
@@ -56,6 +59,10 @@ def test_a_link_is_not_followed_where_it_would_be_removed(tmp_path: Path) -> Non
     assert [getattr(directory.status(each.name), "kind", None) for each in directory.entries()] == [
         *("link", "link")
     ]
+    followed = directory.status("link", follow_links=True)
+    assert followed is not None
+    assert followed.kind == "directory"
+    assert directory.status("to_nothing", follow_links=True) is None
     assert directory.read("link/file") == b"text"
     assert directory.read("to_nothing") is None
     for entry in directory.entries():
@@ -119,3 +126,76 @@ def test_what_can_not_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.Mo
     directory.link("file", directory / "below", "name")
     assert directory.read("below/name") == b"text"
     assert directory.can(Capability.LINK)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_writing_back_is_asked_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux is told to begin with all of a file, and takes it; other systems are not asked."""
+    path, asked = tmp_path / "data", []
+    path.write_bytes(b"x" * (4 << 20))
+    ask: Any = local._sync_file_range()
+
+    def asking(descriptor: int, *how: int) -> None:
+        asked.append((os.readlink(f"/proc/self/fd/{descriptor}"), how, ask(descriptor, *how)))
+
+    monkeypatch.setattr(local, "_sync_file_range", lambda: asking)
+    directory = LocalDirectory(str(tmp_path))
+    directory.start_writeback("data")
+    assert asked == [(str(path), (0, 0, 2), 0)]
+    with pytest.raises(FileNotFoundError):
+        directory.start_writeback("nothing")
+    monkeypatch.setattr(local, "_sync_file_range", lambda: None)
+    directory.start_writeback("data")
+    assert len(asked) == 1
+
+
+FORKED = """
+import os, sys, time
+from orbax_async._storage.local import LocalDirectory
+
+lock = LocalDirectory(sys.argv[1]).lock()
+assert lock is not None
+child = os.fork()
+if child == 0:
+    os.close(1)
+    time.sleep(60)
+print(child, flush=True)
+os._exit(0)  # as if killed
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs fork")
+def test_a_forked_child_does_not_hold_its_parents_locks(tmp_path: Path) -> None:
+    """F24: a parent that is killed holds nothing any more, although its children live on."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(tmp_path)], stdout=subprocess.PIPE, check=True
+    )
+    child = int(done.stdout.split()[0])
+    try:
+        lock = LocalDirectory(str(tmp_path)).lock()
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert lock is not None
+    lock.release()
+
+
+def test_what_can_be_removed_goes_although_something_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F25: one file that can't be removed keeps itself and the directories above it alone."""
+    for name in ("a/1", "a/2", "b/3", "4"):
+        LocalDirectory(str(tmp_path / "tree")).write(name, b"")
+    unlink = os.unlink
+
+    def refuse(path: object, **how: object) -> None:
+        if os.path.basename(str(path)) == "2":
+            raise PermissionError(1, "Operation not permitted", path)
+        unlink(path, **how)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        with pytest.raises(PermissionError, match="not permitted"):
+            LocalDirectory(str(tmp_path / "tree")).remove()
+    assert LocalDirectory(str(tmp_path / "tree")).walk() == (["a/2"], ["a", ""])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import tensorstore as ts
 
-from orbax_async._storage.directory import Capability, Directory, Entry
-from orbax_async._storage.kvstore import shared_context
+from orbax_async._storage.array_store import shared_context
+from orbax_async._storage.directory import Capability, Directory, Entry, sizes
 
 
 class DirectoryConformance:
@@ -62,6 +62,8 @@ class DirectoryConformance:
         assert found["file"] is not None
         assert found["file"].nbytes == 5
         assert (directory / "below").status() == found["below"]
+        for name, each in found.items():  # no link is among them
+            assert directory.status(name, follow_links=True) == each
         assert directory.status("file/below") is None
 
     def test_status_tells_a_file_from_the_next_of_its_name(self, directory: Directory) -> None:
@@ -99,6 +101,13 @@ class DirectoryConformance:
         files, directories = (directory / "a").walk()
         assert (sorted(files), directories) == (["1", "deep/2"], ["deep", ""])
 
+    def test_sizes_are_those_of_all_files(self, directory: Directory) -> None:
+        for name in ("b", "a/1", "a/deep/22"):
+            directory.write(name, name.encode())
+        (directory / "empty").make()
+        assert sizes(directory) == {"b": 1, "a/1": 3, "a/deep/22": 9}
+        assert sizes(directory / "absent") == {}
+
     @pytest.mark.parametrize(
         ("start", "nbytes"), [(0, None), (3, None), (3, 4), (0, 0), (8, 5), (10, None), (20, 5)]
     )
@@ -112,6 +121,10 @@ class DirectoryConformance:
         assert (directory / "below").read("file", start, nbytes) == data[start:stop]
         assert directory.read("below/absent", start, nbytes) is None
         assert directory.read("below/file/absent", start, nbytes) is None
+
+    def test_something_can_be_made_in_a_directory(self, directory: Directory) -> None:
+        assert directory.is_writable()
+        assert not (directory / "absent").is_writable()
 
     # Changing.
 
@@ -168,6 +181,16 @@ class DirectoryConformance:
         (directory / "empty").make()
         (directory / "empty").remove_if_empty()
         assert directory.entries() == [Entry("below", True)]
+
+    def test_a_touch_renews_the_time_of_the_last_change(self, directory: Directory) -> None:
+        (directory / "below").make()
+        first = (directory / "below").status()
+        (directory / "below").touch()
+        second = (directory / "below").status()
+        assert first is not None and second is not None
+        assert first.modified_nsecs <= second.modified_nsecs != 0
+        with refused(FileNotFoundError, f"{directory.path}/absent"):
+            (directory / "absent").touch()
 
     # Lasting.
 

@@ -12,8 +12,8 @@ import pytest
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._api import writing
-from orbax_async._commit import finalize
+from orbax_async._commit import sequence
+from orbax_async._commit.leftovers import Held
 from orbax_async.handlers.pytree import PyTreeHandler
 
 STATE = {"a": np.arange(1000), "b": 1}
@@ -41,13 +41,13 @@ class Gate:
 def before_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """Holds every save when its data is written and nothing is durable yet."""
     gate = Gate()
-    original = writing.Save._make_durable
+    original = sequence.Save._make_durable
 
-    async def held(self: writing.Save) -> None:
+    async def held(self: sequence.Save) -> None:
         await gate.wait()
         await original(self)
 
-    monkeypatch.setattr(writing.Save, "_make_durable", held)
+    monkeypatch.setattr(sequence.Save, "_make_durable", held)
     yield gate
     gate.open()
 
@@ -56,14 +56,14 @@ def before_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 def at_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """Holds every save once it has passed its commit point."""
     gate = Gate()
-    original = writing.Save._publish
+    original = sequence.Save._publish
 
-    def held(self: writing.Save) -> str | None:
+    def held(self: sequence.Save) -> Held | None:
         gate.reached.set()
         gate.opened.wait(30)
         return original(self)
 
-    monkeypatch.setattr(writing.Save, "_publish", held)
+    monkeypatch.setattr(sequence.Save, "_publish", held)
     yield gate
     gate.open()
 
@@ -90,7 +90,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise errors.CommitError("the disk is full")
 
-    monkeypatch.setattr(finalize, "sync_files", fail)
+    monkeypatch.setattr(sequence.Save, "_sync", fail)
 
 
 def with_async(**asynchronous: Any) -> ocp.Context:

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import tensorstore as ts
 
+from orbax_async._storage.array_store import shared_context
 from orbax_async._storage.directory import Capability, Entry, Status
-from orbax_async._storage.kvstore import shared_context
 
 LIKE_A_FILE_SYSTEM = frozenset(Capability) - {Capability.MAP}
 LIKE_A_BUCKET: frozenset[Capability] = frozenset()
@@ -35,6 +35,7 @@ class MemoryStore:
         self.capabilities = frozenset(capabilities)
         self.mutex = threading.RLock()
         self.directories = {"/"}
+        self.touched: dict[str, int] = {}
         self.locks: dict[str, _MemoryLock] = {}
         self.prefix = f"test-{next(_serials)}"
         self.files = ts.KvStore.open(
@@ -143,7 +144,7 @@ class MemoryDirectory:
 
     # Looking.
 
-    def status(self, name: str = "") -> Status | None:
+    def status(self, name: str = "", *, follow_links: bool = False) -> Status | None:
         path = self._at(name)
         with self._store.mutex:
             found = self._store.files.read(path).result()
@@ -151,7 +152,9 @@ class MemoryDirectory:
                 generation = found.stamp.generation
                 nsecs = self._store.modified_nsecs(path, generation)
                 return Status("file", len(found.value), nsecs, generation)
-            return Status("directory", 0, 0, path) if self._store.has_directory(path) else None
+            if not self._store.has_directory(path):
+                return None
+            return Status("directory", 0, self._store.touched.get(path, 0), path)
 
     def entries(self) -> list[Entry]:
         with self._store.mutex:
@@ -189,6 +192,9 @@ class MemoryDirectory:
         data: bytes = found.value
         return data[start : None if nbytes is None else start + nbytes]
 
+    def is_writable(self) -> bool:
+        return self.status() is not None
+
     # Changing.
 
     def make(self, *, mode: int | None = None) -> None:
@@ -214,6 +220,10 @@ class MemoryDirectory:
                     self._store.directories.add(above)
                     above = posixpath.dirname(above)
             self._store.files.write(path, data).result()
+
+    def touch(self) -> None:
+        self._need_directory(self.path)
+        self._store.touched[self.path] = time.time_ns()
 
     def remove(self, name: str = "") -> None:
         with self._store.mutex:

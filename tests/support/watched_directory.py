@@ -107,8 +107,10 @@ class WatchedDirectory:
 
     # Looking.
 
-    def status(self, name: str = "") -> Status | None:
-        return self._call("status", name, lambda: self.inner.status(name))
+    def status(self, name: str = "", *, follow_links: bool = False) -> Status | None:
+        return self._call(
+            "status", name, lambda: self.inner.status(name, follow_links=follow_links)
+        )
 
     def entries(self) -> list[Entry]:
         return self._call("entries", "", self.inner.entries)
@@ -119,6 +121,9 @@ class WatchedDirectory:
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes | None:
         return self._call("read", name, lambda: self.inner.read(name, start, nbytes))
 
+    def is_writable(self) -> bool:
+        return self._call("is_writable", "", self.inner.is_writable)
+
     # Changing.
 
     def make(self, *, mode: int | None = None) -> None:
@@ -128,6 +133,9 @@ class WatchedDirectory:
         self._call(
             "write", name, lambda: self.inner.write(name, data, only_if_absent=only_if_absent)
         )
+
+    def touch(self) -> None:
+        self._call("touch", "", self.inner.touch)
 
     def remove(self, name: str = "") -> None:
         self._call("remove", name, lambda: self.inner.remove(name))

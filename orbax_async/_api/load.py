@@ -18,7 +18,7 @@ from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async.handlers import resolve, tiers
 from orbax_async.handlers.pytree import PyTreeHandler
-from orbax_async.handlers.reading import ShardingFunction
+from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.path import Path, PathLike
 from orbax_async.tree.selection import Select
 

@@ -10,8 +10,7 @@ from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._api.reader import Reader
 from orbax_async._engine import loop, plan
-from orbax_async._engine.load_pipeline import ReadForm
-from orbax_async._engine.verify_pipeline import VerifyPipeline
+from orbax_async._engine.load_pipeline import ArrayRead, VerifyPipeline
 from orbax_async._layouts import table
 from orbax_async._layouts.protocol import COPY_AGAIN, Checkpointable, Damage, StoredTree
 from orbax_async._operation import Operation, starting
@@ -28,7 +27,6 @@ from orbax_async.tree.keypath import KeyPath
 
 __all__ = ["Damage", "VerificationReport", "verify", "verify_async"]
 
-_BATCH_NBYTES = 64 << 20
 _REGION_NBYTES = 8 << 20  # of small chunks that are read together
 _SHOWN = 20
 _DOCUMENTS = {builtin.TYPESTRS[kind]: kind for kind in (JsonHandler, MetricsHandler)}
@@ -194,7 +192,7 @@ class _Inspection:
         self._findings = findings
         # The arrays whose documents are whole.
         self._arrays: dict[int, schema.Entry] = {}
-        self._forms: dict[int, ReadForm] = {}
+        self._reads: dict[int, ArrayRead] = {}
 
     async def run(self) -> None:
         """Checks the documents, and then the arrays."""
@@ -207,7 +205,7 @@ class _Inspection:
         self._findings.unproven += [
             f"{self._name}{keypath.label(entry.keys)}"
             for index, entry in self._arrays.items()
-            if index not in pipeline.damaged and not zarr.has_checksum(self._forms[index].document)
+            if index not in pipeline.damaged and not zarr.has_checksum(self._reads[index].document)
         ]
 
     def _begin(self) -> VerifyPipeline | None:
@@ -225,18 +223,16 @@ class _Inspection:
         if not stored.arrays:
             return None
         store = stored.open_store()
-        requests = self._requests(self._documents(stored, store), stored.lies_plainly)
-        self._findings.nbytes += sum(request.nbytes for request in requests)
-        limit = options.memory.read_concurrent_bytes
-        return VerifyPipeline(
+        self._plan(self._documents(stored, store), stored.lies_plainly)
+        pipeline = VerifyPipeline(
             self._arrays,
-            self._forms,
-            requests,
+            self._reads,
             store,
-            batch_nbytes=_BATCH_NBYTES if limit is None else min(limit, _BATCH_NBYTES),
             read_budget=self._operation.read_budget,
             recorder=self._operation.recorder,
         )
+        self._findings.nbytes += pipeline.nbytes
+        return pipeline
 
     def _check_strings(self, stored: StoredTree, texts: list[schema.Entry]) -> None:
         try:
@@ -273,21 +269,18 @@ class _Inspection:
                 found.append((entry, document[entry.name]))
         return found
 
-    def _requests(
+    def _plan(
         self, documents: Sequence[tuple[schema.Entry, dict[str, Any]]], lies_plainly: bool
-    ) -> list[plan.ReadRequest]:
-        requests = []
-        alike: dict[int, tuple[ReadForm, list[plan.Region]]] = {}
+    ) -> None:
+        """Decides how each array is read; those with one document share what is decided."""
+        alike: dict[int, ArrayRead] = {}
         for index, (entry, document) in enumerate(documents):
-            if id(document) not in alike:
-                prepared = self._attempt(entry.keys, _prepared, document, lies_plainly)
-                if prepared is None:
-                    continue
-                alike[id(document)] = prepared
-            self._forms[index], regions = alike[id(document)]
-            self._arrays[index] = entry
-            requests += [plan.ReadRequest(index, region, region.nbytes) for region in regions]
-        return requests
+            read = alike.get(id(document))
+            if read is None:
+                read = self._attempt(entry.keys, _array_read, document, lies_plainly)
+            if read is not None:
+                self._arrays[index], self._reads[index] = entry, read
+                alike[id(document)] = read
 
     def _attempt(self, keys: KeyPath, read: Callable[..., Any], *args: Any) -> Any:
         """Returns what `read` does; what it raises is damage of one leaf, and gives None."""
@@ -318,10 +311,9 @@ class _Inspection:
         self._findings.damage += named
 
 
-def _prepared(document: dict[str, Any], lies_plainly: bool) -> tuple[ReadForm, list[plan.Region]]:
+def _array_read(document: dict[str, Any], lies_plainly: bool) -> ArrayRead:
     """Returns how an array is read, in pieces that can be read alone."""
-    dtype = zarr.stored_dtype(document)
-    shape = tuple(document["shape"])
+    dtype, shape = zarr.stored_dtype(document), tuple(document["shape"])
     chunk_shape = (1,) * len(shape) if lies_plainly else zarr.chunk_shape(document)
     regions = plan.chunk_regions(shape, chunk_shape, dtype.itemsize, _REGION_NBYTES)
-    return ReadForm(document, dtype, None, None, {}), list(regions)
+    return ArrayRead(document, dtype, list(regions))

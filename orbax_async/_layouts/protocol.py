@@ -13,9 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
-from orbax_async import arrays, errors
 from orbax_async import context as ambient
-from orbax_async._storage import zarr
+from orbax_async import errors
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory, sizes
 from orbax_async.tree import schema, structure
@@ -237,39 +236,6 @@ class StoredTree:
         """Returns what builds the tree out of key paths and values."""
         return structure.nest
 
-    def metadata(self, options: ambient.Context) -> Any:
-        """Returns the tree with what `metadata` tells of each leaf."""
-        store = self.open_store() if self.arrays else None
-        documents = {} if store is None else self.documents(store, self.arrays)
-        nbytes = {} if store is None else _sizes(store, {entry.name for entry in self.arrays})
-        shardings = self.shardings()
-
-        def described(entry: schema.Entry) -> Any:
-            if entry.is_empty:
-                return entry.empty_value()
-            if entry.kind == schema.STRING:
-                return "string"
-            document, on_disk = documents[entry.name], nbytes.get(entry.name)
-            shape, dtype = tuple(document["shape"]), zarr.stored_dtype(document)
-            chunk_shape = zarr.chunk_shape(document)
-            if entry.kind == schema.SCALAR:
-                return {"b": False, "i": 0, "u": 0, "c": 0j}.get(dtype.kind, 0.0)
-            if entry.kind != schema.JAX_ARRAY:
-                storage = arrays.StorageMetadata(chunk_shape, nbytes=on_disk)
-                return arrays.NumpyMetadata(shape, dtype, storage)
-            storage = arrays.StorageMetadata(chunk_shape, entry.write_shape, on_disk)
-            saved = shardings.get(entry.name)
-            sharding = None if saved is None else arrays.ShardingMetadata(saved)
-            return arrays.ArrayMetadata(shape, dtype, sharding, storage)
-
-        return self.nest_for(options)((entry.keys, described(entry)) for entry in self.entries)
-
-
-def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
-    """Returns the bytes that each array takes on disk, where the store's index tells."""
-    sizes = dict.fromkeys(array_names, 0)
-    for key, nbytes in store.sizes().items():
-        name = zarr.array_of(key, array_names, zarr3=store.zarr3)
-        if name is not None:
-            sizes[name] += nbytes
-    return {name: nbytes for name, nbytes in sizes.items() if nbytes}
+    def metadata(self) -> Any:
+        """Returns what `metadata` tells of the tree; None for what kinds of leaves tell."""
+        return None

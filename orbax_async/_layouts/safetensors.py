@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from orbax_async import _names as names
-from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._layouts.protocol import COPY_AGAIN, Damage, Details, Layout, StoredTree, reading
 from orbax_async._storage import safetensors, zarr
@@ -114,7 +113,7 @@ class _Tensors(StoredTree):
         mesh = jax.sharding.Mesh(np.array(jax.devices()), (names.SAFETENSORS_AXIS,))
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def metadata(self, options: ambient.Context) -> Any:
+    def metadata(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shape and dtype of each tensor."""
         return {
             name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)

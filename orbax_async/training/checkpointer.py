@@ -17,7 +17,7 @@ from orbax_async._api.older_names import older_method
 from orbax_async._layouts.orbax import check_name
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
-from orbax_async.handlers.reading import ShardingFunction
+from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.options._group import flag
 from orbax_async.path import Path, PathLike
 from orbax_async.path.step import NameFormat, as_step

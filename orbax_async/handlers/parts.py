@@ -26,7 +26,7 @@ from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import leaves
 from orbax_async.handlers.forms import TreeForm
 from orbax_async.path import PathAwaitingCreation
-from orbax_async.tree import keypath, schema, union
+from orbax_async.tree import keypath, merging, schema
 
 __all__ = ["check_part", "put_together"]
 
@@ -56,21 +56,21 @@ def check_part(form: TreeForm, options: ambient.Context, parts: Sequence[Directo
                     f"the partial save {part.path} has array.saving.{name} = {theirs}, and this "
                     f"one {ours}; the parts of one checkpoint are stored alike. Save with {theirs}."
                 )
-    taken = union.Taken(as_files=not saving.use_ocdbt)
+    taken = merging.Taken(as_files=not saving.use_ocdbt)
     for _, tree in trees:
         taken.add(tree.entries)
     entries = [schema.Entry(leaf.keys, leaf.kind, leaf.name) for leaf in form.leaves]
     _refuse(taken, entries, is_new=True)
 
 
-def _refuse(taken: union.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
+def _refuse(taken: merging.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
     refused = [_refusal(taken, entry, is_new=is_new) for entry in entries]
     found = [each for each in refused if each is not None]
     if found:
         raise leaves.summary(found)
 
 
-def _refusal(taken: union.Taken, entry: schema.Entry, *, is_new: bool) -> errors.LeafError | None:
+def _refusal(taken: merging.Taken, entry: schema.Entry, *, is_new: bool) -> errors.LeafError | None:
     label = keypath.label(entry.keys)
     there = taken.replaced_by(entry)
     if there is not None:
@@ -156,7 +156,7 @@ def _serial(part: Directory) -> str:
 
 def _write_documents(parts: Sequence[Directory], target: Directory) -> None:
     """Writes the documents of all parts, and refuses them if they don't fit together."""
-    taken = union.Taken()
+    taken = merging.Taken()
     formats = set()
     for _, tree in _read_trees(parts):
         _refuse(taken, tree.entries)
@@ -175,18 +175,18 @@ def _write_documents(parts: Sequence[Directory], target: Directory) -> None:
     documents: dict[str, Any] = {}
     trees = read(names.TREE_METADATA)
     if trees:
-        documents[names.TREE_METADATA] = union.merge_trees(trees)
+        documents[names.TREE_METADATA] = merging.merge_trees(trees)
     for name in (names.SHARDINGS, names.STRINGS):
         found = read(name)
         if found:
-            documents[name] = functools.reduce(union.merge_json, found)
+            documents[name] = functools.reduce(merging.merge_json, found)
     of_processes = {
         f"{names.ARRAY_METADATAS}/{entry.name}"
         for part in parts
         for entry in (_tree_of(part) / names.ARRAY_METADATAS).entries()
     }
     for name in of_processes:
-        documents[name] = union.merge_array_metadatas(read(name))
+        documents[name] = merging.merge_array_metadatas(read(name))
     for name, document in documents.items():
         target.write(name, json.dumps(document).encode())
 

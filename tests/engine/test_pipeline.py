@@ -26,7 +26,7 @@ from orbax_async._engine import load_pipeline, save_pipeline
 from orbax_async._engine.transfer import Piece
 from orbax_async._storage import codecs
 from orbax_async._storage.array_store import ArrayStore
-from orbax_async.handlers import pytree, reading, saving
+from orbax_async.handlers import pytree, read_plan, saving
 
 
 class Watched:
@@ -68,7 +68,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             seen.loads.append(self)
 
     monkeypatch.setattr(saving, "SavePipeline", Saving)
-    monkeypatch.setattr(reading, "LoadPipeline", Loading)
+    monkeypatch.setattr(read_plan, "LoadPipeline", Loading)
     return seen
 
 

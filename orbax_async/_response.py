@@ -201,9 +201,9 @@ class AsyncResponse(Generic[T]):
                 self._set_staged()
                 self._committed.set_result(result)
             else:
-                for tier in (self._released, self._staged):
-                    if not tier.done():
-                        tier.set_exception(error)
+                for promise in (self._released, self._staged):
+                    if not promise.done():
+                        promise.set_exception(error)
                 self._committed.set_exception(error)
             callbacks, self._callbacks = self._callbacks, []
         if error is None:

@@ -4,12 +4,12 @@ Does:
   - describe each kind of leaf for the plan, and refuse what can't be held (`leaves`); keep what a
     structure decides for its later saves (`forms`), with each leaf's options (`storing`);
   - resolve what each leaf should be loaded as (`targets`);
-  - save and load pytrees in two tiers (`pytree`, with `saving`, `stored` and `reading` behind
+  - save and load pytrees in two phases (`pytree`, with `saving`, `stored` and `reading` behind
     it), and look for damage in them (`inspection`);
   - put the trees of partial saves together (`additions`);
   - save and load documents (`documents`), and objects that do so themselves (`stateful`);
-  - choose the handler of a checkpointable (`resolve`, from those in `builtin` and the users');
-  - run both tiers of several handlers at once (`tiers`), users' code among them (`foreign`).
+  - choose the handler of a checkpointable, from the package's and the users' (`choose`);
+  - run both phases of several handlers at once (`phases`), users' code among them (`user_code`).
 
 Does not:
   - schedule bytes (the engine does) or make anything visible (the commit does).

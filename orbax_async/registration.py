@@ -57,23 +57,18 @@ class CheckpointableHandlerRegistry(Protocol):
         secondary_typestrs: Sequence[str] | None = None,
     ) -> CheckpointableHandlerRegistry:
         """Add a handler, for one checkpointable name or for any, and return the registry."""
-        ...
 
     def get(self, checkpointable_name: str) -> Handler:
         """Return the handler bound to a name, or raise `NoEntryError`."""
-        ...
 
     def has(self, checkpointable_name: str) -> bool:
         """Say whether a handler is bound to a name."""
-        ...
 
     def get_all_entries(self) -> Sequence[tuple[Handler, str | None]]:
         """Return (handler, name or None) pairs, oldest first."""
-        ...
 
     def get_secondary_typestrs(self, handler_type: Handler) -> Sequence[str]:
         """Return the further type strings under which a handler is known on disk."""
-        ...
 
 
 class _Entry(NamedTuple):

@@ -1,15 +1,14 @@
 """Turning objects into files, and files into objects.
 
 Does:
-  - describe each kind of leaf, and refuse what can't be held (`leaves`); decide how each is stored
-    (`leaf_storage`), and keep what a structure and options decide for later saves (`write_plan`);
-  - resolve what each leaf should be loaded as (`targets`);
-  - save and load pytrees in two tiers (`pytree`, with `tree_writer`, `stored` and `reading` behind
-    it), tell callbacks of it (`status`), and look for damage in them (`inspection`);
-  - put the trees of partial saves together (`additions`);
+  - say of each kind of leaf how it is stored, asked for and given back (`kinds`), and how arrays
+    are divided and placed (`leaves`, `leaf_storage`, `shardings`);
+  - plan what is written of a tree and what is read of one (`write_plan`, `read_plan`);
+  - save and load pytrees in two phases (`pytree`, `tree_writer`), and tell callbacks (`status`);
+  - put the trees of partial saves together (`parts`);
   - save and load documents (`documents`), and objects that do so themselves (`stateful`);
-  - choose the handler of a checkpointable (`resolve`, from those in `builtin` and the users');
-  - run both tiers of several handlers at once (`tiers`), users' code among them (`foreign`).
+  - choose the handler of a checkpointable, from the package's and the users' (`choose`);
+  - run both phases of several handlers at once (`phases`), users' code among them (`user_code`).
 
 Does not:
   - schedule bytes (the engine does) or make anything visible (the commit does).

@@ -19,7 +19,7 @@ class StatefulCheckpointableHandler:
     async def save(
         self, directory: PathAwaitingCreation, checkpointable: StatefulCheckpointable
     ) -> Awaitable[None]:
-        """Lets the object capture its state (tier 1), and returns what writes it (tier 2)."""
+        """Lets the object capture its state (phase 1), and returns what writes it (phase 2)."""
         code = f"{type(checkpointable).__name__}.save"
         writing: Awaitable[None] = await user_code.checked(checkpointable.save(directory), code)
         return writing

@@ -128,7 +128,6 @@ class Engine:
     """The loop thread, the workers and the watcher of one process."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
         self.running: set[_Running] = set()
         self._is_stopping = False
         self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()

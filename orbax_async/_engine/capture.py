@@ -20,20 +20,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from orbax_async._engine import gil, plan
 from orbax_async._engine.host_memory import aligned_empty, fills_bytes, lies_on_host
-from orbax_async._engine.plan import Box
+from orbax_async._engine.leaf import Mode, Piece, Storage
+from orbax_async._engine.plan import WriteRequest
 from orbax_async.arrays import devices_of
 
-__all__ = ["Mode", "Piece", "Small", "capture", "capture_mode", "copy_small", "is_small"]
+__all__ = ["Small", "capture", "capture_mode", "copy_small", "is_small"]
 
-Piece = np.ndarray[Any, Any] | jax.Array
-Mode = Literal["view", "copy", "fetch", "pin"]
 
 # Of a small array: which piece of a batch it is, of which leaf, its shape, dtype and bytes.
 Small = tuple[int, int, tuple[int, ...], np.dtype[Any], int]
@@ -77,37 +76,36 @@ def _has_pinned_host(sharding: jax.sharding.Sharding) -> bool:
     )
 
 
-def capture(array: Piece, mode: Mode, *, device_id: int | None, shard_box: Box, box: Box) -> Piece:
+def capture(array: Piece, storage: Storage, request: WriteRequest) -> Piece:
     """I3: captures one piece of an array.
 
     Args:
       array: the whole array.
-      mode: how; see `capture_mode`.
-      device_id: whose shard to take; None where the array is a single one.
-      shard_box: where that shard lies in the array.
-      box: where the piece lies in the array.
+      storage: how, and from how many devices.
+      request: which piece.
 
     Returns:
       A host array, or, of mode `pin`, a jax array in host memory whose transfer may be under way:
       `np.asarray` waits for it.
     """
+    box, shard_box = request.box, request.shard_box
     is_whole = box is shard_box or box == shard_box
     if isinstance(array, np.ndarray):
         piece = array if is_whole else array[plan.within(box, shard_box)]
-        if mode == "copy":
+        if storage.mode == "copy":
             copied = aligned_empty(piece.shape, piece.dtype)
             copied[...] = piece
             return copied
         return piece
-    shard = array if device_id is None else _shard(array, device_id)
-    if mode == "pin":
+    shard = array if len(storage.shards) == 1 else _shard(array, request.device_id)
+    if storage.mode == "pin":
         if not is_whole:
             shard = shard[plan.within(box, shard_box)]
         (device,) = shard.devices()
         pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
         moved: jax.Array = jax.device_put(shard, pinned, may_alias=False)
         return moved
-    if mode == "fetch":
+    if storage.mode == "fetch":
         # The host copy stays cached on an array object: not on one that the caller holds.
         shard = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
     host = np.asarray(shard)

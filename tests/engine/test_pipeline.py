@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._engine import batches, load_pipeline, save_pipeline
-from orbax_async._engine.capture import Piece
+from orbax_async._engine.leaf import Piece
 from orbax_async._storage import codecs
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async.handlers import pytree, read_plan, tree_writer

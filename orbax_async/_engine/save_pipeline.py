@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import itertools
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import anyio
@@ -111,16 +111,20 @@ class SavePipeline:
             with errors.ungrouped():
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._open_stores, open_store)
-                    while True:
-                        while self._captured:
-                            group.start_soon(self._write_captured, *self._captured.popleft())
-                        if not self._uncaptured:
-                            break
+                    while self._uncaptured:
+                        self._start_writing(group)
                         await self._capture_next()
+                    # A caller who was just released has the interpreter meanwhile.
+                    await self._stores_are_open.wait()
+                    self._start_writing(group)
         finally:
             self.released.set()
             self.staged.set()
         self._recorder.enter("written")
+
+    def _start_writing(self, group: anyio.abc.TaskGroup) -> None:
+        while self._captured:
+            group.start_soon(self._write_captured, *self._captured.popleft())
 
     async def _open_stores(self, open_store: Callable[[bool], Awaitable[ArrayStore]]) -> None:
         for is_separate in sorted({False, *(batch.is_separate for batch in self._batches)}):
@@ -155,16 +159,16 @@ class SavePipeline:
             jax.transfer_guard("allow"),
             jax.enable_x64(True),
         ):
-            captured = [self._capture(batch) for batch in batches]
+            small = [] if self._report else [each for batch in batches for each in batch.small]
+            copies = copy_small(self._arrays, small)
+            captured = [self._capture(batch, copies) for batch in batches]
         leaf_count = sum(batch.leaf_count for batch in batches)
         self._recorder.add(leaves_staged=leaf_count, bytes_staged=nbytes)
         return captured
 
-    def _capture(self, batch: WriteBatch) -> list[Piece]:
+    def _capture(self, batch: WriteBatch, copies: Mapping[int, Piece]) -> list[Piece]:
         report = self._report
-        pieces: list[Any] = [None] * len(batch.requests)
-        if report is None:
-            copy_small(self._arrays, batch.small, pieces)
+        pieces: list[Any] = [copies.get(request.leaf) for request in batch.requests]
         others = [place for place, piece in enumerate(pieces) if piece is None]
         for place in gil.sliced(others):
             request, leaf = batch.requests[place], batch.leaves[place]

@@ -50,8 +50,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             super().__init__(*args, **kwargs)
             seen.saves.append(self)
 
-        def _capture(self, batch: Any) -> Any:
-            pieces = super()._capture(batch)
+        def _capture(self, batch: Any, *others: Any) -> Any:
+            pieces = super()._capture(batch, *others)
             for leaf, piece in zip(batch.leaves, pieces, strict=True):
                 seen.captured.append(leaf.label)
                 seen.pieces.setdefault(leaf.label, []).append(piece)

@@ -7,16 +7,15 @@ import datetime
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._api import delete as deleting
 from orbax_async._api import layout
-from orbax_async._api import save as saving
-from orbax_async._api.writing import WhenCommitted
+from orbax_async._api.save import SaveRequest, prepare
 from orbax_async._engine import loop
+from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
 from orbax_async.options import AtomicityMode
@@ -199,7 +198,7 @@ class Run:
 
     def save(self, wanted: StepToSave) -> AsyncResponse[bool] | None:
         """Begins a save, if the policy says so; returns once it is captured."""
-        _refuse_engine_thread("save")
+        loop.refuse_engine_thread("save")
         self.check_open("save")
         with self._beginning, self.options() as options:
             began = time.time()
@@ -226,18 +225,10 @@ class Run:
         now = datetime.datetime.now(tz=datetime.UTC)
         pending = Pending(step, now, wanted.metrics)
         is_primary = multihost.is_primary_host(options.multiprocessing.primary_host)
-        began_capture: list[float] = []
 
-        def begin() -> None:
-            self.queue.make_room(step)
-            self.queue.raise_failures()
-            self._retirement.wait_out_of_sight([step])  # an older one of that number
-            began_capture.append(time.time())
-            self.queue.enter(pending)
-
-        async def around(save: Callable[[WhenCommitted], Awaitable[None]]) -> bool:
+        async def run() -> bool:
             try:
-                await save(lambda: loop.to_worker(self._note_commit, step, path, is_primary))
+                await save.run(lambda: loop.to_worker(self._note_commit, step, path, is_primary))
             except errors.DestinationExistsError as error:
                 if wanted.overwrite:
                     raise
@@ -247,29 +238,41 @@ class Run:
             return True
 
         try:
-            response = saving.start_step(
-                path,
-                wanted.checkpointables,
-                is_state=wanted.is_state,
-                overwrite=wanted.overwrite,
-                custom_metadata=wanted.custom_metadata,
-                of_run=saving.OfRun(wanted.metrics, begin, pending.may_write, around),
-            )
+            with starting("save") as operation:
+                self.queue.make_room(step)
+                self.queue.raise_failures()
+                self._retirement.wait_out_of_sight([step])  # an older one of that number
+                began_capture = time.time()
+                self.queue.enter(pending)
+                save = prepare(
+                    operation,
+                    SaveRequest(
+                        path=path,
+                        checkpointables=wanted.checkpointables,
+                        is_state=wanted.is_state,
+                        overwrite=wanted.overwrite,
+                        custom_metadata=wanted.custom_metadata,
+                        metrics=wanted.metrics,
+                        may_write=pending.may_write,
+                    ),
+                )
+                response = operation.start(f"save to {path}", run)
+                self.queue.started(pending, response)
         except (errors.DestinationExistsError, errors.SaveInProgressError) as error:
-            self.queue.leave(pending)
+            self._forget_unstarted(pending)
             self.steps.put_back(step)  # somebody else has saved it, and it was not known here
             if wanted.overwrite:
                 raise
             raise self._exists(step) from error
-        except BaseException:  # W9: what was never begun is not in progress
-            self.queue.leave(pending)
+        except BaseException:
+            self._forget_unstarted(pending)
             raise
-        self.queue.started(pending, response)
-        if options.asynchronous.staging == "eager":
-            response.wait_staged()
-        response._recorder.unblock()
-        self._entries.begun(step, began=began, began_capture=began_capture[0])
+        self._entries.begun(step, began=began, began_capture=began_capture)
         return response
+
+    def _forget_unstarted(self, pending: Pending) -> None:
+        if pending.response is None:  # what was never begun is not in progress
+            self.queue.leave(pending)
 
     def _exists(self, step: int) -> errors.StepAlreadyExistsError:
         return errors.StepAlreadyExistsError(
@@ -301,7 +304,7 @@ class Run:
 
     def wait(self) -> None:
         """Blocks until no save is under way, and no step to be removed is in sight."""
-        _refuse_engine_thread("wait")
+        loop.refuse_engine_thread("wait")
         self.queue.wait()
         self._retirement.wait_out_of_sight()
         self.queue.raise_failures()
@@ -314,7 +317,7 @@ class Run:
 
     def close(self) -> None:
         """Lets nothing begin any more, and waits for all that has."""
-        _refuse_engine_thread("close")
+        loop.refuse_engine_thread("close")
         self.is_closed = True
         self.queue.close()
         self.queue.wait()
@@ -328,11 +331,3 @@ class Run:
         await self.queue.wait_async()
         await self._retirement.wait_async()
         self.queue.raise_failures()
-
-
-def _refuse_engine_thread(verb: str) -> None:
-    if loop.is_engine_thread():
-        raise errors.LoopError(
-            f"{verb} was called on the engine's own thread, which must never wait; call it from a "
-            "thread or a loop of your own"
-        )

@@ -14,85 +14,66 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import figures, machine, measures, processes, report
-from benchmarks.figures import Record
+from benchmarks import measures, processes, report, rounds
 from benchmarks.peers import OURS
-from benchmarks.rounds import Tell
-from benchmarks.trees import abstract_of
-from benchmarks.workloads import WORKLOADS
+from benchmarks.rounds import Record
+from benchmarks.states import WORKLOADS
 
 NEW, OLD = "new", "old"
+RATIOS = {f"{time}, new / old": report.ratio(time, below=OLD) for time in report.TIMES}
 
 
 def compare(
-    names: Sequence[str],
-    other: Path,
-    directory: Path,
-    pairs: int,
-    *,
-    scale: float = 1,
-    seed: int = 0,
-    tell: Tell = print,
-) -> dict[str, Any]:
-    """Measures the workloads of these names with both checkouts, and returns the result."""
+    names: Sequence[str], other: Path, plan: rounds.Plan, scale: float, seed: int
+) -> list[Record]:
+    """Measures the workloads of these names with both checkouts, and returns their records."""
     draw, records = random.Random(seed), []
     for name in names:
-        turns: list[dict[str, Any]] = []
+        turns = []
         with contextlib.ExitStack() as stack:
-            turn = {
-                peer: stack.enter_context(_process(checkout, name, directory / peer, scale))
-                for peer, checkout in {NEW: processes.ROOT, OLD: other}.items()
-            }
-            for number in range(pairs):
+            turn = {}
+            for peer, checkout in {NEW: processes.ROOT, OLD: other}.items():
+                args = (name, plan.directory / peer, scale)
+                command = processes.command("benchmarks.against", *args, checkout=checkout)
+                turn[peer] = stack.enter_context(_process(command))
+                turn[peer]()  # the first is no figure
+            for number in range(plan.rounds["timed"]):
                 for peer in draw.sample([NEW, OLD], 2):
-                    turns.append({"round": number, "peer": peer, "figures": turn[peer]()})
-        records.append({"workload": name, "turns": turns})
-        ratios = (figures.ratio(records[-1], time, NEW, OLD) for time in report.TIMES)
-        tell(f"{name}: {', '.join(map(report.times, ratios))}")
-    return {"kind": "against", "machine": machine.facts(directory), "records": records}
+                    about = {"kind": "timed", "round": number, "peer": peer}
+                    turns.append(about | {"figures": turn[peer]()})
+        facts = {"machine": rounds.machine(plan.directory), "peers": {NEW: {}, OLD: {}}}
+        records.append({"workload": name, "about": name, "turns": turns, **facts})
+        plan.tell(f"{name}: {', '.join(ratio(records[-1], NEW) for ratio in RATIOS.values())}")
+    return records
+
+
+def text(records: Sequence[Record]) -> str:
+    """Returns the ratios, and the times of both."""
+    table = report.table(records, RATIOS | report.TIMES)
+    return f"# New against old\n\n{records[0]['machine']}\n\n{table}"
 
 
 @contextlib.contextmanager
-def _process(
-    checkout: Path, workload: str, path: Path, scale: float
-) -> Iterator[Callable[[], dict[str, float]]]:
-    """Yields a function that has a process of a checkout save and load once."""
-    command = processes.command(
-        "benchmarks.against", workload, str(path), str(scale), checkout=checkout
-    )
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
+def _process(command: list[str]) -> Iterator[Callable[[], measures.Figures]]:
+    """Yields a function that has a process save and load once."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         told, answers = process.stdin, process.stdout
+        assert told is not None and answers is not None
 
-        def turn() -> dict[str, float]:
+        def turn() -> measures.Figures:
             print(file=told, flush=True)
-            answer = answers.readline()
-            if not answer:
-                raise RuntimeError(f"the process of {checkout} ended: {process.wait()}")
-            found: dict[str, float] = json.loads(answer)
+            found: measures.Figures = json.loads(answers.readline())
             return found
 
-        try:
-            turn()  # the first is no figure
-            yield turn
-        finally:
-            process.kill()
+        yield turn  # the process ends when nothing more can be told
 
 
-def _serve(name: str, path: Path, scale: float) -> None:
+def _serve(name: str, path: str, scale: str) -> None:
     workload = WORKLOADS[name]
-    state = workload.build(scale)
-    trial = measures.Trial(
-        peer=OURS,
-        path=path,
-        state=state,
-        abstract=abstract_of(state),
-        settings=workload.settings,
-    )
+    state, settings = workload.build(float(scale)), workload.settings
+    trial = measures.Trial(peer=OURS, path=Path(path), state=state, settings=settings)
     measures.first(trial)
     for _ in sys.stdin:
         found = measures.timed(trial)
@@ -100,23 +81,5 @@ def _serve(name: str, path: Path, scale: float) -> None:
         print(json.dumps(found), flush=True)
 
 
-def summary(result: dict[str, Any]) -> str:
-    """Returns the ratios and the times of both."""
-    rows = [_row(record, time) for record in result["records"] for time in report.TIMES]
-    header = ["workload", "time", "new / old", NEW, OLD]
-    facts = machine.line(result["machine"])
-    return f"# New against old\n\n{facts}\n\n{report.markdown(header, rows)}\n"
-
-
-def _row(record: Record, time: str) -> list[str]:
-    both = (report.secs(figures.of(record, peer, time)) for peer in (NEW, OLD))
-    return [
-        record["workload"],
-        time,
-        report.times(figures.ratio(record, time, NEW, OLD)),
-        *both,
-    ]
-
-
 if __name__ == "__main__":
-    _serve(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
+    _serve(*sys.argv[1:])

@@ -16,7 +16,6 @@ stands what the loop's thread runs first: where the work begins, the reader judg
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import dis
@@ -49,19 +48,15 @@ NAMES = ("save_async", "load_async", "training")
 class Count:
     """What one operation ran."""
 
-    calls: list[tuple[int, CodeType]] = dataclasses.field(default_factory=list)  # with the thread
-    resumptions: int = 0
+    calls: list[CodeType] = dataclasses.field(default_factory=list)
+    on_loop: list[CodeType] = dataclasses.field(default_factory=list)  # those of its thread
     stations: list[CodeType] = dataclasses.field(default_factory=list)
-    loop_thread: int = 0
+    resumptions: int = 0
 
     @property
     def files(self) -> set[str]:
         """The own files of which a function ran."""
-        return {_file(code) for _, code in self.calls}
-
-    def begun(self) -> list[CodeType]:
-        """Returns what the loop's thread ran, in order."""
-        return [code for thread, code in self.calls if thread == self.loop_thread]
+        return set(map(file, self.calls))
 
 
 class Counter:
@@ -86,13 +81,15 @@ class Counter:
         sys.setprofile(self._profile)
 
     def _profile(self, frame: FrameType, event: str, _: object) -> None:
-        count = self._count
-        if event != "call" or count is None or not _is_own(frame.f_code):
+        count, code = self._count, frame.f_code
+        if event != "call" or count is None or not _is_own(code):
             return
-        if frame.f_lasti > _entry(frame.f_code):
+        if frame.f_lasti > _entry(code):
             count.resumptions += 1
-        else:
-            count.calls.append((threading.get_ident(), frame.f_code))
+            return
+        count.calls.append(code)
+        if threading.get_ident() == self._loop_thread:
+            count.on_loop.append(code)
 
     def _note_stations(self, frame: FrameType | None) -> None:
         count = self._count
@@ -105,7 +102,7 @@ class Counter:
 
     def count(self, start: Callable[[], ocp.AsyncResponse[Any]]) -> Count:
         """Starts an operation, waits for its end, and returns what it ran."""
-        self._count = count = Count(loop_thread=self._loop_thread)
+        self._count = count = Count()
         start().result()
         time.sleep(SETTLE_SECS)
         self._count = None
@@ -122,12 +119,14 @@ def _entry(code: CodeType) -> int:
     return next(each.offset for each in dis.get_instructions(code) if each.opname == "RESUME")
 
 
-def _file(code: CodeType) -> str:
+def file(code: CodeType) -> str:
+    """Returns the file of a function, relative to the package."""
     return str(Path(code.co_filename).relative_to(PACKAGE))
 
 
-def _function(code: CodeType) -> str:
-    return f"{_file(code)}: {code.co_qualname}"
+def function(code: CodeType) -> str:
+    """Returns the file and the name of a function."""
+    return f"{file(code)}: {code.co_qualname}"
 
 
 def measure() -> dict[str, list[Count]]:
@@ -137,59 +136,45 @@ def measure() -> dict[str, list[Count]]:
     abstract = {"jax": jax.ShapeDtypeStruct((4, 4), jnp.float32), "numpy": np.ones(3), "step": 0}
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         paths = [Path(folder, str(number)) for number in range(WARM_UP + COUNTED)]
-        for path in paths[:WARM_UP]:
-            ocp.save_async(path, state).result()
-            ocp.load_async(path, abstract).result()
-        saves = [counter.count(partial(ocp.save_async, p, state)) for p in paths[WARM_UP:]]
-        loads = [counter.count(partial(ocp.load_async, p, abstract)) for p in paths[WARM_UP:]]
-    return {"save": saves, "load": loads}
+        saves = [counter.count(partial(ocp.save_async, path, state)) for path in paths]
+        loads = [counter.count(partial(ocp.load_async, path, abstract)) for path in paths]
+    return {"save": saves[WARM_UP:], "load": loads[WARM_UP:]}
 
 
 def tell(name: str, found: list[Count], by: Callable[[CodeType], str], top: int) -> None:
     """Prints what was counted of an operation."""
-    calls = [len(each.calls) for each in found]
+    calls, last = [len(each.calls) for each in found], found[-1]
     files = statistics.median(len(each.files) for each in found)
     resumed = statistics.median(each.resumptions for each in found)
-    print(f"\na {name}: {files:.0f} own files, {statistics.median(calls):.0f} own calls", end="")
-    print(f" ({min(calls)} to {max(calls)}), and {resumed:.0f} resumptions")
-    last = found[-1]
-    verb, *stations = map(_function, last.stations)
-    print(f"  stations from {verb} to the loop: {len(stations)}")
-    print(*(f"    {station}\n" for station in stations), sep="", end="")
-    print("  what the loop's thread runs first")
-    print(*(f"    {_function(code)}\n" for code in last.begun()[:10]), sep="", end="")
-    print("  most calls")
-    tally = collections.Counter(by(code) for _, code in last.calls)
-    print(*(f"    {count:4} {each}\n" for each, count in tally.most_common(top)), sep="", end="")
+    tally = collections.Counter(map(by, last.calls))
+    lines = [
+        f"\na {name}: {files:.0f} own files, {statistics.median(calls):.0f} own calls "
+        f"({min(calls)} to {max(calls)}), and {resumed:.0f} resumptions",
+        f"  stations from the verb to the loop: {len(last.stations) - 1}",
+        *(f"    {function(code)}" for code in last.stations),
+        "  what the loop's thread runs first",
+        *(f"    {function(code)}" for code in last.on_loop[:10]),
+        "  most calls",
+        *(f"    {count:4} {each}" for each, count in tally.most_common(top)),
+    ]
+    print(*lines, sep="\n")
 
 
 def first_use(name: str) -> float:
     """Returns the median seconds that a fresh interpreter with jax takes for a name."""
+    use = f"import orbax_async; orbax_async.{name}"
     code = (
-        "import jax, time; began = time.perf_counter(); import orbax_async; "
-        f"orbax_async.{name}; print(time.perf_counter() - began)"
+        f"import jax, time; began = time.perf_counter(); {use}; print(time.perf_counter() - began)"
     )
-    command = [sys.executable, "-c", code]
-    secs = [
-        float(subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, check=True).stdout)
-        for _ in range(6)
-    ]
+    run = partial(subprocess.run, cwd=PACKAGE.parent, capture_output=True, check=True)
+    secs = [float(run([sys.executable, "-c", code]).stdout) for _ in range(6)]
     return statistics.median(secs[1:])  # the first may compile to bytecode
 
 
-def main() -> None:
-    """Prints everything that is counted."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--by", choices=("function", "file"), default="function")
-    parser.add_argument("--top", type=int, default=20)
-    args = parser.parse_args()
+if __name__ == "__main__":
     print(f"{PACKAGE} on Python {sys.version.split()[0]}")
-    for name, found in measure().items():
-        tell(name, found, _file if args.by == "file" else _function, args.top)
+    for operation, counts in measure().items():
+        tell(operation, counts, {"file": file, "function": function}[sys.argv[1]], int(sys.argv[2]))
     print("\nfirst use of a name, over import jax")
     for name in NAMES:
         print(f"  {first_use(name):.3f} s {name}")
-
-
-if __name__ == "__main__":
-    main()

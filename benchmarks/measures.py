@@ -5,30 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import gc
 import inspect
 import os
 import shutil
-import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import apart, pace
-from benchmarks.peers import Peer, Pending, Settings
-from benchmarks.trees import resident_nbytes, stored_nbytes
-from benchmarks.workloads import State
+from benchmarks import states
+from benchmarks.peers import Peer, Settings
+from benchmarks.states import State
 
 Figures = dict[str, float]
 TICK_SECS = 0.001
+TASKS = "/proc/self/task"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +38,16 @@ class Trial:
     peer: Peer
     path: Path
     state: State
-    abstract: State
     settings: Settings = field(default_factory=dict)
-    is_cold: bool = False
-    pace_secs: float = 1.0
+    is_cold: bool = False  # whether files are dropped from the page cache before they are loaded
+    pace_secs: float = 1.0  # how long a program beside the saves is watched
 
-    def save(self) -> Pending:
+    @functools.cached_property
+    def abstract(self) -> State:
+        """What a load is asked for."""
+        return states.abstract_of(self.state)
+
+    def save(self) -> Any:
         """Starts a save; returns once the caller may change the state."""
         return self.peer.save(self.path, self.state, self.settings)
 
@@ -56,32 +60,22 @@ class Trial:
         shutil.rmtree(self.path, ignore_errors=True)
         settle()
 
+    def warm_up(self) -> None:
+        """Saves once and removes it, so that the next files can take the memory of these.
+
+        Where a virtual machine asks its host for memory, the kernel may take 5 ms to copy 2 MiB to
+        a file, 15 times as long as otherwise, and meanwhile lets nothing else run on that core.
+        This makes it rarer, not impossible: which memory is taken next, the kernel decides.
+        """
+        self.clear()
+        self.save().result()
+        self.clear()
+
 
 def settle() -> None:
     """Takes what earlier work has put off out of what is measured next."""
     gc.collect()
     os.sync()
-
-
-def touch(nbytes: int) -> None:
-    """Writes to so much new memory and frees it again.
-
-    A virtual machine may have to ask its host for pages that nothing used for a while. Whoever has
-    the next turn would pay for that: seconds for a gibibyte, and nothing of its own doing.
-    """
-    np.ones(nbytes, np.uint8)
-
-
-def warm_up(trial: Trial) -> None:
-    """Saves once and removes it, so that the next files can take the memory that these gave back.
-
-    Where a virtual machine asks its host for memory, the kernel may take 5 ms to copy 2 MiB to a
-    file, 15 times as long as otherwise, and meanwhile lets nothing else run on that core. This
-    makes it rarer, not impossible: which memory is taken next, the kernel decides.
-    """
-    trial.clear()
-    trial.save().result()
-    trial.clear()
 
 
 def first(trial: Trial) -> Figures:
@@ -96,7 +90,8 @@ def first(trial: Trial) -> Figures:
     saved = time.perf_counter()
     loaded = trial.load()
     ended = time.perf_counter()
-    if not trial.peer.matches(loaded, trial.state):
+    is_same = states.same_bytes if trial.peer.is_floor else states.same_values
+    if not is_same(loaded, trial.state):
         raise ValueError("loads other values than were saved")
     return {"first_save": saved - began, "first_load": ended - saved}
 
@@ -104,27 +99,30 @@ def first(trial: Trial) -> Figures:
 def timed(trial: Trial) -> Figures:
     """Times a save and a load: wall clock, and the CPU time of all threads of the process."""
     trial.clear()
-    nbytes_of_state = stored_nbytes(trial.state)
-    touch(nbytes_of_state)  # as much as will be in the page cache
+    _touch(trial.state)  # as much as will be in the page cache
     cpu, began = time.process_time(), time.perf_counter()
     pending = trial.save()
     blocked = time.perf_counter() - began
+    if hasattr(pending, "wait_staged"):
+        pending.wait_staged()
+    staged = time.perf_counter() - began
     pending.result()
     committed, save_cpu = time.perf_counter() - began, time.process_time() - cpu
     del pending
     files = [path for path in trial.path.rglob("*") if path.is_file()]
     nbytes = sum(path.stat().st_size for path in files)
     settle()
-    if trial.is_cold:
-        for path in files:
-            _drop_from_cache(path)
-    touch(nbytes_of_state)
+    for path in files if trial.is_cold else ():
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    _touch(trial.state)
     cpu, began = time.process_time(), time.perf_counter()
     loaded = trial.load()
     seconds, load_cpu = time.perf_counter() - began, time.process_time() - cpu
     del loaded
     return {
         "blocked": blocked,
+        "staged": staged,
         "committed": committed,
         "loaded": seconds,
         "save_cpu": save_cpu,
@@ -134,10 +132,13 @@ def timed(trial: Trial) -> Figures:
     }
 
 
-def _drop_from_cache(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
+def _touch(state: State) -> None:
+    """Writes to as much new memory as a state takes, and frees it again.
+
+    A virtual machine may have to ask its host for pages that nothing used for a while. Whoever has
+    the next turn would pay for that: seconds for a gibibyte, and nothing of its own doing.
+    """
+    np.ones(states.stored_nbytes(state), np.uint8)
 
 
 def memory(trial: Trial) -> Figures:
@@ -146,74 +147,52 @@ def memory(trial: Trial) -> Figures:
     Apart from the timed turns: free memory is given back to the system first, which costs time.
     """
     trial.clear()
-    with Threads() as threads, PeakMemory() as saving:
-        trial.save().result()
+    with new_threads() as threads:
+        _, peak_save = peak_of(lambda: trial.save().result())
     settle()
-    with PeakMemory() as loading:
-        loaded = trial.load()
-    extra = loading.extra - resident_nbytes(loaded)
-    del loaded
-    return {
-        "peak_save": saving.extra,
-        "peak_load": extra,
-        "threads": threads.count,
-    }
+    loaded, peak_load = peak_of(trial.load)
+    peak_load -= states.resident_nbytes(loaded)
+    return {"peak_save": peak_save, "peak_load": peak_load, "threads": len(threads)}
 
 
-class PeakMemory:
-    """The most resident memory beyond what there was before a block; the kernel keeps the mark."""
-
-    extra = 0
-
-    def __enter__(self) -> PeakMemory:
-        if sys.platform == "linux":
-            with contextlib.suppress(AttributeError, OSError):  # glibc only
-                ctypes.CDLL(None).malloc_trim(0)
-        # 5 resets the mark to what is resident now.
-        Path("/proc/self/clear_refs").write_text("5")
-        self._before = resident()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.extra = _status("VmHWM") - self._before
+def peak_of(act: Callable[[], Any]) -> tuple[Any, int]:
+    """Does something; returns what it returned, and the most memory beyond what was resident."""
+    with contextlib.suppress(AttributeError, OSError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's mark to what is resident
+    before = kernel_nbytes("self/status", "VmRSS")
+    result = act()
+    return result, kernel_nbytes("self/status", "VmHWM") - before
 
 
-def resident() -> int:
-    """Returns the bytes of memory that the process holds now."""
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def kernel_nbytes(file: str, name: str) -> int:
+    """Returns a size that a file below /proc tells."""
+    lines = Path("/proc", file).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-class Threads:
-    """Counts threads, of any language, that are there during a block and were not before it.
+@contextlib.contextmanager
+def new_threads() -> Iterator[set[str]]:
+    """Yields a set of the threads, of any language, that a block has and that were not before it.
 
-    It looks every 2 ms; a thread that lives shorter may be missed.
+    It looks every 2 ms; a thread that lives shorter may be missed. It is complete after the block.
     """
+    before, seen, stop = set(os.listdir(TASKS)), set[str](), threading.Event()
 
-    count = 0
+    def watch() -> None:
+        before.add(str(threading.get_native_id()))
+        while not stop.wait(0.002):
+            seen.update(os.listdir(TASKS))
 
-    def __enter__(self) -> Threads:
-        self._before = set(os.listdir("/proc/self/task"))
-        self._seen: set[str] = set()
-        self._stop = threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
-        return self
-
-    def _watch(self) -> None:
-        self._before.add(str(threading.get_native_id()))
-        while not self._stop.wait(0.002):
-            self._seen.update(os.listdir("/proc/self/task"))
-
-    def __exit__(self, *_: object) -> None:
-        self._seen.update(os.listdir("/proc/self/task"))
-        self._stop.set()
-        self._watcher.join()
-        self.count = len(self._seen - self._before)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+        seen.update(os.listdir(TASKS))
+    finally:
+        stop.set()
+        watcher.join()
+        seen -= before
 
 
 def gap(trial: Trial) -> Figures:
@@ -221,113 +200,142 @@ def gap(trial: Trial) -> Figures:
 
     A response that can be awaited is; for others a thread waits, and the call itself blocks.
     """
-    warm_up(trial)
-    return {"loop_gap": asyncio.run(_longest_gap(trial))}
-
-
-async def _longest_gap(trial: Trial) -> float:
-    gaps = []
+    wakeups = []
 
     async def tick() -> None:
-        last = time.perf_counter()
         while True:
+            wakeups.append(time.perf_counter())
             await asyncio.sleep(TICK_SECS)
-            now = time.perf_counter()
-            gaps.append(now - last)
-            last = now
 
-    ticking = asyncio.create_task(tick())
-    await asyncio.sleep(10 * TICK_SECS)
-    gaps.clear()
-    pending = trial.save()
-    if inspect.isawaitable(pending):
-        await pending
-    else:
-        await asyncio.to_thread(pending.result)
-    await asyncio.sleep(2 * TICK_SECS)  # the last gap ends here
-    ticking.cancel()
-    return max(gaps)
+    async def save() -> None:
+        ticking = asyncio.create_task(tick())
+        await asyncio.sleep(10 * TICK_SECS)
+        del wakeups[:-1]
+        pending = trial.save()
+        if inspect.isawaitable(pending):
+            await pending
+        else:
+            await asyncio.to_thread(pending.result)
+        await asyncio.sleep(2 * TICK_SECS)  # the last gap ends here
+        ticking.cancel()
+
+    trial.warm_up()
+    asyncio.run(save())
+    return {"loop_gap": float(np.diff(wakeups).max())}
 
 
-def training_pace(trial: Trial) -> Figures:
-    """Takes the rate of a training step and of a Python counter beside a background save.
+class Pacer:
+    """Repeats a step on a thread that has a core to itself as far as this process goes.
 
-    Relative to the rate without a save just before and just after. A peer that blocks saves on a
-    thread, as a program would have it do. Of each also: the share of the time in which its thread
-    had its core.
+    The other threads of the process keep to the other cores, and so do those that they start. With
+    one core everything shares it.
     """
-    return _paces(trial, "", lambda: contextlib.closing(_saves(trial)))
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        self.steps = 0
+        self._step = step
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._cores = sorted(os.sched_getaffinity(0))
+
+    def __enter__(self) -> Pacer:
+        self._step()  # compiles
+        _hold(self._cores[1:] or self._cores)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        _hold(self._cores)
+
+    def _run(self) -> None:
+        os.sched_setaffinity(0, self._cores[:1])  # of this thread
+        while not self._stop.is_set():
+            self._step()
+            self.steps += 1
+
+    def rate(self, secs: float) -> float:
+        """Returns the steps per second over the next seconds, or until one is done."""
+        before, began = self.steps, time.perf_counter()
+        while self.steps == before and self._thread.is_alive():
+            time.sleep(secs)
+        return (self.steps - before) / (time.perf_counter() - began)
+
+    def rate_beside(self, saves: Generator[None], secs: float) -> float:
+        """Returns the steps per second while each save is under way, over so long at least."""
+        steps, lasted = 0, 0.0
+        while lasted < secs:  # a short save is repeated, for a rate that means something
+            next(saves)
+            before, began = self.steps, time.perf_counter()
+            next(saves)
+            steps, lasted = steps + self.steps - before, lasted + time.perf_counter() - began
+        return steps / lasted
 
 
-def pace_apart(trial: Trial) -> Figures:
-    """Takes the same beside another process that makes the same saves.
+def _hold(cores: Iterable[int]) -> None:
+    """Lets every thread that there is now run on these cores only."""
+    for thread in os.listdir(TASKS):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread), cores)
 
-    Rounds of their own, the last: what that process gives back, a host may take before the next.
+
+def training_step() -> Callable[[], Any]:
+    """Returns a compiled step of about ten milliseconds that computes on one core.
+
+    It runs on the thread that calls it where jax's asynchronous dispatch on CPU is off, as
+    `Workload.build` has it; else on a thread of XLA's.
     """
-    path = trial.path.with_name(f"{trial.path.name}-apart")
-    return _paces(
-        trial, "apart_", lambda: apart.saves(trial.peer.name, path, trial.state, trial.settings)
-    )
+
+    @jax.jit
+    def step(values: jax.Array) -> jax.Array:
+        result: jax.Array = jax.lax.fori_loop(0, 3000, lambda _, x: jnp.sin(x) * 1.1 + 0.1, values)
+        return result
+
+    values = jax.device_put(jnp.ones(1024), jax.devices()[0])
+    return lambda: jax.block_until_ready(step(values))
 
 
-def _paces(
-    trial: Trial, prefix: str, saving: Callable[[], AbstractContextManager[Iterator[None]]]
-) -> Figures:
+def count() -> int:
+    """Counts in pure Python, which the save's own Python code competes with."""
+    number = 0
+    while number < 1000:
+        number += 1
+    return number
+
+
+def pace(trial: Trial) -> Figures:
+    """Takes the rate of a training step and of a Python counter beside background saves.
+
+    Relative to the rate without a save just before and just after.
+    """
     figures = {}
-    for name, step in {"step": pace.training_step(), "counter": pace.count}.items():
-        with pace.Pacer(step) as pacer:
+    for name, step in {"step": training_step(), "counter": count}.items():
+        with Pacer(step) as pacer:
             quiet = pacer.rate(trial.pace_secs / 2)
-            warm_up(trial)
-            with saving() as moments:
-                beside = _between(pacer, moments, trial.pace_secs)
+            trial.warm_up()
+            with contextlib.closing(_saves(trial)) as saves:
+                beside = pacer.rate_beside(saves, trial.pace_secs)
             trial.clear()
             quiet = (quiet + pacer.rate(trial.pace_secs / 2)) / 2
-        figures[f"{name}_{prefix}pace"] = beside.steps / beside.secs / quiet
-        figures[f"{name}_{prefix}core"] = beside.cpu_secs / beside.secs
+        figures[f"{name}_pace"] = beside / quiet
     return figures
 
 
-def _saves(trial: Trial) -> Generator[None, None, None]:
-    """Saves again and again; goes on when a save has begun, and when it has ended, by turns."""
+def _saves(trial: Trial) -> Generator[None]:
+    """Saves again and again; goes on when a save has begun, and when it has ended, by turns.
+
+    A peer that blocks saves on a thread, as a program would have it do. The end is told where it
+    can be: who blocks for a save wants it soon, at the cost of whoever runs beside it.
+    """
     with ThreadPoolExecutor(1) as blocking:
         while True:
             shutil.rmtree(trial.path, ignore_errors=True)
             pending = trial.save() if trial.peer.is_async else blocking.submit(trial.save)
             yield
-            _await_end(pending)
+            if hasattr(pending, "add_done_callback"):
+                ended = threading.Event()
+                pending.add_done_callback(lambda _: ended.set())  # noqa: B023
+                ended.wait()
+            pending.result()
             yield
-
-
-def _await_end(pending: Any) -> None:
-    """Waits as a program does that has other things to do: it is told, where it can be.
-
-    Who blocks for a save wants it to be done soon, at the cost of whoever runs beside it.
-    """
-    add_callback = getattr(pending, "add_done_callback", None)
-    if add_callback is not None:
-        ended = threading.Event()
-        add_callback(lambda _: ended.set())
-        ended.wait()
-    pending.result()
-
-
-def _between(pacer: pace.Pacer, moments: Iterator[None], secs: float) -> pace.Mark:
-    """Returns how much was done from each odd moment to the next even one, in so long at least."""
-    steps, lasted, cpu_secs = 0, 0.0, 0.0
-    while lasted < secs:  # a short save is repeated, for a rate that means something
-        next(moments)
-        before = pacer.mark()
-        next(moments)
-        after = pacer.mark()
-        steps, lasted = steps + after.steps - before.steps, lasted + after.secs - before.secs
-        cpu_secs += after.cpu_secs - before.cpu_secs
-    return pace.Mark(steps, lasted, cpu_secs)
-
-
-KINDS: dict[str, Callable[[Trial], Figures]] = {
-    "timed": timed,
-    "memory": memory,
-    "gap": gap,
-    "pace": training_pace,
-    "apart": pace_apart,
-}

@@ -1,26 +1,70 @@
-"""The tables and the plots."""
+"""From single measurements to what is shown: medians and their spread, tables and plots."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib import ticker
 
-from benchmarks import figures, machine
-from benchmarks.figures import Record, Spread
-from benchmarks.workloads import MIB
+from benchmarks.rounds import Record
+from benchmarks.states import MIB
 
-TIMES = ("blocked", "committed", "loaded")
+
+class Spread(NamedTuple):
+    """A median between its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+
 NOTHING = "-"
+Cell = Callable[[Spread | None], str]
+Column = Callable[[Record, str], str]  # what it says of a peer
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Returns the median and quartiles; None of no values."""
+    values = list(values)
+    return Spread(*map(float, np.quantile(values, [0.25, 0.5, 0.75]))) if values else None
+
+
+def by_round(record: Record, peer: str, measure: str) -> dict[int, float]:
+    """Returns what was measured of a peer, by round."""
+    return {
+        turn["round"]: turn["figures"][measure]
+        for turn in record["turns"]
+        if turn["peer"] == peer and measure in turn["figures"]
+    }
+
+
+def of(record: Record, peer: str, measure: str) -> Spread | None:
+    """Returns the spread of a measure of a peer."""
+    return spread(by_round(record, peer, measure).values())
+
+
+def present(record: Record) -> list[str]:
+    """Returns the names of the peers that had a turn that counts."""
+    seen = {turn["peer"] for turn in record["turns"] if turn["kind"] != "first"}
+    return [name for name in record["peers"] if name in seen]
+
+
+def ratios(record: Record, measure: str, above: str, below: str) -> list[float]:
+    """Returns `above / below` for each round in which both were measured.
+
+    Two turns of one round lie close together in time, so that a slow minute hits both.
+    """
+    tops, bottoms = by_round(record, above, measure), by_round(record, below, measure)
+    return [tops[number] / bottoms[number] for number in tops if bottoms.get(number)]
 
 
 def secs(found: Spread | None) -> str:
@@ -28,46 +72,51 @@ def secs(found: Spread | None) -> str:
     if found is None:
         return NOTHING
     unit, factor = ("ms", 1e3) if found.median < 1 else ("s", 1)
-    low, median, high = (_rounded(value * factor) for value in found)
-    return f"{median} {unit}" if found.low == found.high else f"{median} ({low} to {high}) {unit}"
-
-
-def _rounded(value: float) -> str:
-    """Returns three figures, without exponents."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{times(Spread(*(value * factor for value in found)))} {unit}"
 
 
 def times(found: Spread | None) -> str:
-    """Returns a ratio with its quartiles."""
+    """Returns a ratio with its quartiles, three figures each."""
     if found is None:
         return NOTHING
-    low, median, high = map(_rounded, found)
-    return f"{median} ({low} to {high})"
+    low, median, high = (f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}" for x in found)
+    return median if found.low == found.high else f"{median} ({low} to {high})"
 
 
-def _scaled(factor: float, form: str) -> Callable[[Spread | None], str]:
+def scaled(factor: float, form: str) -> Cell:
+    """Returns what writes a median in another unit."""
     return lambda found: NOTHING if found is None else form.format(found.median * factor)
 
 
-MEBIBYTES = _scaled(1 / MIB, "{:.1f}")
-COSTS: dict[str, tuple[str, Callable[[Spread | None], str]]] = {
-    "first save": ("first_save", secs),
-    "first load": ("first_load", secs),
-    "on disk, MiB": ("disk_nbytes", MEBIBYTES),
-    "files": ("disk_files", _scaled(1, "{:.0f}")),
-    "CPU of a save": ("save_cpu", secs),
-    "CPU of a load": ("load_cpu", secs),
-    "peak of a save, MiB": ("peak_save", MEBIBYTES),
-    "peak of a load, MiB": ("peak_load", MEBIBYTES),
-    "threads": ("threads", _scaled(1, "{:.0f}")),
-    "longest gap of the loop": ("loop_gap", secs),
+def column(measure: str, cell: Cell = secs) -> Column:
+    """Returns the column of a measure."""
+    return lambda record, peer: cell(of(record, peer, measure))
+
+
+def ratio(measure: str, above: str = "", below: str = "") -> Column:
+    """Returns the column of `above / below`; a name that is missing is the peer's."""
+    return lambda record, peer: times(spread(ratios(record, measure, above or peer, below or peer)))
+
+
+MEBIBYTES, COUNT, PERCENT = scaled(1 / MIB, "{:.1f}"), scaled(1, "{:.0f}"), scaled(100, "{:.0f} %")
+TIMES = {time: column(time) for time in ("blocked", "committed", "loaded")}
+PEAKS = {
+    "peak of a save, MiB": column("peak_save", MEBIBYTES),
+    "peak of a load, MiB": column("peak_load", MEBIBYTES),
 }
-PERCENT = _scaled(100, "{:.0f} %")
-PACES = {
-    "of its rate": "pace",
-    "of its rate, saved apart": "apart_pace",
-    "of its core": "core",
-    "of its core, saved apart": "apart_core",
+DISK = {"on disk, MiB": column("disk_nbytes", MEBIBYTES)}
+COSTS = {
+    "first save": column("first_save"),
+    "first load": column("first_load"),
+    **DISK,
+    "files": column("disk_files", COUNT),
+    "CPU of a save": column("save_cpu"),
+    "CPU of a load": column("load_cpu"),
+    **PEAKS,
+    "threads": column("threads", COUNT),
+    "longest gap of the loop": column("loop_gap"),
+    "training step: of its rate": column("step_pace", PERCENT),
+    "counter: of its rate": column("counter_pace", PERCENT),
 }
 
 
@@ -77,146 +126,88 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def table(
+    records: Sequence[Record], columns: Mapping[str, Column], *, with_absent: bool = False
+) -> str:
+    """Returns a table with a row for each peer of each record.
+
+    A peer that was left out has no row, or with `with_absent` one that tells the reason.
+    """
+    rows = []
+    for record in records:
+        measured = present(record)
+        for peer, about in record["peers"].items():
+            if peer in measured:
+                cells = [column(record, peer) for column in columns.values()]
+                rows.append([record["about"], peer, *cells])
+            elif with_absent:
+                nothing = [NOTHING] * (len(columns) - 1)
+                rows.append([record["about"], peer, about["left_out"], *nothing])
+    begin = 1 if len(records) == 1 else 0  # one subject needs no column
+    return markdown(["", "peer", *columns][begin:], [row[begin:] for row in rows])
+
+
 def tables(record: Record) -> str:
     """Returns the tables of one workload: times, ratios, costs."""
-    title = f"## {record['workload']}: {record['about']}"
     cache = "dropped from the page cache" if record["is_cold"] else "in the page cache"
     rounds = len({turn["round"] for turn in record["turns"] if turn["kind"] == "timed"})
     facts = (
         f"{record['leaves']:,} leaves, {record['nbytes'] / MIB:,.1f} MiB; {rounds} rounds, medians "
-        f"(quartiles); files {cache} when they are loaded. {machine.line(record['machine'])}."
+        f"(quartiles); files {cache} when they are loaded. {record['machine']}."
     )
-    peers = record["peers"]
-    present = [name for name in peers if figures.of(record, name, "committed")]
-    seconds = markdown(
-        ["peer", "durable", *TIMES],
-        [
-            [name, about["durable"], *(secs(figures.of(record, name, time)) for time in TIMES)]
-            if name in present
-            else [name, about["left_out"], *([NOTHING] * len(TIMES))]
-            for name, about in peers.items()
-        ],
-    )
-    costs = markdown(
-        ["peer", *COSTS],
-        [
-            [name, *(form(figures.of(record, name, measure)) for measure, form in COSTS.values())]
-            for name in present
-        ],
-    )
-    paces = markdown(
-        ["peer", *(f"{name}: {share}" for name in ("step", "counter") for share in PACES)],
-        [
-            [
-                peer,
-                *(
-                    PERCENT(figures.of(record, peer, f"{name}_{measure}"))
-                    for name in ("step", "counter")
-                    for measure in PACES.values()
-                ),
-            ]
-            for peer in present
-        ],
-    )
-    return "\n\n".join([title, facts, seconds, _ratios(record, present), costs, paces])
+    durable: dict[str, Column] = {"durable": lambda record, peer: record["peers"][peer]["durable"]}
+    faster = {f"{time}, times as fast as Orbax": ratio(time, above="orbax") for time in TIMES}
+    shares = {
+        f"{time}, share of {floor}": ratio(time, above=floor)
+        for time in ("committed", "loaded")
+        for floor in present(record)
+        if record["peers"][floor]["is_floor"]
+    }
+    title = f"## {record['workload']}: {record['about']}"
+    seconds = table([record], durable | TIMES, with_absent=True)
+    others = [table([record], columns) for columns in (faster | shares, COSTS)]
+    return "\n\n".join([title, facts, seconds, *others])
 
 
-def _ratios(record: Record, present: list[str]) -> str:
-    """Returns how many times as fast as Orbax each peer is, and its shares of raw speed."""
+def draw(records: Sequence[Record], measures: Iterable[str], path: Path) -> None:
+    """Draws medians and quartiles over the sizes of records, or over peers if they have none.
 
-    def faster(name: str, time: str) -> str:
-        return times(figures.ratio(record, time, "orbax", name))
-
-    shares = [(floor, time) for time in ("committed", "loaded") for floor in figures.floors(record)]
-    return markdown(
-        [
-            "times as fast as Orbax",
-            *TIMES,
-            *(f"{time}, share of {floor}" for floor, time in shares),
-        ],
-        [
-            [
-                name,
-                *(faster(name, time) for time in TIMES),
-                *(times(figures.ratio(record, time, floor, name)) for floor, time in shares),
-            ]
-            for name in present
-        ],
-    )
-
-
-def draw_times(record: Record, path: Path) -> None:
-    """Draws a dot for each peer and time, with its quartiles."""
-    names = [name for name in record["peers"] if figures.of(record, name, "committed")]
-    figure, panels = plt.subplots(1, len(TIMES), figsize=(12, 3.6), layout="constrained")
-    for axes, time in zip(panels, TIMES, strict=True):
-        for name in names:
-            if found := figures.of(record, name, time):
-                errors = [[found.median - found.low], [found.high - found.median]]
-                colour = "crimson" if name == "ours" else "0.4"
-                axes.errorbar(found.median, name, xerr=errors, fmt="o", capsize=3, color=colour)
-        axes.set(title=time, xlabel="seconds", xscale="log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.grid(visible=True, alpha=0.3)
-        axes.invert_yaxis()
-    figure.suptitle(f"{record['workload']}: {record['about']}")
-    save_figure(figure, path)
-
-
-def draw_lines(
-    panels: dict[str, tuple[str, dict[str, list[tuple[float, Spread]]]]], path: Path, *, log: bool
-) -> None:
-    """Draws lines with quartiles as bands.
-
-    Args:
-      panels: for each title the label of the x axis, and the points of each line.
-      path: the file to write.
-      log: whether both axes are logarithmic.
+    Records with the same axis share a panel for each measure. Times have logarithmic axes.
     """
-    figure, row = plt.subplots(
-        1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False
-    )
-    for axes, (title, (label, lines)) in zip(row[0], panels.items(), strict=True):
+    panels: dict[tuple[str, str], dict[str, list[tuple[Any, Spread]]]] = {}
+    for record in records:
+        for measure in measures:
+            panel = panels.setdefault((measure, record.get("axis") or record["about"]), {})
+            for peer in present(record):
+                line, at = (peer, record["size"]) if "size" in record else ("median", peer)
+                if found := of(record, peer, measure):
+                    panel.setdefault(line, []).append((at, found))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (5 * columns, 4 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes, ((measure, about), lines) in zip(grid.flat, panels.items(), strict=False):
         for name, points in lines.items():
-            x = [at for at, _ in points]
-            (line,) = axes.plot(x, [found.median for _, found in points], marker="o", label=name)
-            low, high = [found.low for _, found in points], [found.high for _, found in points]
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-        axes.set(title=title, xlabel=label)
-        if log:
-            axes.set(xscale="log", yscale="log")
-        else:
-            axes.set_ylim(bottom=0)
+            x, y = [at for at, _ in points], np.array([found for _, found in points])
+            errors = abs(y[:, [0, 2]].T - y[:, 1])
+            axes.errorbar(x, y[:, 1], yerr=errors, marker="o", capsize=3, label=name)
+        axes.set_title(f"{measure}\n{about}", fontsize=8)
+        if measure in TIMES:
+            axes.set(yscale="log", **({} if "median" in lines else {"xscale": "log"}))
+        axes.tick_params(axis="x", labelsize=7)
         axes.grid(visible=True, alpha=0.3)
         axes.legend()
-    save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a plot as PNG and forgets it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def file_name(workload: str) -> str:
-    """Returns a workload's name as the name of a file."""
-    return re.sub(r"[^\w.-]+", "-", workload)
-
-
-def write_json(record: Any, path: Path) -> None:
-    """Writes a record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def write_runs(results: Path) -> str:
-    """Draws each run found in a results folder, writes tables.md there, and returns its text."""
-    found = [json.loads(path.read_text("utf-8")) for path in sorted(results.glob("run-*.json"))]
-    for record in found:
-        draw_times(record, results / f"run-{file_name(record['workload'])}.png")
-    text = "\n\n".join(tables(record) for record in found) + "\n"
-    (results / "tables.md").write_text(text, encoding="utf-8")
-    return text
+def publish(
+    folder: Path, name: str, records: Sequence[Record], text: str, measures: Iterable[str] = TIMES
+) -> None:
+    """Prints a text, and writes it beside the records, as JSON, and their plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / re.sub(r"[^\w.-]+", "-", name)
+    Path(f"{stem}.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
+    Path(f"{stem}.md").write_text(text + "\n", "utf-8")
+    draw(records, measures, Path(f"{stem}.png"))
+    print(text)

@@ -52,6 +52,10 @@ class Destination(NamedTuple):
           DeletionInProgressError: a deletion there was begun and not finished.
           CommitError: no directory can be made there.
         """
+        with errors.reported_as(errors.CommitError, f"cannot save to {self.final.path}"):
+            self._check()
+
+    def _check(self) -> None:
         final = self.final
         leftovers.settle(final.path)
         leftovers.clear(final)

@@ -248,7 +248,10 @@ class Save:
             proof = f"Checkpoint commit was successful to {self.final}".encode()
             self._documents = {names.CHECKPOINT_METADATA: document, names.COMMIT_MARKER: proof}
             self.commit.complete(self._documents)
-        return self.commit.directory.walk()
+        with errors.reported_as(
+            errors.CommitError, f"cannot list what was written for {self.final}"
+        ):
+            return self.commit.directory.walk()
 
     def _sync(self, written: list[str]) -> None:
         problem = f"cannot make what was written for {self.final} durable"

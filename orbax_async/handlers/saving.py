@@ -22,7 +22,7 @@ from orbax_async._engine.save_pipeline import (
     WritePlan,
     encoding_of,
 )
-from orbax_async._storage import array_store, files, zarr
+from orbax_async._storage import array_store, zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import ordering, storing
@@ -309,13 +309,10 @@ class Saving:
         documents = dict(self._plan.documents)
         if self._strings is not None:
             documents[names.STRINGS] = self._strings
-        try:
-            for name, data in documents.items():
-                files.write_bytes(os.path.join(path, name), data)
-        except OSError as error:
-            raise errors.CommitError(
-                f"cannot write {name} in {path}: {error.strerror or error}"
-            ) from error
+        directory = open_directory(path)
+        for name, data in documents.items():
+            with errors.reported_as(errors.CommitError, f"cannot write {name} in {path}"):
+                directory.write(name, data)
 
     def _validate(self, path: str) -> None:
         """Checks that every array that was planned is in the merged store."""

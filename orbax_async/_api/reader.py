@@ -76,6 +76,8 @@ class Reader:
                     result = await read(found)
                     if await loop.to_worker(self._look) == self._identity:
                         return result
+                except errors.CommitError:  # what was set aside can't be put back
+                    raise
                 except Exception as error:
                     if self._is_settled and await loop.to_worker(self._look) == self._identity:
                         raise

@@ -212,11 +212,14 @@ class _Inspection:
         """Checks the documents; returns what checks the arrays. Blocks."""
         options = self._operation.context
         layout = table.layout_of(self._directory, options)
-        self._add(*layout.find_damage())
+        damage: list[Damage] = []
         try:
+            damage += layout.find_damage()
             stored = layout.open_tree()
-        except (errors.InvalidLayoutError, OSError):
+        except errors.InvalidLayoutError as error:
+            self._add(*damage or [Damage.of(self._directory.path, error, COPY_AGAIN)])
             return None
+        self._add(*damage)
         entries = [entry for entry in stored.entries if not entry.is_empty]
         self._findings.leaves += len(entries)
         self._check_strings(stored, [each for each in entries if each.kind == schema.STRING])
@@ -240,7 +243,7 @@ class _Inspection:
         except errors.LeafError:
             for entry in texts:
                 self._attempt(entry.keys, stored.strings, [entry])
-        except (errors.InvalidLayoutError, OSError) as error:
+        except errors.InvalidLayoutError as error:
             file = (self._directory / names.STRINGS).path
             hint = f"{COPY_AGAIN} All leaves that are no strings load without it."
             self._add(Damage.of(file, error, hint))

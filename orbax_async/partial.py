@@ -28,10 +28,10 @@ from orbax_async._layouts.orbax import writes_in_place
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.directory import Directory
-from orbax_async.handlers import tiers
+from orbax_async.handlers import phases
+from orbax_async.handlers.choose import Part
 from orbax_async.handlers.parts import check_part
 from orbax_async.handlers.pytree import PyTreeHandler
-from orbax_async.handlers.resolve import Part
 from orbax_async.path import PathLike, pathlike
 
 __all__ = ["finalize", "finalize_async", "save", "save_async"]
@@ -104,7 +104,7 @@ def _prepare_save(operation: Operation, path: Any, state: Any, custom_metadata: 
         )
     session = Session(pathlike.absolute(path, options.file.path_class))
     metadata = json_metadata(custom_metadata)
-    with tiers.naming(names.DEFAULT_CHECKPOINTABLE):
+    with phases.naming(names.DEFAULT_CHECKPOINTABLE):
         handler = PyTreeHandler(partial_save_mode=True)
         prepared = handler.flatten(state)
     form = prepared.form

@@ -18,7 +18,7 @@ from orbax_async._response import AsyncResponse
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
-from orbax_async.handlers import builtin
+from orbax_async.handlers.choose import TYPESTRS
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike
@@ -29,8 +29,8 @@ __all__ = ["Damage", "VerificationReport", "verify", "verify_async"]
 
 _REGION_NBYTES = 8 << 20  # of small chunks that are read together
 _SHOWN = 20
-_DOCUMENTS = {builtin.TYPESTRS[kind]: kind for kind in (JsonHandler, MetricsHandler)}
-_TREES = (builtin.TYPESTRS[PyTreeHandler],)
+_DOCUMENTS = {TYPESTRS[kind]: kind for kind in (JsonHandler, MetricsHandler)}
+_TREES = (TYPESTRS[PyTreeHandler],)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,9 @@ async def _inspect_document(
 ) -> None:
     try:
         await (await handler.load(Path(directory.path)))
-    except (errors.InvalidLayoutError, OSError) as error:
+    except errors.UnreadableError as error:
+        findings.damage.append(Damage(name, "", directory.path, str(error), ""))
+    except errors.InvalidLayoutError as error:
         path, _, problem = str(error).partition(" is ")
         problem = f"it is {problem}" if problem else path
         findings.damage.append(Damage(name, "", path, problem, COPY_AGAIN))

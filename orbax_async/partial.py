@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 from orbax_async import _names as names
-from orbax_async._api import layout
 from orbax_async._api.save import json_metadata, writing
 from orbax_async._commit.destination import check_parent
 from orbax_async._commit.sequence import Save
@@ -25,6 +24,7 @@ from orbax_async._commit.sessions import (
     check_unfinished,
     find_parts,
 )
+from orbax_async._layouts.orbax import commit_mode
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.directory import Directory
@@ -98,7 +98,7 @@ def save_async(
 
 def _prepare_save(operation: Operation, path: Any, state: Any, custom_metadata: Any) -> Save:
     options = operation.context
-    if layout.commit_mode(options) is AtomicityMode.COMMIT_FILE:
+    if commit_mode(options) is AtomicityMode.COMMIT_FILE:
         raise ValueError(
             "partial saves are not supported with atomicity.mode = 'commit_file': they gather in a "
             "directory that is renamed in the end. Leave the option at 'auto'."

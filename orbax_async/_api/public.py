@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from orbax_async._api.delete import delete as delete
 from orbax_async._api.delete import delete_async as delete_async
-from orbax_async._api.layout import is_orbax_checkpoint as is_orbax_checkpoint
 from orbax_async._api.load import load as load
 from orbax_async._api.load import load_async as load_async
 from orbax_async._api.load import load_checkpointables as load_checkpointables
@@ -12,6 +11,7 @@ from orbax_async._api.load import load_checkpointables_async as load_checkpointa
 from orbax_async._api.metadata import CheckpointMetadata as CheckpointMetadata
 from orbax_async._api.metadata import PyTreeMetadata as PyTreeMetadata
 from orbax_async._api.metadata import checkpointables_metadata as checkpointables_metadata
+from orbax_async._api.metadata import is_orbax_checkpoint as is_orbax_checkpoint
 from orbax_async._api.metadata import metadata as metadata
 from orbax_async._api.older_names import load_pytree as load_pytree
 from orbax_async._api.older_names import load_pytree_async as load_pytree_async

@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from orbax_async import _names as names
-from orbax_async._api import layout
 from orbax_async._commit.destination import Destination
 from orbax_async._commit.sequence import Save
+from orbax_async._layouts.orbax import OrbaxLayout, check_name, commit_mode
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.openers import open_directory
@@ -218,7 +218,7 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
     if not request.is_state:
         named = _pairs(named)
     for name, _ in named:
-        layout.check_name(name, is_saved=True)
+        check_name(name, is_saved=True)
     metadata = json_metadata(request.custom_metadata)
     parts = []
     for name, value in named:
@@ -232,8 +232,8 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
     destination = Destination(
         open_directory(final),
         overwrite=overwrite,
-        is_in_place=layout.commit_mode(options) is AtomicityMode.COMMIT_FILE,
-        is_replaceable=layout.may_be_replaced,
+        is_in_place=commit_mode(options) is AtomicityMode.COMMIT_FILE,
+        is_replaceable=lambda path: OrbaxLayout(open_directory(path), options).may_be_replaced(),
     )
     # In place, the primary may have begun to write while the others are still on their way here.
     may_look = operation.processes.is_primary or not destination.is_in_place

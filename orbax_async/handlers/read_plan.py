@@ -16,21 +16,23 @@ import jax
 import numpy as np
 
 from orbax_async import _operation as operation
+from orbax_async import arrays, errors
 from orbax_async import context as ambient
-from orbax_async import errors
 from orbax_async._engine import loop, place, plan
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
+from orbax_async._layouts.protocol import StoredTree
+from orbax_async._layouts.table import layout_of
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
+from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
 from orbax_async.handlers import kinds, leaves, shardings
 from orbax_async.handlers.kinds import LeafRecord, Request
-from orbax_async.handlers.tensors import TensorTree, open_tree, replicated
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.selection import Select, Selection
 from orbax_async.tree.structure import FlatTree
 
-__all__ = ["AbstractTree", "Loading", "ShardingFunction", "understand"]
+__all__ = ["AbstractTree", "Loading", "ShardingFunction", "describe", "understand"]
 
 ShardingFunction = Callable[
     [tuple[Any, ...], tuple[int, ...], np.dtype[Any]], jax.sharding.Sharding | None
@@ -109,8 +111,8 @@ class Loading:
         self._operation = doing
         self._problems: list[str] = []
         self._refused: list[errors.LeafError] = []
-        self._stored = open_tree(directory, doing.context, is_for_jax=abstract.sharding is not None)
-        self._is_of_tensors = isinstance(self._stored, TensorTree)
+        layout = layout_of(open_directory(directory), doing.context)
+        self._stored = layout.open_tree(is_for_jax=abstract.sharding is not None)
         self._nest = self._stored.nest_for(options)
         self._requests = self._matched(is_partial=options.pytree.loading.partial_load)
         to_load = self._without_data()
@@ -134,7 +136,7 @@ class Loading:
     def _matched(self, *, is_partial: bool) -> Sequence[Request]:
         """Finds what is stored for each leaf, notes all differences; returns what is asked for."""
         flat, selection = self._abstract.flat, self._abstract.selection
-        entries = self._stored.tree.entries
+        entries = self._stored.entries
         by_keys = {entry.keys: entry for entry in entries}
         selected = by_keys
         if selection is not None:
@@ -154,7 +156,7 @@ class Loading:
                     for keys, leaf in flat.entries
                 ],
             )
-        if self._is_of_tensors:  # of which any may be left out
+        if self._stored.may_be_asked_in_part:
             asked = set(flat.keys)
             selected = {keys: entry for keys, entry in selected.items() if keys in asked}
         self._entries, problems = structure.match(flat, selected, is_partial=is_partial)
@@ -314,7 +316,7 @@ class Loading:
             shape=record.shape,
             chunk_shape=zarr.chunk_shape(document),
             is_raw=read.raw is not None,
-            is_tight=self._is_of_tensors,
+            is_tight=self._stored.lies_plainly,
         )
         if piece_shape is not None and read.regions:  # what is filled up takes memory, too
             count = sum(len(devices) for region in read.regions for _, devices in region.parts)
@@ -342,8 +344,9 @@ class Loading:
 
     def _saved_sharding(self, record: LeafRecord) -> jax.sharding.Sharding:
         """Returns the saved sharding, or this process's first device where that can't be had."""
-        if self._is_of_tensors:
-            return replicated()
+        default = self._stored.default_sharding()
+        if default is not None:
+            return default
         if record.sharding is not None:
             try:
                 return shardings.saved(record.sharding, record.entry.private.get("memory_kind"))
@@ -367,17 +370,9 @@ class Loading:
             *(str(error).removeprefix("leaf ") for error in self._refused),
         ]
         listing = "\n  ".join(lines)
-        kind, hint = (
-            (errors.UnknownTensorError, "Tensors lie in one flat dict: ask for some, by name.")
-            if self._is_of_tensors
-            else (
-                errors.TreeMismatchError,
-                "Give a tree with the same keys; `...` or None as a leaf skips that leaf, and "
-                "pytree.loading.partial_load or `select` whole parts.",
-            )
-        )
-        raise kind(
-            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n{hint}",
+        raise self._stored.mismatch(
+            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
+            f"{self._stored.mismatch_hint}",
             tuple(lines),
         )
 
@@ -402,6 +397,42 @@ class Loading:
             for entry, value in zip(self._entries, self._values, strict=True)
             if entry is not None
         )
+
+
+def describe(stored: StoredTree, options: ambient.Context) -> Any:
+    """Returns a stored tree with the metadata of each leaf; blocks."""
+    if (told := stored.metadata()) is not None:
+        return told
+    store = stored.open_store() if stored.arrays else None
+    documents = {} if store is None else stored.documents(store, stored.arrays)
+    sizes = {} if store is None else _sizes(store, {entry.name for entry in stored.arrays})
+    saved = stored.shardings()
+
+    def leaf(entry: schema.Entry) -> Any:
+        record = LeafRecord(entry, sharding=saved.get(entry.name))
+        document = documents.get(entry.name)
+        if document is not None:
+            record = record._replace(
+                shape=tuple(document["shape"]),
+                dtype=zarr.stored_dtype(document),
+                storage=arrays.StorageMetadata(
+                    zarr.chunk_shape(document), entry.write_shape, sizes.get(entry.name)
+                ),
+            )
+        return kinds.of_stored(entry).describe(record)
+
+    nest = stored.nest_for(options)
+    return nest((entry.keys, leaf(entry)) for entry in stored.entries)
+
+
+def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
+    """Returns the bytes that each array takes on disk, where the store's index tells."""
+    sizes = dict.fromkeys(array_names, 0)
+    for key, nbytes in store.sizes().items():
+        name = zarr.array_of(key, array_names, zarr3=store.zarr3)
+        if name is not None:
+            sizes[name] += nbytes
+    return {name: nbytes for name, nbytes in sizes.items() if nbytes}
 
 
 class LeafPlan(NamedTuple):

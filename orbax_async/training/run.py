@@ -12,9 +12,9 @@ from typing import Any
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._api import delete as deleting
-from orbax_async._api import layout
 from orbax_async._api.save import SaveRequest, prepare
 from orbax_async._engine import loop
+from orbax_async._layouts.orbax import commit_mode
 from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
@@ -103,7 +103,7 @@ class Run:
                 f"{name_format!r} has not"
             )
         path = pathlike.absolute(directory, self.context.file.path_class)
-        is_in_place = layout.commit_mode(self.context) is AtomicityMode.COMMIT_FILE
+        is_in_place = commit_mode(self.context) is AtomicityMode.COMMIT_FILE
         self.directory = RunDirectory(path, name_format, needs_proof=is_in_place)
         self._entries = EntryLog(path, logger)
         self.queue = SaveQueue(most, supersede_queued)

@@ -70,14 +70,12 @@ class AsyncResponse(Generic[T]):
           OperationCancelledError: it was cancelled before its commit point.
           LoopError: the call comes from the engine's own thread, which it would block for ever.
         """
-        with self._recorder.waited_for():
-            return self._wait(self._committed, timeout)
+        return self._wait(self._committed, timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Blocks like `result`, and returns what the operation failed with, or None."""
         self._check_may_block()
-        with self._recorder.waited_for():
-            error = self._committed.exception(timeout)
+        error = self._committed.exception(timeout)
         self._note_report(self._committed)
         return error
 

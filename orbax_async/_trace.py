@@ -69,7 +69,6 @@ class Recorder:
         self._counts = dict.fromkeys(_COUNTERS, 0)
         self._blocked_secs = 0.0
         self._spans: list[Span] = []
-        self._waiting = 0
 
     def add(self, **increments: int) -> None:
         """Adds to counters of `Progress`, by name."""
@@ -82,22 +81,6 @@ class Recorder:
         self._phase = phase
         if phase in ("committed", "failed"):
             self._ended = time.perf_counter()
-
-    @contextlib.contextmanager
-    def waited_for(self) -> Iterator[None]:
-        """Notes that a thread does nothing but wait for the end, for as long as the block takes."""
-        with self._lock:
-            self._waiting += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._waiting -= 1
-
-    @property
-    def is_waited_for(self) -> bool:
-        """Whether a thread does nothing but wait for the end: it had better come soon."""
-        return self._waiting > 0
 
     def unblock(self) -> None:
         """Notes that the caller goes on."""

@@ -30,7 +30,7 @@ from orbax_async._response import AsyncResponse
 from orbax_async._storage.directory import Directory
 from orbax_async.handlers import phases
 from orbax_async.handlers.choose import Part
-from orbax_async.handlers.parts import check_part
+from orbax_async.handlers.parts import PartsHandler, check_part
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import PathLike, pathlike
 
@@ -107,10 +107,10 @@ def _prepare_save(operation: Operation, path: Any, state: Any, custom_metadata: 
     with phases.naming(names.DEFAULT_CHECKPOINTABLE):
         handler = PyTreeHandler(partial_save_mode=True)
         prepared = handler.flatten(state)
-    form = prepared.form
+    plan = prepared.plan
 
     def check(others: list[Directory]) -> None:
-        check_part(form, options, others)
+        check_part(plan, others)
 
     lock = operation.lock_path(session.directory.path, overwrite=True)
     if lock.is_first and not options.file.skip_sync_file_validations:
@@ -175,7 +175,7 @@ def finalize_async(path: PathLike) -> AsyncResponse[None]:
         lock = operation.lock_path(session.directory.path, overwrite=True)
         if lock.is_first:
             check_begun(session.final)
-        part = Part(names.DEFAULT_CHECKPOINTABLE, PyTreeHandler(), session)
+        part = Part(names.DEFAULT_CHECKPOINTABLE, PartsHandler(), session)
         save = Save(
             operation=operation,
             final=session.final.path,

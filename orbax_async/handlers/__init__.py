@@ -1,12 +1,12 @@
 """Turning objects into files, and files into objects.
 
 Does:
-  - describe each kind of leaf for the plan, and refuse what can't be held (`leaves`); keep what a
-    structure decides for its later saves (`forms`), with each leaf's options (`storing`);
-  - resolve what each leaf should be loaded as (`targets`);
-  - save and load pytrees in two phases (`pytree`, with `saving`, `stored` and `reading` behind
-    it), and look for damage in them (`inspection`);
-  - put the trees of partial saves together (`additions`);
+  - know each kind of leaf (`kinds`), and refuse what can't be held (`leaves`); decide how each is
+    stored (`leaf_storage`), and keep what a structure and options decide for later saves
+    (`write_plan`);
+  - save and load pytrees in two phases (`pytree`, with `tree_writer` and `read_plan` behind it), and
+    tell callbacks of it (`status`);
+  - put the trees of partial saves together (`parts`);
   - save and load documents (`documents`), and objects that do so themselves (`stateful`);
   - choose the handler of a checkpointable, from the package's and the users' (`choose`);
   - run both phases of several handlers at once (`phases`), users' code among them (`user_code`).

@@ -27,6 +27,7 @@ from orbax_async import errors, registration
 from orbax_async._trace import logger
 from orbax_async.handlers import stateful
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler, ProtoHandler
+from orbax_async.handlers.parts import PartsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.handlers.stateful import StatefulCheckpointableHandler
@@ -39,6 +40,7 @@ Registry = registration.CheckpointableHandlerRegistry
 _MODULES = names.PYTREE_TYPESTR.removesuffix("pytree_handler.PyTreeHandler")
 TYPESTRS: dict[type, str] = {
     PyTreeHandler: names.PYTREE_TYPESTR,
+    PartsHandler: names.PYTREE_TYPESTR,
     JsonHandler: f"{_MODULES}json_handler.JsonHandler",
     MetricsHandler: f"{_MODULES}json_handler.MetricsHandler",
     ProtoHandler: f"{_MODULES}proto_handler.ProtoHandler",

@@ -12,7 +12,7 @@ from orbax_async._api.reader import Reader
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import ArrayRead, VerifyPipeline
 from orbax_async._layouts import table
-from orbax_async._layouts.protocol import COPY_AGAIN, Checkpointable, Damage, StoredTree
+from orbax_async._layouts.layout import COPY_AGAIN, Checkpointable, Damage, StoredTree
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage import zarr

@@ -14,7 +14,7 @@ from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit import removal, sessions
-from orbax_async._layouts.protocol import (
+from orbax_async._layouts.layout import (
     COPY_AGAIN,
     Checkpointable,
     Damage,

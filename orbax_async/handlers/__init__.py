@@ -4,8 +4,8 @@ Does:
   - know each kind of leaf (`kinds`), and refuse what can't be held (`leaves`); decide how each is
     stored (`leaf_storage`), and keep what a structure and options decide for later saves
     (`write_plan`);
-  - save and load pytrees in two phases (`pytree`, with `tree_writer` and `read_plan` behind it), and
-    tell callbacks of it (`status`);
+  - save and load pytrees in two phases (`pytree`, with `tree_writer` and `read_plan` behind it),
+    and tell callbacks of it (`status`);
   - put the trees of partial saves together (`parts`);
   - save and load documents (`documents`), and objects that do so themselves (`stateful`);
   - choose the handler of a checkpointable, from the package's and the users' (`choose`);

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._layouts import table
-from orbax_async._layouts.protocol import Layout, StoredTree, reading
+from orbax_async._layouts.layout import Layout, StoredTree, reading
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.direct import Extent

@@ -13,7 +13,7 @@ import numpy as np
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._layouts.protocol import COPY_AGAIN, Damage, Details, Layout, StoredTree, reading
+from orbax_async._layouts.layout import COPY_AGAIN, Damage, Details, Layout, StoredTree, reading
 from orbax_async._storage import safetensors, zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory

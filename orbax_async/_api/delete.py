@@ -11,8 +11,8 @@ from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit import leftovers, removal
 from orbax_async._engine import loop
+from orbax_async._layouts.layout import reading
 from orbax_async._layouts.orbax import OrbaxLayout, check_name
-from orbax_async._layouts.protocol import reading
 from orbax_async._layouts.table import find_checkpoint
 from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse

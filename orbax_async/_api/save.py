@@ -11,13 +11,12 @@ from typing import Any
 from orbax_async import _names as names
 from orbax_async._commit.destination import Destination
 from orbax_async._commit.sequence import Save
-from orbax_async._layouts.orbax import OrbaxLayout, check_name, commit_mode
+from orbax_async._layouts.orbax import OrbaxLayout, check_name, writes_in_place
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import choose, phases
 from orbax_async.handlers.documents import MetricsHandler
-from orbax_async.options import AtomicityMode
 from orbax_async.path import PathAwaitingCreation, PathLike, pathlike
 
 __all__ = [
@@ -159,7 +158,7 @@ def save_checkpointables_async(
       custom_metadata: as for `save_async`.
 
     Returns:
-      A response, as of `save_async`. Its first phase ends when all objects are captured.
+      A response, as of `save_async`. Its first tier ends when all objects are captured.
 
     Raises:
       ValueError: `checkpointables` is no dict, is empty, or has a name that can't be one.
@@ -232,7 +231,7 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
     destination = Destination(
         open_directory(final),
         overwrite=overwrite,
-        is_in_place=commit_mode(options) is AtomicityMode.COMMIT_FILE,
+        is_in_place=writes_in_place(options),
         is_replaceable=lambda path: OrbaxLayout(open_directory(path), options).may_be_replaced(),
     )
     # In place, the primary may have begun to write while the others are still on their way here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
+from orbax_async._layouts.layout import reading
 from orbax_async._storage.json_documents import damage_in, parse_json
 from orbax_async._storage.openers import open_directory
 from orbax_async.path import Path, PathAwaitingCreation
@@ -49,32 +51,23 @@ class _DocumentHandler:
         where = open_directory(await directory.await_creation())
         if not operation.current().processes.is_primary:
             return
-
-        def write() -> None:
-            path = (where / self._filename).path
-            with errors.reported_as(errors.CommitError, f"cannot write {path}"):
-                where.write(self._filename, encoded.data)
-
-        await loop.to_worker(write)
+        with errors.reported_as(errors.CommitError, f"cannot write {self._filename}"):
+            await loop.to_worker(where.write, self._filename, encoded.data)
 
     async def metadata(self, directory: Path) -> None:
         """Returns None, the abstract form of any document: it does not say what it holds."""
 
 
-async def _read(directory: Path, names: Sequence[str], parse: Callable[[bytes, str], Any]) -> Any:
-    """Reads the first of some documents that is there."""
-
-    def read() -> Any:
-        where = open_directory(directory)
-        for name in names:
-            path = (where / name).path
-            with errors.reported_as(errors.InvalidLayoutError, f"cannot read {path}"):
-                data = where.read(name)
-            if data is not None:
-                return parse(data, path)
-        raise errors.InvalidLayoutError(f"{(where / names[0]).path} is missing")
-
-    return await loop.to_worker(read)
+def _read(directory: Path, names: Sequence[str], parse: Callable[[bytes, str], Any]) -> Any:
+    """Returns what the first of some files that is there holds."""
+    where = open_directory(directory)
+    for name in names:
+        path = (where / name).path
+        with reading(path):
+            data = where.read(name)
+        if data is not None:
+            return parse(data, path)
+    raise errors.InvalidLayoutError(f"{(where / names[0]).path} is missing")
 
 
 class JsonHandler(_DocumentHandler):
@@ -120,7 +113,7 @@ class JsonHandler(_DocumentHandler):
             raise errors.AbstractLeafError(
                 "", f"JSON is loaded as it is: ask for None, not for {abstract_checkpointable!r}"
             )
-        return _read(directory, self._names, lambda data, path: parse_json(data, path, object))
+        return loop.to_worker(_read, directory, self._names, _parse_json)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether JSON can hold a value."""
@@ -132,6 +125,10 @@ class JsonHandler(_DocumentHandler):
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Returns None: what a value is loaded as does not tell that it is JSON."""
+
+
+def _parse_json(data: bytes, path: str) -> Any:
+    return parse_json(data, path, object)
 
 
 class MetricsHandler(JsonHandler):
@@ -205,11 +202,8 @@ class ProtoHandler(_DocumentHandler):
             raise errors.AbstractLeafError(
                 "", f"no class of protobuf messages, but {abstract_checkpointable!r}"
             )
-        return _read(
-            directory,
-            [self._filename],
-            lambda data, path: _parse(data, path, abstract_checkpointable),
-        )
+        parse = functools.partial(_parse, message=abstract_checkpointable)
+        return loop.to_worker(_read, directory, [self._filename], parse)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether an object is a protobuf message."""

@@ -6,7 +6,6 @@ A checkpoint is one file, or the files of a directory. It is read, and never wri
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -104,7 +103,7 @@ class _Tensors(StoredTree):
 
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, zarr.ArrayDocument]:
         """Returns what zarr documents would say."""
         found = [self._tensors[entry.name] for entry in entries]
         return {each.name: zarr.plain_document(each.shape, each.dtype) for each in found}

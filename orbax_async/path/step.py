@@ -5,7 +5,7 @@
     [found.step for found in names.find_all("/run")]  # one look at the directory
 
 A format lists a directory once and looks at nothing inside the steps. What it finds reads a step's
-documents when they are first asked for. Temporary directories, files, and names of any other form
+documents when they are first asked for. Temporary directories, files, and names of another format
 are not steps. Everything here blocks.
 """
 
@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from orbax_async import _names as names
 from orbax_async import errors, multihost
+from orbax_async._storage import files
 from orbax_async.path.pathlike import Path, PathLike, absolute
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
 
 MetadataT_co = TypeVar("MetadataT_co", covariant=True)
 
-_NAMED = 5  # how many steps an error lists
+_STEPS_SHOWN = 5  # in an error
 
 
 def as_step(value: Any) -> int:
@@ -44,7 +45,7 @@ def as_step(value: Any) -> int:
 
     Raises:
       TypeError: it is no integer.
-      ValueError: it is negative: the step would be written and never found again.
+      ValueError: it is negative; such a step would be written and never found again.
     """
     if isinstance(value, bool):
         raise TypeError(f"a step must be an integer, not {value!r}")
@@ -62,8 +63,8 @@ def as_step(value: Any) -> int:
 class StepMetadata:
     """A step that lies in a run's directory.
 
-    The name says `step`; everything else is read from the step's documents when it is first used,
-    which blocks, and then kept.
+    The number comes from the directory's name. Everything else is read from the step's documents
+    when it is first asked for, which blocks, and is then kept.
 
     Args:
       step: its number.
@@ -113,12 +114,14 @@ class StepMetadata:
     @property
     def init_timestamp(self) -> datetime.datetime | None:
         """When the save began, in UTC; None if the step does not say."""
-        return _as_datetime(self.init_timestamp_nsecs)
+        nsecs = self.init_timestamp_nsecs
+        return None if nsecs is None else _as_datetime(nsecs)
 
     @property
     def commit_timestamp(self) -> datetime.datetime | None:
         """When the step was committed, in UTC; None if it does not say."""
-        return _as_datetime(self.commit_timestamp_nsecs)
+        nsecs = self.commit_timestamp_nsecs
+        return None if nsecs is None else _as_datetime(nsecs)
 
     @functools.cached_property
     def time(self) -> datetime.datetime:
@@ -126,19 +129,12 @@ class StepMetadata:
 
         Raises:
           StepNotFoundError: the step is gone.
+          InvalidLayoutError: it can't be read.
         """
-        if (committed := self.commit_timestamp) is not None:
-            return committed
-        try:
-            changed = os.stat(self._path).st_mtime
-        except FileNotFoundError:
-            raise errors.StepNotFoundError(
-                f"step {self._step} is gone from {self._path}; it was there when the run's "
-                "directory was listed"
-            ) from None
-        return datetime.datetime.fromtimestamp(changed, tz=datetime.UTC)
+        nsecs = self._timestamp("commit_timestamp_nsecs")
+        return _as_datetime(self._changed_nsecs() if nsecs is None else nsecs)
 
-    @property
+    @functools.cached_property
     def custom_metadata(self) -> dict[str, Any] | None:
         """What the user gave to the save of this step; None if the step does not say."""
         value = self._document.get("custom_metadata")
@@ -166,7 +162,7 @@ class StepMetadata:
     def _document(self) -> dict[str, Any]:
         text = _read(os.path.join(self._path, names.CHECKPOINT_METADATA))
         document = None
-        with contextlib.suppress(ValueError):  # Orbax's readers do without it, too.
+        with contextlib.suppress(ValueError):  # a damaged document counts as none, as in Orbax
             document = json.loads(text or b"{}")
         return document if isinstance(document, dict) else {}
 
@@ -174,17 +170,40 @@ class StepMetadata:
         value = self._document.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
+    def _changed_nsecs(self) -> int:
+        try:
+            return os.stat(self._path).st_mtime_ns
+        except FileNotFoundError:
+            raise errors.StepNotFoundError(
+                f"step {self._step} is gone from {self._path}; it was there when the run's "
+                "directory was listed"
+            ) from None
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
 
-def _as_datetime(nsecs: int | None) -> datetime.datetime | None:
-    return None if nsecs is None else datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
+
+def _as_datetime(nsecs: int) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
 
 
 def _read(path: str) -> bytes | None:
     try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        return files.read_bytes(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _entries(base: str) -> list[os.DirEntry[str]]:
+    try:
+        return list(files.scan(base))
+    except OSError as error:
+        raise _unreadable(base, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> errors.InvalidLayoutError:
+    return errors.InvalidLayoutError(
+        f"{path} can't be read: {error.strerror or error}. Check that it may be read"
+    )
 
 
 @runtime_checkable
@@ -240,10 +259,10 @@ class _StandardNameFormat:
         """Returns an iterator over the steps in a directory, in ascending order."""
         base = absolute(base_path)
         if not self.single_host_load_and_broadcast:
-            return iter(self.select(base, _listed(base)))
+            return iter(self.select(_entries(base)))
 
         def say() -> str:
-            return json.dumps([found.step for found in self.select(base, _listed(base))])
+            return json.dumps([found.step for found in self.select(_entries(base))])
 
         heard = json.loads(multihost.tell("the steps of a run", say))
         return iter([self._at(base, step) for step in heard])
@@ -256,13 +275,12 @@ class _StandardNameFormat:
             return found
         raise errors.StepNotFoundError(self._absence(base, found))
 
-    def select(self, base: str, entries: Iterable[os.DirEntry[str]]) -> list[StepMetadata]:
+    def select(self, entries: Iterable[os.DirEntry[str]]) -> list[StepMetadata]:
         """Returns those of a directory's entries that are steps, in ascending order."""
-        matching = self._pattern.fullmatch
         found = []
         for entry in entries:
             # Only a link costs a look at the file it leads to.
-            if (match := matching(entry.name)) and entry.is_dir():
+            if (match := self._pattern.fullmatch(entry.name)) and entry.is_dir():
                 found.append((int(match[1]), entry.path))
         return [StepMetadata(step, path) for step, path in sorted(found)]
 
@@ -286,9 +304,9 @@ class _StandardNameFormat:
             return f"{what}: that is no directory; give the directory of the run"
         if os.path.lexists(missing.path):
             return f"{what}: {name} is there, but is no directory"
-        entries = list(_listed(base))
-        steps = [found.step for found in self.select(base, entries)]
-        shown = ", ".join(map(str, steps[-_NAMED:]))
+        entries = _entries(base)
+        steps = [found.step for found in self.select(entries)]
+        shown = ", ".join(map(str, steps[-_STEPS_SHOWN:]))
         has = f"the last steps there are {shown}" if steps else "there are no steps"
         other = re.compile(rf".*?(?<![0-9])0*{missing.step}")
         alike = sorted(entry.name for entry in entries if other.fullmatch(entry.name))
@@ -324,13 +342,12 @@ class _CompositeNameFormat:
 
     def find_all(self, base_path: PathLike) -> Iterator[Any]:
         """Returns an iterator over the steps of any format, in ascending order, each once."""
-        base = absolute(base_path)
         entries: list[os.DirEntry[str]] | None = None
         found: dict[int, Any] = {}
         for each in self.read_name_formats:
             if isinstance(each, _StandardNameFormat) and not each.single_host_load_and_broadcast:
-                entries = list(_listed(base)) if entries is None else entries
-                steps: Iterable[Any] = each.select(base, entries)
+                entries = _entries(absolute(base_path)) if entries is None else entries
+                steps: Iterable[Any] = each.select(entries)
             else:
                 steps = each.find_all(base_path)
             for one in steps:
@@ -349,11 +366,6 @@ class _CompositeNameFormat:
         raise errors.StepNotFoundError("\n".join(absences))
 
 
-def _listed(base: str) -> Iterator[os.DirEntry[str]]:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(base) as entries:
-        yield from entries
-
-
 def standard_name_format(
     *,
     step_prefix: str | None = None,
@@ -364,10 +376,10 @@ def standard_name_format(
 
     Args:
       step_prefix: what precedes the number, with an underscore between them; None for nothing.
-      step_format_fixed_length: how many digits the number is filled up to with zeros; None or 0
-        for no filling. Longer numbers stay as they are.
+      step_format_fixed_length: up to how many digits numbers are filled with zeros; None or 0 for
+        no filling. Longer numbers stay as they are.
       single_host_load_and_broadcast: whether process 0 alone lists the directory and tells the
-        others; then every process has to call `find_all`, in the same order. A single process
+        others. Then every process has to call `find_all`, in the same order. A single process
         just lists it.
 
     Raises:
@@ -385,7 +397,7 @@ def composite_name_format(
 ) -> NameFormat[MetadataT_co]:
     """Returns a format that writes names of one format and finds those of several.
 
-    It lets a run change its names and go on with the steps it has.
+    With it a run can change its names and go on with the steps that it has.
 
     Args:
       write_name_format: names new steps; one of the formats to read.

@@ -9,7 +9,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.processes import ROOT
+
 RESULTS = Path(__file__).parent / "results"
+COMPARED = "leaves-2000,gpt2,large-f32-plain,leaves-10000"
 AIMS = ("both", "save", "load", "blocked")
 
 
@@ -64,6 +67,17 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--count", type=int, default=16, help="arrays")
     found.add_argument("--mebibytes", type=int, default=256, help="size of each")
     found.add_argument("--rounds", type=int, default=5)
+    found = command("calls", "Count own files, calls and stations of a small save and load.")
+    found.add_argument("--checkout", type=Path, default=ROOT, help="whose package to count")
+    found.add_argument("--by", choices=("function", "file"), default="function")
+    found.add_argument("--top", type=int, default=20, help="how many lines of most calls")
+    about = "Compare this checkout with another, in pairs."
+    found = command("against", about, "directory", "out")
+    found.add_argument("--workload", default=COMPARED, help="names, separated by commas")
+    found.add_argument("--scale", type=float, default=1.0, help="share of a workload's size")
+    found.add_argument("checkout", type=Path, help="the folder that holds its orbax_async")
+    found.add_argument("--pairs", type=int, default=20)
+    found.add_argument("--seed", type=int, default=0, help="draws who comes first in a pair")
     return root
 
 

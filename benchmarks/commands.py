@@ -14,9 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from benchmarks import footprint, gpu, report, rounds, scaling, tuning, workloads
+from benchmarks import (
+    against,
+    footprint,
+    gpu,
+    processes,
+    report,
+    rounds,
+    scaling,
+    tuning,
+    workloads,
+)
 from benchmarks.peers import PEERS
 from benchmarks.workloads import MIB, WORKLOADS, State, Workload
 
@@ -124,6 +132,30 @@ def _gpu(args: Namespace) -> int:
     return 0
 
 
+def _calls(args: Namespace) -> int:
+    options = [f"--by={args.by}", f"--top={args.top}"]
+    command = processes.command("benchmarks.calls", *options, checkout=args.checkout)
+    return subprocess.run(command).returncode
+
+
+def _against(args: Namespace) -> int:
+    names = args.workload.split(",")
+    for name in names:
+        _named("workload", WORKLOADS, name)
+    with _directory(args) as directory:
+        result = against.compare(
+            names,
+            args.checkout,
+            directory,
+            args.pairs,
+            scale=args.scale,
+            seed=args.seed,
+            tell=_tell,
+        )
+    _write(args, "against", result, against.summary)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "list": _list,
     "run": _run,
@@ -133,6 +165,8 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "budgets": _budgets,
     "growth": _growth,
     "gpu": _gpu,
+    "calls": _calls,
+    "against": _against,
 }
 
 
@@ -157,12 +191,8 @@ def _named(what: str, found: dict[str, Any], name: str) -> Any:
 @contextmanager
 def _made(args: Namespace, workload: Workload) -> Iterator[tuple[State, Path]]:
     """Yields a workload's state on the devices that it needs, and a folder to save it in."""
-    flag = f"--xla_force_host_platform_device_count={workload.devices}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    # So that a step runs on the thread that calls it, which `pace` holds to one core.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     with _directory(args) as directory:
-        yield workload.make(args.scale), directory
+        yield workload.build(args.scale), directory
 
 
 @contextmanager

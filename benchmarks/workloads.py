@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,14 @@ class Workload:
     make: Callable[[float], State]
     settings: Mapping[str, Any] = field(default_factory=dict)
     devices: int = 1
+
+    def build(self, scale: float = 1) -> State:
+        """Returns the state, on the devices that it needs; to be called before jax is used."""
+        flag = f"--xla_force_host_platform_device_count={self.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        # So that a step runs on the thread that calls it, which `pace` holds to one core.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        return self.make(scale)
 
 
 class _Draw:

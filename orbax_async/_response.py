@@ -39,19 +39,16 @@ class AsyncResponse(Generic[T]):
     A failure that nobody asks for is written to the log, and at interpreter exit to stderr.
     """
 
-    def __init__(self, label: str, recorder: Recorder) -> None:
+    def __init__(self, label: str, recorder: Recorder, request_cancel: Callable[[], bool]) -> None:
         self._label = label
         self._recorder = recorder
+        self._request_cancel = request_cancel
         self._pid = os.getpid()
-        self._committed: concurrent.futures.Future[T] = concurrent.futures.Future()
-        self._committed.set_running_or_notify_cancel()
-        self._staged: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._staged.set_running_or_notify_cancel()
-        self._caller_let_go: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._caller_let_go.set_running_or_notify_cancel()
+        self._committed: concurrent.futures.Future[T] = _promise()
+        self._staged: concurrent.futures.Future[None] = _promise()
+        self._released: concurrent.futures.Future[None] = _promise()
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], object]] = []
-        self._request_cancel: Callable[[], bool] = lambda: False
         self._is_reported = False
         _unreported.add(self)
 
@@ -167,43 +164,48 @@ class AsyncResponse(Generic[T]):
                 return
         self._call(callback)
 
-    def _call_all(self, callbacks: list[Callable[[], object]]) -> None:
-        for callback in callbacks:
-            self._call(callback)
-
     def _call(self, callback: Callable[[], object]) -> None:
         try:
             callback()
         except Exception:
             logger.exception("a callback of %s failed", self._label)
 
-    def _wait_let_go(self) -> None:
+    def _call_all(self, callbacks: list[Callable[[], object]]) -> None:
+        """Calls callbacks on the thread that serves those of all operations, and must not end."""
+        for callback in callbacks:
+            try:
+                self._call(callback)
+            except BaseException:
+                logger.exception("a callback of %s tried to end its thread", self._label)
+
+    def _wait_until_released(self) -> None:
         """Blocks until all is captured for which an eager call waits; see `wait_staged`."""
-        self._check_may_block()
         try:
-            self._caller_let_go.result()
+            self._released.result()
         finally:
-            self._note_report(self._caller_let_go)
+            self._note_report(self._released)
 
     # The operation's side.
 
-    def _let_caller_go(self) -> None:
-        if not self._caller_let_go.done():
-            self._caller_let_go.set_result(None)
+    def _release_caller(self) -> None:
+        if not self._released.done():
+            self._released.set_result(None)
 
     def _set_staged(self) -> None:
-        self._let_caller_go()
+        self._release_caller()
         if not self._staged.done():
             self._staged.set_result(None)
 
     def _settle(self, result: Any, error: BaseException | None) -> None:
-        """Ends the response; called once, on the engine's loop."""
+        """Ends the response, on the engine's loop; only the first end counts."""
         with self._lock:
+            if self._committed.done():
+                return
             if error is None:
                 self._set_staged()
                 self._committed.set_result(result)
             else:
-                for tier in (self._caller_let_go, self._staged):
+                for tier in (self._released, self._staged):
                     if not tier.done():
                         tier.set_exception(error)
                 self._committed.set_exception(error)
@@ -232,11 +234,9 @@ class AsyncResponse(Generic[T]):
 
     def _check_may_block(self) -> None:
         self._check_process()
-        if loop.is_engine_thread():
-            raise errors.LoopError(
-                f"waiting for {self._label} on the engine's own thread would never end; await the "
-                "response instead, or wait on another thread"
-            )
+        loop.refuse_engine_thread(
+            f"waiting for {self._label}", "await the response instead, or wait on another thread"
+        )
 
     def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if _is_finalizing() or self._is_reported or os.getpid() != self._pid:
@@ -246,6 +246,12 @@ class AsyncResponse(Generic[T]):
             if error is not None:
                 told = errors.with_notes(error)
                 logger.error("%s failed, and nobody asked for its result: %s", self._label, told)
+
+
+def _promise() -> concurrent.futures.Future[Any]:
+    promise: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    promise.set_running_or_notify_cancel()  # a waiter that is cancelled does not cancel it
+    return promise
 
 
 class _Staged:

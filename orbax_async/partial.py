@@ -13,10 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 from orbax_async import _names as names
-from orbax_async import context as ambient
 from orbax_async._api import layout
-from orbax_async._api import save as saving
-from orbax_async._api.turns import Turn
+from orbax_async._api.save import json_metadata
 from orbax_async._api.writing import Save, check_parent
 from orbax_async._commit.session import (
     Addition,
@@ -26,7 +24,7 @@ from orbax_async._commit.session import (
     check_unfinished,
     find_additions,
 )
-from orbax_async._operation import Operation
+from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async.handlers import tiers
 from orbax_async.handlers.additions import check_addition
@@ -90,22 +88,22 @@ def save_async(
       ValueError: `atomicity.mode` is `COMMIT_FILE`: parts are renamed.
       CommitError: a directory can't be created.
     """
-    return saving.in_background(lambda doing: _start_save(doing, path, state, custom_metadata))
+    with starting("save") as operation:
+        save = _prepare_save(operation, path, state, custom_metadata)
+        what = save.final.removesuffix(names.SESSION_SUFFIX)
+        return operation.start(f"partial save to {what}", save.run)
 
 
-def _start_save(
-    doing: Operation, path: Any, state: Any, custom_metadata: Any
-) -> AsyncResponse[None]:
-    options = doing.context
-    ambient.refuse_unbuilt(options, operation="save")
+def _prepare_save(operation: Operation, path: Any, state: Any, custom_metadata: Any) -> Save:
+    options = operation.context
     if layout.commit_mode(options) is AtomicityMode.COMMIT_FILE:
         raise ValueError(
             "partial saves are not supported with atomicity.mode = 'commit_file': they gather in a "
             "directory that is renamed in the end. Leave the option at 'auto'."
         )
     session = Session(pathlike.absolute(path, options.file.path_class))
-    metadata = saving.json_metadata(custom_metadata)
-    with options, tiers.naming(names.DEFAULT_CHECKPOINTABLE):
+    metadata = json_metadata(custom_metadata)
+    with tiers.naming(names.DEFAULT_CHECKPOINTABLE):
         handler = PyTreeHandler(partial_save_mode=True)
         prepared = handler.flatten(state)
     form = prepared.form
@@ -113,18 +111,14 @@ def _start_save(
     def check(additions: list[str]) -> None:
         check_addition(form, options, additions)
 
-    turn = Turn(session.directory, overwrite=True)
-
-    def adding(doing: Operation) -> Any:
-        if turn.is_first and not options.file.skip_sync_file_validations:
-            check_unfinished(session.final)
-            check_parent(session.directory)
-            check(find_additions(session.directory))
-        part = Part(names.DEFAULT_CHECKPOINTABLE, handler, prepared)
-        place = Addition(session, check)
-        return Save(doing, session.directory, [part], metadata, False, turn, place=place).run
-
-    return saving.carry_out(f"partial save to {session.final}", doing, adding, turn)
+    lock = operation.lock_path(session.directory, overwrite=True)
+    if lock.is_first and not options.file.skip_sync_file_validations:
+        check_unfinished(session.final)
+        check_parent(session.directory)
+        check(find_additions(session.directory))
+    part = Part(names.DEFAULT_CHECKPOINTABLE, handler, prepared)
+    place = Addition(session, check)
+    return Save(operation, session.directory, [part], metadata, False, lock, place=place)
 
 
 def finalize(path: PathLike) -> None:
@@ -168,28 +162,20 @@ def finalize_async(path: PathLike) -> AsyncResponse[None]:
       InvalidLayoutError: (when awaited) a document of a part is damaged.
       CommitError: (when awaited) files can't be linked, written or renamed.
     """
-    return saving.in_background(lambda doing: _start_finalize(doing, path))
-
-
-def _start_finalize(doing: Operation, path: Any) -> AsyncResponse[None]:
-    ambient.refuse_unbuilt(doing.context, operation="save")
-    given = pathlike.absolute(path, doing.context.file.path_class)
-    session = Session(given.removesuffix(names.SESSION_SUFFIX))
-    turn = Turn(session.directory, overwrite=True)
-
-    def uniting(doing: Operation) -> Any:
-        if turn.is_first:
+    with starting("save") as operation:
+        given = pathlike.absolute(path, operation.context.file.path_class)
+        session = Session(given.removesuffix(names.SESSION_SUFFIX))
+        lock = operation.lock_path(session.directory, overwrite=True)
+        if lock.is_first:
             check_begun(session.final)
-        part = Part(names.DEFAULT_CHECKPOINTABLE, PyTreeHandler(), session)
-        return Save(
-            doing,
+        save = Save(
+            operation,
             session.final,
-            [part],
+            [Part(names.DEFAULT_CHECKPOINTABLE, PyTreeHandler(), session)],
             {},
             False,
-            turn,
+            lock,
             place=Union(session),
             inherit=session.root_document,
-        ).run
-
-    return saving.carry_out(f"finalization of {session.final}", doing, uniting, turn)
+        )
+        return operation.start(f"finalization of {session.final}", save.run)

@@ -9,11 +9,10 @@ from typing import Any
 import anyio
 
 from orbax_async import errors
-from orbax_async._api import layout, perform
-from orbax_async._api.turns import Turn
+from orbax_async._api import layout
 from orbax_async._commit import atomicity, removal
 from orbax_async._engine import loop
-from orbax_async._operation import Operation
+from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage import files
 from orbax_async.path import PathLike, pathlike
@@ -73,11 +72,8 @@ def delete_async(
       UnsupportedOptionError: `deletion.gcs_deletion_options` asks to move it instead.
       CommitError: (when awaited) files can't be removed.
     """
-    doing = Operation.begin(is_joint=True)
-    with doing.processes.telling():
-        response = _start(doing, path, checkpointable_name, missing_ok)
-    doing.recorder.unblock()
-    return response
+    with starting("delete") as doing:
+        return _start(doing, path, checkpointable_name, missing_ok)
 
 
 def _start(doing: Operation, path: Any, name: Any, missing_ok: Any) -> AsyncResponse[bool]:
@@ -89,17 +85,17 @@ def _start(doing: Operation, path: Any, name: Any, missing_ok: Any) -> AsyncResp
     if where == os.path.dirname(where):
         raise ValueError(f"Cannot delete a storage root: {where}.")
     check_options(doing.context.deletion.gcs_deletion_options.todelete_full_path)
-    turn = Turn(where, overwrite=True)
+    lock = doing.lock_path(where, overwrite=True)
 
-    async def body(control: perform.Control, response: AsyncResponse[bool]) -> bool:
+    async def body() -> bool:
         processes = doing.processes
         async with processes.together():
-            await turn.come()
+            await lock.acquire()
             await processes.gather("looked")  # nothing goes before every process has seen it
             if not processes.is_primary:
                 return bool(json.loads(await processes.broadcast("deleted")))
             is_there = await loop.to_worker(_is_there, where, name, missing_ok)
-            control.pass_commit_point()
+            doing.cancel_switch.pass_commit_point()
             with anyio.CancelScope(shield=True):
                 if is_there:
                     await loop.to_worker(_remove, where, name)
@@ -107,13 +103,9 @@ def _start(doing: Operation, path: Any, name: Any, missing_ok: Any) -> AsyncResp
             return is_there
 
     what = where if name is None else f"{name!r} of {where}"
-    try:
-        if turn.is_first:
-            _is_there(where, name, missing_ok)
-        return perform.start(f"deletion of {what}", doing, body, when_ended=turn.end)
-    except BaseException:
-        turn.end()
-        raise
+    if lock.is_first:
+        _is_there(where, name, missing_ok)
+    return doing.start(f"deletion of {what}", body)
 
 
 def check_options(todelete_full_path: str | None) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import jax
 
 from orbax_async import _names as names
-from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._api import layout, perform
+from orbax_async._api import layout
 from orbax_async._api.metadata import CheckpointMetadata
 from orbax_async._api.narrowing import Narrowing, Selects, Shardings
 from orbax_async._engine import loop
-from orbax_async._operation import Operation
+from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async.handlers import resolve, tiers
 from orbax_async.handlers.reading import ShardingFunction
@@ -107,27 +106,25 @@ def load_async(
       CorruptDataError: stored bytes do not match their checksum.
       ReadError: a leaf can't be read.
     """
-    doing = Operation.begin()
-    ambient.refuse_unbuilt(doing.context, operation="load")
-    where = pathlike.absolute(path, doing.context.file.path_class)
-    layout.check_name(checkpointable_name, is_saved=False)
-    if isinstance(abstract_state, CheckpointMetadata):
-        abstract_state = abstract_state.metadata
-    registry = doing.context.checkpointables.registry
-    with doing.context:
+    with starting("load") as doing:
+        where = pathlike.absolute(path, doing.context.file.path_class)
+        layout.check_name(checkpointable_name, is_saved=False)
+        if isinstance(abstract_state, CheckpointMetadata):
+            abstract_state = abstract_state.metadata
+        registry = doing.context.checkpointables.registry
         part = resolve.state_for_loading(
             checkpointable_name, abstract_state, registry, select=select, sharding=sharding
         )
 
-    async def take(response: AsyncResponse[Any]) -> Any:
-        located = await layout.when_settled(
-            where, lambda path: layout.locate(path, checkpointable_name)
-        )
-        found = part._replace(name=located.name)
-        (state,) = (await _load([(found, located.directory)], response)).values()
-        return state
+        async def take() -> Any:
+            located = await layout.when_settled(
+                where, lambda path: layout.locate(path, checkpointable_name)
+            )
+            found = part._replace(name=located.name)
+            (state,) = (await _load([(found, located.directory)], doing)).values()
+            return state
 
-    return _begin(where, doing, take)
+        return _begin(where, doing, take)
 
 
 def load_checkpointables(
@@ -199,34 +196,33 @@ def load_checkpointables_async(
       Exception: what a handler raises; a note on it, and on the above, names the checkpointable.
       TreeMismatchError and others: as for `load_async`.
     """
-    doing = Operation.begin()
-    ambient.refuse_unbuilt(doing.context, operation="load")
-    where = pathlike.absolute(path, doing.context.file.path_class)
-    wanted = _wanted(abstract_checkpointables)
-    narrowing = Narrowing(select, sharding)
-    registry = doing.context.checkpointables.registry
+    with starting("load") as doing:
+        where = pathlike.absolute(path, doing.context.file.path_class)
+        wanted = _wanted(abstract_checkpointables)
+        narrowing = Narrowing(select, sharding)
+        registry = doing.context.checkpointables.registry
 
-    def resolved(contents: layout.Contents) -> list[_Found]:
-        parts = {}
-        chosen = _chosen(contents, wanted)
-        for name, abstract in chosen.items():
-            with tiers.naming(name):
-                parts[name] = resolve.for_loading(
-                    name,
-                    abstract,
-                    registry,
-                    typestr=contents.typestrs[name],
-                    is_pytree=name in contents.pytrees,
-                    path=where,
-                )
-        narrowed = narrowing.of(parts, chosen)
-        return [(part, contents.directory(name)) for name, part in narrowed.items()]
+        def resolved(contents: layout.Contents) -> list[_Found]:
+            parts = {}
+            chosen = _chosen(contents, wanted)
+            for name, abstract in chosen.items():
+                with tiers.naming(name):
+                    parts[name] = resolve.for_loading(
+                        name,
+                        abstract,
+                        registry,
+                        typestr=contents.typestrs[name],
+                        is_pytree=name in contents.pytrees,
+                        path=where,
+                    )
+            narrowed = narrowing.of(parts, chosen)
+            return [(part, contents.directory(name)) for name, part in narrowed.items()]
 
-    async def take(response: AsyncResponse[dict[str, Any]]) -> dict[str, Any]:
-        contents = await layout.when_settled(where, layout.contents)
-        return await _load(await loop.to_worker(resolved, contents), response)
+        async def take() -> dict[str, Any]:
+            contents = await layout.when_settled(where, layout.contents)
+            return await _load(await loop.to_worker(resolved, contents), doing)
 
-    return _begin(where, doing, take)
+        return _begin(where, doing, take)
 
 
 def _wanted(abstract: Any) -> dict[str, Any]:
@@ -263,21 +259,17 @@ _Found = tuple[resolve.Part, str]
 """What to load, and where it lies."""
 
 
-def _begin(
-    where: str, doing: Operation, take: Callable[[AsyncResponse[Any]], Awaitable[Any]]
-) -> AsyncResponse[Any]:
-    async def body(control: perform.Control, response: AsyncResponse[Any]) -> Any:
-        return await layout.read_whole(where, lambda: take(response))
-
-    response = perform.start(f"load from {where}", doing, body)
-    doing.recorder.unblock()
-    return response
+def _begin(where: str, doing: Operation, take: Callable[[], Awaitable[Any]]) -> AsyncResponse[Any]:
+    return doing.start(f"load from {where}", lambda: layout.read_whole(where, take))
 
 
-async def _load(found: list[_Found], response: AsyncResponse[Any]) -> dict[str, Any]:
+async def _load(found: list[_Found], doing: Operation) -> dict[str, Any]:
     """Runs both tiers of all that is to be loaded."""
-    seconds = await tiers.first([_first_tier(part, directory) for part, directory in found])
-    response._set_staged()
+    doing.expect(part.name or "" for part, _ in found)
+    seconds = await tiers.first(
+        [_first_tier(part, directory) for part, directory in found],
+        when_done=doing.release_caller,
+    )
     return await tiers.second(seconds)
 
 

@@ -9,9 +9,9 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import registration
-from orbax_async._api import layout, perform
+from orbax_async._api import layout
 from orbax_async._engine import loop
-from orbax_async._operation import Operation
+from orbax_async._operation import Operation, starting
 from orbax_async._storage import files
 from orbax_async._trace import logger
 from orbax_async.handlers import foreign, resolve, tiers
@@ -131,24 +131,21 @@ def metadata(
     Raises:
       InvalidLayoutError: there is no such checkpoint, or its documents are damaged.
     """
-    doing = Operation.begin()
-    ambient.refuse_unbuilt(doing.context, operation="metadata")
-    where = pathlike.absolute(path, doing.context.file.path_class)
-    layout.check_name(checkpointable_name, is_saved=False)
+    with starting("metadata") as doing:
+        where = pathlike.absolute(path, doing.context.file.path_class)
+        layout.check_name(checkpointable_name, is_saved=False)
 
-    async def read() -> CheckpointMetadata[PyTreeMetadata]:
-        located = await layout.when_settled(
-            where, lambda path: layout.locate(path, checkpointable_name)
-        )
-        if located.is_of_tensors:
-            return await loop.to_worker(_of_tensors, where, doing.context)
-        tree = await PyTreeHandler().metadata(Path(located.directory))
-        return await _described(where, tree, located.document)
+        async def read() -> CheckpointMetadata[PyTreeMetadata]:
+            located = await layout.when_settled(
+                where, lambda path: layout.locate(path, checkpointable_name)
+            )
+            if located.is_of_tensors:
+                return await loop.to_worker(_of_tensors, where, doing.context)
+            tree = await PyTreeHandler().metadata(Path(located.directory))
+            return await _described(where, tree, located.document)
 
-    found: CheckpointMetadata[PyTreeMetadata] = perform.start(
-        f"metadata of {where}", doing, lambda *_: layout.read_whole(where, read)
-    ).result()
-    return found
+        response = doing.start(f"metadata of {where}", lambda: layout.read_whole(where, read))
+    return response.result()
 
 
 def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any]]:
@@ -171,19 +168,18 @@ def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any
       InvalidLayoutError: there is no such checkpoint, it is a flat one of older Orbax versions, or
         the documents of a pytree are damaged.
     """
-    doing = Operation.begin()
-    ambient.refuse_unbuilt(doing.context, operation="metadata")
-    where = pathlike.absolute(path, doing.context.file.path_class)
+    with starting("metadata") as doing:
+        where = pathlike.absolute(path, doing.context.file.path_class)
 
-    async def read() -> CheckpointMetadata[dict[str, Any]]:
-        contents = await layout.when_settled(where, layout.contents)
-        forms = {name: await _abstract_form(contents, name, doing) for name in contents.typestrs}
-        return await _described(where, forms, contents.document)
+        async def read() -> CheckpointMetadata[dict[str, Any]]:
+            contents = await layout.when_settled(where, layout.contents)
+            forms = {
+                name: await _abstract_form(contents, name, doing) for name in contents.typestrs
+            }
+            return await _described(where, forms, contents.document)
 
-    found: CheckpointMetadata[dict[str, Any]] = perform.start(
-        f"metadata of {where}", doing, lambda *_: layout.read_whole(where, read)
-    ).result()
-    return found
+        response = doing.start(f"metadata of {where}", lambda: layout.read_whole(where, read))
+    return response.result()
 
 
 async def _abstract_form(contents: layout.Contents, name: str, doing: Operation) -> Any:

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, NamedTuple
-
-import anyio
+from collections.abc import Mapping
+from typing import Any
 
 from orbax_async import _names as names
-from orbax_async import context as ambient
-from orbax_async import errors
-from orbax_async._api import layout, perform
-from orbax_async._api.turns import Turn
-from orbax_async._api.writing import Save, WhenCommitted, check_destination
-from orbax_async._engine import loop
-from orbax_async._operation import Operation
+from orbax_async._api import layout
+from orbax_async._api.writing import Save, check_destination
+from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async._trace import logger
 from orbax_async.handlers import resolve, tiers
 from orbax_async.handlers.documents import MetricsHandler
-from orbax_async.options import AtomicityMode, CheckpointLayout
+from orbax_async.options import AtomicityMode
 from orbax_async.path import PathLike, pathlike
 
 __all__ = [
-    "OfRun",
-    "carry_out",
-    "in_background",
+    "SaveRequest",
     "json_metadata",
+    "prepare",
     "save",
     "save_async",
     "save_checkpointables",
     "save_checkpointables_async",
-    "start_step",
 ]
 
 
@@ -106,13 +98,14 @@ def save_async(
       UnsupportedOptionError: an option asks for what this version does not do.
       CommitError: the directory can't be created (when `response` is awaited).
     """
-    return _save(
-        path,
-        [(checkpointable_name, state)],
+    request = SaveRequest(
+        path=path,
+        checkpointables=[(checkpointable_name, state)],
+        is_state=True,
         overwrite=overwrite,
         custom_metadata=custom_metadata,
-        is_state=True,
     )
+    return _start(request)
 
 
 def save_checkpointables(
@@ -175,52 +168,71 @@ def save_checkpointables_async(
         checkpointable; nothing of any is left on disk.
       DestinationExistsError, SaveInProgressError, CommitError: as for `save_async`.
     """
-    return _save(
-        path,
-        checkpointables,
+    request = SaveRequest(
+        path=path,
+        checkpointables=checkpointables,
+        is_state=False,
         overwrite=overwrite,
         custom_metadata=custom_metadata,
-        is_state=False,
     )
+    return _start(request)
 
 
-class OfRun(NamedTuple):
-    """What the save of a step has besides: its place among the saves of its run.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaveRequest:
+    """What is asked of a save, by a verb or by a Checkpointer.
 
     Attributes:
-      metrics: the step's; None for none.
-      begin: called first, and blocks until the save may begin.
-      may_write: ends when the saves before it have; it is captured at once, and written then.
-      around: awaits the save that it is given, and returns the result of the response. The save
-        takes what is to be awaited once it is committed.
+      path: where to.
+      checkpointables: the objects by name; for a state one pair of its name and itself.
+      is_state: whether it is a state.
+      overwrite: whether it may replace a checkpoint.
+      custom_metadata: a dict of JSON values; None for none.
+      metrics: of a step, a JSON value; None for none.
+      may_write: done once it may write, which is after it was captured; None for at once.
     """
 
-    metrics: Any
-    begin: Callable[[], None]
-    may_write: concurrent.futures.Future[None]
-    around: Callable[[Callable[[WhenCommitted], Awaitable[None]]], Awaitable[bool]]
+    path: PathLike
+    checkpointables: Any
+    is_state: bool
+    overwrite: bool
+    custom_metadata: Any
+    metrics: Any = None
+    may_write: concurrent.futures.Future[None] | None = None
 
 
-def start_step(
-    path: PathLike,
-    checkpointables: Any,
-    *,
-    is_state: bool,
-    overwrite: bool,
-    custom_metadata: Any,
-    of_run: OfRun,
-) -> AsyncResponse[bool]:
-    """Starts the save of a step, and does not wait until its values are captured.
+def _start(request: SaveRequest) -> AsyncResponse[None]:
+    with starting("save") as operation:
+        save = prepare(operation, request)
+        return operation.start(f"save to {save.final}", save.run)
 
-    Takes and raises what `save_async` does, or `save_checkpointables_async`; a state is given as
-    one pair of its name and itself.
-    """
-    doing = Operation.begin(is_joint=True)
-    with doing.processes.telling():
-        of_run.begin()
-        return _start(
-            doing, path, checkpointables, overwrite, custom_metadata, is_state, of_run=of_run
-        )
+
+def prepare(operation: Operation, request: SaveRequest) -> Save:
+    """Checks what can be checked before any value is captured, and queues for the path."""
+    options, overwrite = operation.context, request.overwrite
+    final = pathlike.absolute(request.path, options.file.path_class)
+    named = request.checkpointables
+    if not request.is_state:
+        named = _pairs(named)
+    for name, _ in named:
+        layout.check_name(name, is_saved=True)
+    metadata = json_metadata(request.custom_metadata)
+    parts = []
+    for name, value in named:
+        with tiers.naming(name):
+            registry = options.checkpointables.registry
+            parts.append(resolve.for_saving(name, value, registry, is_state=request.is_state))
+    if request.metrics is not None:
+        with tiers.naming(names.METRICS):
+            handler = MetricsHandler()
+            parts.append(resolve.Part(names.METRICS, handler, handler.encode(request.metrics)))
+    # In place, the primary may have begun to write while the others are still on their way here.
+    is_in_place = layout.commit_mode(options) is AtomicityMode.COMMIT_FILE
+    may_look = operation.processes.is_primary or not is_in_place
+    if may_look and not options.file.skip_sync_file_validations:
+        check_destination(final, overwrite=overwrite)
+    lock = operation.lock_path(final, overwrite=overwrite, after=request.may_write)
+    return Save(operation, final, parts, metadata, overwrite, lock)
 
 
 def _pairs(checkpointables: Any) -> list[tuple[Any, Any]]:
@@ -230,136 +242,6 @@ def _pairs(checkpointables: Any) -> list[tuple[Any, Any]]:
             f"saved, and not empty; got {type(checkpointables).__name__}: {checkpointables!r:.100}"
         )
     return list(checkpointables.items())
-
-
-def _save(
-    path: PathLike,
-    checkpointables: Any,
-    *,
-    overwrite: bool,
-    custom_metadata: Any,
-    is_state: bool,
-) -> AsyncResponse[None]:
-    return in_background(
-        lambda doing: _start(doing, path, checkpointables, overwrite, custom_metadata, is_state)
-    )
-
-
-def in_background(start: Callable[[Operation], AsyncResponse[None]]) -> AsyncResponse[None]:
-    """Begins a joint operation of all processes, and waits until its values are captured.
-
-    Args:
-      start: starts it, and raises what can be known to go wrong before.
-    """
-    doing = Operation.begin(is_joint=True)
-    if doing.context.checkpoint_layout is CheckpointLayout.SAFETENSORS:
-        raise errors.UnsupportedOptionError(
-            "save does not start: context.checkpoint_layout = CheckpointLayout.SAFETENSORS is for "
-            "loading alone; leave it at CheckpointLayout.ORBAX, or at AUTO to load both"
-        )
-    with doing.processes.telling():
-        response = start(doing)
-    if doing.context.asynchronous.staging == "eager":
-        response._wait_let_go()
-    doing.recorder.unblock()
-    return response
-
-
-def _start(
-    doing: Operation,
-    path: PathLike,
-    checkpointables: Any,
-    overwrite: bool,
-    custom_metadata: Any,
-    is_state: bool,
-    of_run: OfRun | None = None,
-) -> AsyncResponse[Any]:
-    """Checks what can be checked before any value is captured, and starts the save."""
-    options = doing.context
-    ambient.refuse_unbuilt(options, operation="save")
-    final = pathlike.absolute(path, options.file.path_class)
-    named = checkpointables if is_state else _pairs(checkpointables)
-    for name, _ in named:
-        layout.check_name(name, is_saved=True)
-    metadata = json_metadata(custom_metadata)
-    parts = []
-    with options:
-        for name, value in named:
-            with tiers.naming(name):
-                registry = options.checkpointables.registry
-                parts.append(resolve.for_saving(name, value, registry, is_state=is_state))
-    if of_run is not None and of_run.metrics is not None:
-        with tiers.naming(names.METRICS):
-            handler = MetricsHandler()
-            parts.append(resolve.Part(names.METRICS, handler, handler.encode(of_run.metrics)))
-    # In place, the primary may have begun to write while the others are still on their way here.
-    is_in_place = layout.commit_mode(options) is AtomicityMode.COMMIT_FILE
-    may_look = doing.processes.is_primary or not is_in_place
-    if may_look and not options.file.skip_sync_file_validations:
-        check_destination(final, overwrite=overwrite)
-    after = None if of_run is None else of_run.may_write
-    turn = Turn(final, overwrite=overwrite, after=after)
-
-    def saving(doing: Operation) -> _Body:
-        save = Save(doing, final, parts, metadata, overwrite, turn)
-        return save.run if of_run is None else _of_run(save, of_run)
-
-    return carry_out(f"save to {final}", doing, saving, turn)
-
-
-def carry_out(
-    label: str, doing: Operation, saving: Callable[[Operation], _Body], turn: Turn
-) -> AsyncResponse[Any]:
-    """Starts what a save does, under the limits of its options; ends its turn however it ends.
-
-    Args:
-      label: what it is, for messages.
-      doing: the operation.
-      saving: makes what is to be done, under the operation's own limit of memory.
-      turn: its turn at the path.
-    """
-    end_profile = None
-    try:
-        doing, end_profile = doing.regulated()
-        body = saving(doing)
-        return perform.start(
-            label,
-            doing,
-            body if end_profile is None else _profiled(body, end_profile),
-            timeout_secs=doing.context.asynchronous.timeout_secs,
-            when_ended=turn.end,
-        )
-    except BaseException:
-        turn.end()
-        if end_profile is not None:
-            end_profile()
-        raise
-
-
-_Body = Callable[[perform.Control, AsyncResponse[Any]], Awaitable[Any]]
-
-
-def _profiled(body: _Body, end_profile: Callable[[], None]) -> _Body:
-    """Makes a save end the measurement of its memory, however it ends itself."""
-
-    async def run(control: perform.Control, response: AsyncResponse[Any]) -> Any:
-        try:
-            return await body(control, response)
-        finally:
-            with anyio.CancelScope(shield=True):
-                try:
-                    await loop.to_worker(end_profile)
-                except Exception:
-                    logger.exception("the profiler of RegulatorOptions failed")
-
-    return run
-
-
-def _of_run(saving: Save, of_run: OfRun) -> _Body:
-    async def run(control: perform.Control, response: AsyncResponse[Any]) -> bool:
-        return await of_run.around(lambda then: saving.run(control, response, then))
-
-    return run
 
 
 def json_metadata(custom_metadata: Any) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from orbax_async import _names as names
-from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._api import layout, perform
-from orbax_async._operation import Operation
+from orbax_async._api import layout
+from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
 from orbax_async.handlers import builtin
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
@@ -117,46 +116,41 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
     Raises:
       InvalidLayoutError: (when awaited) there is no checkpoint, not even a damaged one.
     """
-    doing = Operation.begin()
-    ambient.refuse_unbuilt(doing.context, operation="load")
-    where = pathlike.absolute(path, doing.context.file.path_class)
+    with starting("load") as doing:
+        where = pathlike.absolute(path, doing.context.file.path_class)
 
-    async def read() -> VerificationReport:
-        survey = await layout.when_settled(where, layout.survey)
-        damage = [
-            Damage("", "", found.path, found.problem, found.hint) for found in survey.problems
-        ]
-        total = Findings(damage)
-        unchecked = []
-        for name, typestr in survey.typestrs.items():
-            directory = survey.directory(name)
-            if name in survey.pytrees or typestr in _TREES:
-                findings = await inspect_tree(name, directory, doing.context, doing)
-            elif typestr in _DOCUMENTS or name == names.METRICS:
-                kind = _DOCUMENTS.get(typestr or "", MetricsHandler)
-                findings = await _inspect_document(name, directory, kind())
-            else:
-                unchecked.append(name)
-                continue
-            total.damage += findings.damage
-            total.leaves += findings.leaves
-            total.nbytes += findings.nbytes
-            total.unproven += findings.unproven
-        return VerificationReport(
-            where,
-            tuple(total.damage),
-            total.leaves,
-            total.nbytes,
-            doing.recorder.progress().elapsed_secs,
-            tuple(total.unproven),
-            tuple(unchecked),
-        )
+        async def read() -> VerificationReport:
+            survey = await layout.when_settled(where, layout.survey)
+            damage = [
+                Damage("", "", found.path, found.problem, found.hint) for found in survey.problems
+            ]
+            total = Findings(damage)
+            unchecked = []
+            for name, typestr in survey.typestrs.items():
+                directory = survey.directory(name)
+                if name in survey.pytrees or typestr in _TREES:
+                    findings = await inspect_tree(name, directory, doing.context, doing)
+                elif typestr in _DOCUMENTS or name == names.METRICS:
+                    kind = _DOCUMENTS.get(typestr or "", MetricsHandler)
+                    findings = await _inspect_document(name, directory, kind())
+                else:
+                    unchecked.append(name)
+                    continue
+                total.damage += findings.damage
+                total.leaves += findings.leaves
+                total.nbytes += findings.nbytes
+                total.unproven += findings.unproven
+            return VerificationReport(
+                where,
+                tuple(total.damage),
+                total.leaves,
+                total.nbytes,
+                doing.recorder.progress().elapsed_secs,
+                tuple(total.unproven),
+                tuple(unchecked),
+            )
 
-    response = perform.start(
-        f"verification of {where}", doing, lambda *_: layout.read_whole(where, read)
-    )
-    doing.recorder.unblock()
-    return response
+        return doing.start(f"verification of {where}", lambda: layout.read_whole(where, read))
 
 
 async def _inspect_document(name: str, directory: str, handler: JsonHandler) -> Findings:

@@ -11,13 +11,11 @@ from typing import Any
 import anyio
 
 from orbax_async import errors
-from orbax_async._api import layout, perform
-from orbax_async._api.turns import Turn
+from orbax_async._api import layout
 from orbax_async._commit import atomicity, finalize
 from orbax_async._commit.places import Beside, InPlace, Place
 from orbax_async._engine import loop
-from orbax_async._operation import Operation
-from orbax_async._response import AsyncResponse
+from orbax_async._operation import Operation, PathLock
 from orbax_async._storage import files
 from orbax_async._trace import logger
 from orbax_async.handlers import tiers
@@ -104,7 +102,7 @@ class Save:
       parts: what to save, and how.
       custom_metadata: the user's.
       overwrite: whether it may replace a checkpoint.
-      turn: its turn at the path.
+      lock: its place in the queue for the path.
       place: where it writes until it commits; None for what the options say.
       inherit: returns when what is saved was begun, and custom metadata that comes with it; asked
         when the save may look at what is there.
@@ -117,36 +115,31 @@ class Save:
         parts: list[Part],
         custom_metadata: dict[str, Any],
         overwrite: bool,
-        turn: Turn,
+        lock: PathLock,
         *,
         place: Place | None = None,
         inherit: Callable[[], tuple[int, dict[str, Any]]] | None = None,
     ) -> None:
         self._doing = doing
         self._options = doing.context
-        self._final = final
+        self.final = final
         self._parts = parts
         self._typestrs = {str(part.name): part.typestr for part in parts}
         self._custom_metadata = custom_metadata
         self._overwrite = overwrite
-        self._turn = turn
+        self._lock = lock
         self._init_nsecs = time.time_ns()
         self._inherit = inherit
         self._place = place or _place(doing, final)
 
-    async def run(
-        self,
-        control: perform.Control,
-        response: AsyncResponse[Any],
-        when_committed: WhenCommitted | None = None,
-    ) -> None:
+    async def run(self, when_committed: WhenCommitted | None = None) -> None:
         """The whole operation; leaves nothing behind unless it commits."""
         processes = self._doing.processes
         try:
             async with processes.together():
                 await self._agree_on_paths()
-                await self._write(response)
-                await self._commit(control)
+                await self._write()
+                await self._commit()
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self._doing.end_background()
@@ -161,44 +154,33 @@ class Save:
 
     async def _agree_on_paths(self) -> None:
         processes = self._doing.processes
-        own = [self._final, self._place.directory]
+        own = [self.final, self._place.directory]
         told = json.loads(await processes.broadcast("paths", json.dumps(own)))
         final, self._place.directory = told
-        if final != self._final:
+        if final != self.final:
             raise errors.MultihostError(
                 f"Directory path mismatch in multi-process save: {final} on process "
-                f"{processes.primary}, {self._final} on process {processes.index}"
+                f"{processes.primary}, {self.final} on process {processes.index}"
             )
 
-    async def _write(self, response: AsyncResponse[Any]) -> None:
+    async def _write(self) -> None:
         created = anyio.Event()
         directory = _Awaited(Path(self._place.directory), created)
         if not self._options.asynchronous.create_directories_asynchronously:
             await self._create(created)
-        waited_for, unheld = set(self._typestrs), set(self._typestrs)
-
-        def let_go(name: str, is_held: bool = True) -> None:
-            waited_for.discard(name)
-            if is_held:
-                unheld.discard(name)
-            if not unheld:
-                response._set_staged()
-            elif not waited_for:
-                response._let_caller_go()
-
-        self._doing.when_let_go(let_go)
+        self._doing.expect(self._typestrs)
         async with anyio.create_task_group() as group:
             if not created.is_set():
                 group.start_soon(self._create, created)
             seconds = await tiers.first(
-                [_first_tier(part, directory) for part in self._parts], when_done=let_go
+                [_first_tier(part, directory) for part in self._parts],
+                when_done=self._doing.release_caller,
             )
             self._parts.clear()  # all is captured: nothing here keeps the caller's objects alive
-            response._set_staged()
             await tiers.second(seconds)
 
     async def _create(self, created: anyio.Event) -> None:
-        await self._turn.come()
+        await self._lock.acquire()
         processes = self._doing.processes
         if processes.is_primary:
             with self._doing.recorder.span("create"):
@@ -208,7 +190,7 @@ class Save:
         created.set()
 
     async def _claim_later(self) -> None:
-        logger.info("%s: waiting until another process has finished there", self._final)
+        logger.info("%s: waiting until another process has finished there", self.final)
         is_claimed = False
         while not is_claimed:
             await anyio.sleep(_CLAIM_SECS)
@@ -217,7 +199,7 @@ class Save:
     def _create_directories(self) -> bool:
         """Makes them, and says whether what is written may depend on what is there already."""
         if self._place.is_in_place:  # what is set aside must be one that may be replaced
-            check_destination(self._final, overwrite=self._overwrite)
+            check_destination(self.final, overwrite=self._overwrite)
         self._place.create(
             list(self._typestrs),
             mode=self._options.file.path_permission_mode,
@@ -225,18 +207,18 @@ class Save:
         )
         return self._place.claim()
 
-    async def _commit(self, control: perform.Control) -> None:
+    async def _commit(self) -> None:
         """Steps 2 to 5 of `_commit.finalize`; the primary takes them once nobody can back out."""
         processes, recorder = self._doing.processes, self._doing.recorder
         await processes.gather("written")  # by handlers that write on every process
         if not processes.is_primary:
-            control.pass_commit_point()
+            self._doing.cancel_switch.pass_commit_point()
             await processes.gather("ready to commit")
             await processes.broadcast("committed")
             return
         await self._make_durable()
         await processes.gather("ready to commit")
-        control.pass_commit_point()
+        self._doing.cancel_switch.pass_commit_point()
         processes.decide()
         with anyio.CancelScope(shield=True), recorder.span("publish"):
             replaced = await loop.to_worker(self._publish)
@@ -255,9 +237,9 @@ class Save:
                         loop.to_worker,
                         finalize.sync_files,
                         found[start : start + share],
-                        self._final,
+                        self.final,
                     )
-            await loop.to_worker(finalize.sync_directories, directories, self._final)
+            await loop.to_worker(finalize.sync_directories, directories, self.final)
 
     def _complete(self) -> tuple[list[str], list[str]]:
         """Writes what is still missing, and returns all files and directories."""
@@ -265,7 +247,7 @@ class Save:
             with self._doing.recorder.span("documents"):
                 self._write_documents()
                 finalize.write_marker(self._place.directory)
-                finalize.write_commit_marker(self._place.directory, self._final)
+                finalize.write_commit_marker(self._place.directory, self.final)
         return files.walk(self._place.directory)
 
     def _write_documents(self) -> None:
@@ -274,7 +256,7 @@ class Save:
             init_nsecs, custom_metadata = self._inherit()
         finalize.write_root_documents(
             self._place.directory,
-            self._final,
+            self.final,
             self._typestrs,
             init_nsecs=init_nsecs,
             custom_metadata=custom_metadata,
@@ -283,7 +265,7 @@ class Save:
     def _publish(self) -> str | None:
         # What is there now may have come after the first look, or without one.
         if self._overwrite and not self._place.is_in_place:
-            check_destination(self._final, overwrite=True)
+            check_destination(self.final, overwrite=True)
         return self._place.publish(self._write_documents, overwrite=self._overwrite)
 
     def _undo(self) -> None:
@@ -297,9 +279,9 @@ class Save:
 
     async def _sweep(self) -> None:
         try:
-            swept = await loop.to_worker(atomicity.sweep, os.path.dirname(self._final))
+            swept = await loop.to_worker(atomicity.sweep, os.path.dirname(self.final))
         except OSError as error:
-            logger.warning("leftovers beside %s could not be swept: %s", self._final, error)
+            logger.warning("leftovers beside %s could not be swept: %s", self.final, error)
         else:
             for path in swept:
                 logger.info("removed %s, left by a process that has died", path)

@@ -61,6 +61,7 @@ __all__ = [
     "Stint",
     "call_soon",
     "is_engine_thread",
+    "refuse_engine_thread",
     "sliced",
     "spawn",
     "to_worker",
@@ -83,6 +84,7 @@ class _Running:
     label: str
     exit_grace_secs: float
     is_told_of: bool
+    when_lost: Callable[[BaseException], None] | None = None
     ended: concurrent.futures.Future[None] = dataclasses.field(
         default_factory=concurrent.futures.Future
     )
@@ -197,6 +199,10 @@ class Engine:
             try:
                 with anyio.CancelScope() as about.scope:
                     await function()
+            except BaseException as error:
+                if about.when_lost is None:
+                    raise
+                about.when_lost(error)
             finally:
                 self.running.discard(about)
                 about.ended.set_result(None)
@@ -306,6 +312,7 @@ def spawn(
     label: str,
     exit_grace_secs: float,
     is_told_of: bool = True,
+    when_lost: Callable[[BaseException], None] | None = None,
 ) -> None:
     """Schedules `function` on the engine's loop and returns at once.
 
@@ -314,11 +321,12 @@ def spawn(
       label: what is running, for messages: "save to /runs/7".
       exit_grace_secs: how long interpreter exit waits for it.
       is_told_of: whether stderr hears of it when it is cancelled at exit.
+      when_lost: called with what ends its task, should anything but its own end do so.
 
     Raises:
       LoopError: the interpreter is exiting.
     """
-    _current().spawn(function, _Running(label, exit_grace_secs, is_told_of))
+    _current().spawn(function, _Running(label, exit_grace_secs, is_told_of, when_lost))
 
 
 def at_exit(hook: Callable[[], None]) -> None:
@@ -340,6 +348,21 @@ def is_engine_thread() -> bool:
     """Says whether the calling thread is the engine's loop thread."""
     engine = _engine
     return engine is not None and engine.thread_id == threading.get_ident()
+
+
+def refuse_engine_thread(
+    what: str, advice: str = "call it from a thread or a loop of your own"
+) -> None:
+    """Raises LoopError on the engine's own thread, which must never wait.
+
+    Args:
+      what: what would block there: "save".
+      advice: what to do instead.
+    """
+    if is_engine_thread():
+        raise errors.LoopError(
+            f"{what} is refused on the engine's own thread, which must never wait; {advice}"
+        )
 
 
 async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:

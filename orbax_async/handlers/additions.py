@@ -154,7 +154,7 @@ async def put_together(directory: PathAwaitingCreation, session: Session) -> Non
       WriteError: an array is missing.
     """
     path = os.fspath(await directory.await_creation())
-    if not operation.current(is_joint=True).processes.is_primary:
+    if not operation.current("save").processes.is_primary:
         return
     try:
         await loop.to_worker(_write_documents, session.additions, path)

@@ -99,21 +99,21 @@ class PyTreeHandler:
             if isinstance(checkpointable, PreparedTree)
             else self.flatten(checkpointable)
         )
-        doing = operation.current(is_joint=True)
+        doing = operation.current("save")
         options = self._options()
         # A tree that a handler of the user's passes on may be only a part of what that captures.
         is_all = prepared is checkpointable
         may_copy = not doing.transfer_budget.has_limit
         hold = functools.partial(prepared.hold, options, may_copy=may_copy)
         if is_all and not _asks_callbacks(options) and await loop.to_worker(hold):
-            doing.let_go(directory.path.name, is_held=True)
+            doing.release_caller(directory.path.name)
             await anyio.sleep(_HEAD_START_SECS)
         saving = Saving(prepared, options, doing, is_part=self._partial_save_mode)
         running = doing.background(lambda: saving.run(directory))
         try:
             await saving.pipeline.let_go.wait()
             if is_all and not saving.pipeline.staged.is_set():
-                doing.let_go(directory.path.name, is_held=False)
+                doing.release_caller(directory.path.name, is_captured=False)
             await saving.pipeline.staged.wait()
         except BaseException:
             await running.cancel()

@@ -310,7 +310,7 @@ class Checkpointer:
     def _save(
         self, step: Step, checkpointables: Any, *, is_state: bool, force: bool, overwrite: bool
     ) -> AsyncResponse[bool] | None:
-        _refuse_engine_thread("save")
+        loop.refuse_engine_thread("save")
         self._check_open("save")
         with self._options():
             return self._queue.save(
@@ -519,7 +519,7 @@ class Checkpointer:
         Raises:
           Exception: what a save has failed with that nobody has asked for its end; once.
         """
-        _refuse_engine_thread("wait")
+        loop.refuse_engine_thread("wait")
         self._queue.wait()
 
     async def wait_async(self) -> None:
@@ -534,7 +534,7 @@ class Checkpointer:
         Raises:
           Exception: what `wait` raises.
         """
-        _refuse_engine_thread("close")
+        loop.refuse_engine_thread("close")
         self._queue.wait(is_last=True)
 
     async def aclose(self) -> None:
@@ -578,14 +578,6 @@ class Checkpointer:
     load_pytree = older_method("load")
     load_pytree_async = older_method("load_async")
     pytree_metadata = older_method("metadata")
-
-
-def _refuse_engine_thread(verb: str) -> None:
-    if loop.is_engine_thread():
-        raise errors.LoopError(
-            f"{verb} was called on the engine's own thread, which must never wait; call it from a "
-            "thread or a loop of your own"
-        )
 
 
 def _tell_unless_replaced(error: Exception, first: BaseException | None) -> None:

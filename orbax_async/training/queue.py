@@ -17,14 +17,14 @@ import datetime
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, TypeAlias
 
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
-from orbax_async._api import save as saving
-from orbax_async._api.writing import WhenCommitted
+from orbax_async._api.save import SaveRequest, prepare
 from orbax_async._engine import loop
+from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
 from orbax_async.options._checks import flag, whole
@@ -187,45 +187,44 @@ class SaveQueue:
         is_state: bool,
         overwrite: bool,
     ) -> AsyncResponse[bool]:
+        """Starts the save of a step; this is the one place where a run meets the door."""
+        path, began = self._steps.directory.path_of(step.step), step.time.timestamp()
         is_primary = multihost.is_primary_host(options.multiprocessing.primary_host)
-        began, began_capture = step.time.timestamp(), 0.0
 
-        def begin() -> None:
-            nonlocal began_capture
-            self._make_room(step)
-            self.raise_failures()
-            older = self._retirement.out_of_sight(step.step)
-            concurrent.futures.wait(older)
-            began_capture = time.time()
-            self._enter(step)
-
-        async def around(save: Callable[[WhenCommitted], Awaitable[None]]) -> bool:
+        async def run() -> bool:
             try:
                 with self._naming_the_step(step, overwrite):
-                    await save(lambda: loop.to_worker(self._note_commit, step, is_primary))
+                    await save.run(lambda: loop.to_worker(self._note_commit, step, is_primary))
             finally:
                 self._leave(step)
             return True
 
         try:
-            with self._naming_the_step(step, overwrite):
-                response = saving.start_step(
-                    step.path,
-                    checkpointables,
+            with self._naming_the_step(step, overwrite), starting("save") as operation:
+                self._make_room(step)
+                self.raise_failures()
+                older = self._retirement.out_of_sight(step.step)
+                concurrent.futures.wait(older)
+                began_capture = time.time()
+                self._enter(step)
+                request = SaveRequest(
+                    path=path,
+                    checkpointables=checkpointables,
                     is_state=is_state,
                     overwrite=overwrite,
                     custom_metadata=step.custom_metadata,
-                    of_run=saving.OfRun(step.metrics, begin, step.may_write, around),
+                    metrics=step.metrics,
+                    may_write=step.may_write,
                 )
+                save = prepare(operation, request)
+                response = operation.start(f"save to {path}", run)
+                self._note_response(step, response)
         except BaseException as error:
-            self._leave(step)  # what was never begun is not in progress
+            if step.response is None:  # what was never begun is not in progress
+                self._leave(step)
             if isinstance(error, errors.DestinationExistsError):
                 self._steps.put_back(step.step)  # somebody else has saved it, and nobody knew here
             raise
-        self._note_response(step, response)
-        if options.asynchronous.staging == "eager":
-            response.wait_staged()
-        response._recorder.unblock()
         self._log_entry(step, began, began_capture)
         return response
 

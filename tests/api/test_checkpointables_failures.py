@@ -13,30 +13,23 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import operations
 import performers
 import pytest
 from performers import Boom, Counter, Patient, Trap, boom, notes
 
 import orbax_async as ocp
-from orbax_async import _operation as operation
 from orbax_async import errors, registration
 from orbax_async._engine import loop
+from orbax_async._operation import Operation
 
 json_named_config = performers.json_named_config
 
 
 @pytest.fixture
-def operations(monkeypatch: pytest.MonkeyPatch) -> list[operation.Operation]:
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[Operation]:
     """Collects the operations that begin."""
-    begun: list[operation.Operation] = []
-    original = operation.Operation.begin.__func__
-
-    def begin(cls: Any, **kwargs: Any) -> operation.Operation:
-        begun.append(original(cls, **kwargs))
-        return begun[-1]
-
-    monkeypatch.setattr(operation.Operation, "begin", classmethod(begin))
-    return begun
+    return operations.noted(monkeypatch)
 
 
 def tasks_of_the_engine() -> set[str]:
@@ -92,9 +85,7 @@ def test_a_failure_leaves_the_old_checkpoint(place: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("place", ["save1", "save2"])
-def test_all_budgets_are_returned(
-    place: str, tmp_path: Path, operations: list[operation.Operation]
-) -> None:
+def test_all_budgets_are_returned(place: str, tmp_path: Path, begun: list[Operation]) -> None:
     """I2: after a failure no bytes stay reserved, however far the trees have come."""
     context = ocp.Context()
     context.memory.write_concurrent_bytes = 100_000
@@ -102,7 +93,7 @@ def test_all_budgets_are_returned(
     trees = {f"tree{index}": {"w": np.zeros(50_000)} for index in range(3)}
     with context, pytest.raises(Boom):
         ocp.save_checkpointables(tmp_path / "c", trees | {"trap": Trap(place, boom)})
-    (doing,) = operations
+    (doing,) = begun
     for budget in (doing.write_budget, doing.transfer_budget, doing.read_budget):
         assert budget.statistics().reserved_nbytes == 0
         assert budget.statistics().waiting == 0
@@ -110,7 +101,7 @@ def test_all_budgets_are_returned(
 
 
 def test_a_handler_under_way_ends_with_the_operation(
-    tmp_path: Path, operations: list[operation.Operation]
+    tmp_path: Path, begun: list[Operation]
 ) -> None:
     """A handler that writes through another, whose second tier is never awaited, leaves no task."""
 
@@ -144,7 +135,7 @@ def test_a_handler_under_way_ends_with_the_operation(
 
     with pytest.raises(Boom):
         ocp.save_checkpointables(tmp_path / "c", {"w": Wrapper(), "t": Trap("save1", later)})
-    assert not operations[0]._running
+    assert not begun[0]._running
     assert not tasks_of_the_engine()
     assert os.listdir(tmp_path) == []
 
@@ -431,7 +422,7 @@ def test_damaged_json(lost: str, tmp_path: Path, json_named_config: ocp.Context)
     assert "'config'" in notes(caught.value)
 
 
-def test_budgets_are_shared(tmp_path: Path, operations: list[operation.Operation]) -> None:
+def test_budgets_are_shared(tmp_path: Path, begun: list[Operation]) -> None:
     """I2: one limit holds for all trees of a checkpoint together, saving and loading."""
     context = ocp.Context()
     context.memory.write_concurrent_bytes = 500_000
@@ -441,7 +432,7 @@ def test_budgets_are_shared(tmp_path: Path, operations: list[operation.Operation
     with context:
         ocp.save_checkpointables(tmp_path / "c", trees)
         ocp.load_checkpointables(tmp_path / "c")
-    saving, loading = operations
+    saving, loading = begun
     for budget in (saving.write_budget, saving.transfer_budget, loading.read_budget):
         assert 400_000 <= budget.statistics().peak_nbytes <= 500_000
         assert budget.statistics().reserved_nbytes == 0

@@ -13,6 +13,7 @@ import anyio
 import jax
 import jax.numpy as jnp
 import numpy as np
+import operations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,9 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from parts import BOTH, FIRST, SECOND, Held, check, gathered, storing
 
 import orbax_async as ocp
-from orbax_async import _operation as operation
 from orbax_async import errors, partial
-from orbax_async._operation import Operation
 from orbax_async._storage import files
 from orbax_async.handlers.pytree import PyTreeHandler
 
@@ -240,14 +239,7 @@ def test_parts_keep_to_the_limits_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A budget of writes holds for parts, and is returned."""
-    begun: list[Operation] = []
-    enter = operation.enter
-
-    def recording(doing: Operation) -> None:
-        begun.append(doing)
-        enter(doing)
-
-    monkeypatch.setattr(operation, "enter", recording)
+    begun = operations.noted(monkeypatch)
     context = ocp.Context()
     context.memory.write_concurrent_bytes = 150_000
     state = {f"w{i}": np.full(1 << 14, i, np.float32) for i in range(6)}

@@ -409,7 +409,7 @@ def run_script(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     import anyio
     import numpy as np
     import orbax_async as ocp
-    from orbax_async._api import turns
+    from orbax_async._operation import PathLock
     folder = Path({str(folder)!r})
     """
     code = textwrap.dedent(head) + textwrap.dedent(script)
@@ -502,7 +502,7 @@ def test_i11_a_save_that_outlasts_its_grace_is_undone_and_told_of(tmp_path: Path
         async def never(*_):
             await anyio.sleep_forever()
 
-        turns.Turn.come = never
+        PathLock.acquire = never
         context = ocp.Context()
         context.asynchronous.exit_grace_secs = 0.1
         with context:

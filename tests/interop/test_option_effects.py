@@ -235,7 +235,7 @@ SPELLINGS = {"atomicity.mode": "COMMIT_FILE"}
 @functools.cache
 def read(file: str) -> tuple[frozenset[str], str]:
     """The names of the tests of a file, and its source with that of the program it runs."""
-    source = (TESTS / file).read_text(encoding="utf-8")
+    source = next(TESTS.rglob(file)).read_text(encoding="utf-8")
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     names = {node.name for node in ast.parse(source).body if isinstance(node, functions)}
     program = PROGRAMS.get(file)

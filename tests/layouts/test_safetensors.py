@@ -224,15 +224,6 @@ def test_saving_is_refused_by_name(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_checkpointer_saves_all_the_same(tmp_path: Path) -> None:
-    """B15.8: a run's own steps are Orbax checkpoints under any layout."""
-    with layout(), ocp.training.Checkpointer(tmp_path / "run") as checkpointer:
-        assert checkpointer.save(1, {"w": np.arange(3)})
-        with pytest.raises(errors.InvalidLayoutError):
-            checkpointer.load(1)
-    assert np.array_equal(ocp.load(tmp_path / "run" / "1")["w"], np.arange(3))
-
-
 @pytest.mark.parametrize("name", ["safetensors", "auto"])
 def test_there_are_no_checkpointables(name: str, model: Path) -> None:
     """The verbs of several checkpointables say which verbs to use."""

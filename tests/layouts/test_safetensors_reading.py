@@ -11,6 +11,7 @@ import anyio
 import anyio.lowlevel
 import jax.numpy as jnp
 import numpy as np
+import operations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,6 @@ from tensor_files import layout, write
 from tensors import LARGE, TENSORS, load, same, sds
 
 import orbax_async as ocp
-from orbax_async import _operation as operation
 from orbax_async._engine import load_pipeline, plan
 from orbax_async._storage import safetensors, zarr
 
@@ -68,14 +68,7 @@ def test_w13_reads_keep_to_the_budget(
     dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No more bytes are in flight than the limit, what is cast counted twice over."""
-    begun: list[operation.Operation] = []
-    begin = operation.Operation.begin
-
-    def noted(**how: Any) -> operation.Operation:
-        begun.append(begin(**how))
-        return begun[-1]
-
-    monkeypatch.setattr(operation.Operation, "begin", noted)
+    begun = operations.noted(monkeypatch)
     tensors = {f"w{index}": LARGE[:64] + index for index in range(12)}
     path = write(tmp_path / "m.safetensors", tensors)
     context = layout()

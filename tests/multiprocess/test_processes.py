@@ -134,9 +134,9 @@ def test_the_bound_comes_from_the_options(
     job = job_of(2)
     with context:
         job.become(0)
-        assert Operation.begin(is_joint=True).processes._timeout_secs == pytest.approx(share)
+        assert Operation("save").processes._timeout_secs == pytest.approx(share)
         job.become(1)
-        assert Operation.begin(is_joint=True).processes._timeout_secs >= share
+        assert Operation("save").processes._timeout_secs >= share
 
 
 # -------------------------------------------------------------------------------- failures
@@ -285,7 +285,7 @@ async def test_the_prefix_and_the_group_come_from_the_options(
         meeting = []
         for index in (0, 2):
             job.become(index)
-            meeting.append(Operation.begin(is_joint=True).processes)
+            meeting.append(Operation("save").processes)
         async with anyio.create_task_group() as group:
             for each in meeting:
                 group.start_soon(each.gather, "looked")

@@ -26,6 +26,7 @@ from benchmarks import (
     gpu,
     measures,
     peers,
+    processes,
     raw,
     report,
     rounds,
@@ -522,6 +523,50 @@ def test_commands_write_their_results(
     assert text in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / f"{writes}.json").read_text())
     assert (tmp_path / "out" / f"{writes}.png").read_bytes().startswith(PNG)
+
+
+def test_calls_files_and_stations_are_counted() -> None:
+    """A save's way begins at `save_async` and gets to the loop; each call has a file of ours."""
+    code = """
+from benchmarks import calls
+for name, found in calls.measure().items():
+    calls.tell(name, found, calls._function, 3)
+    for each in found:
+        assert 10 < len(each.files) < len(each.calls) and each.stations and each.begun()
+        assert all((calls.PACKAGE / file).is_file() for file in each.files)
+"""
+    done = subprocess.run(processes.python(code), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a save: " in done.stdout and "a load: " in done.stdout
+    assert "save_async to the loop: " in done.stdout
+
+
+def test_another_checkout_has_the_harness_of_this_one(tmp_path: Path) -> None:
+    """What runs with another package has that one's, and our harness; no package is refused."""
+    with pytest.raises(SystemExit, match="is no checkout"):
+        processes.python("", tmp_path)
+    for name in ("orbax_async", "benchmarks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    code = "import benchmarks; print(orbax_async.__file__, benchmarks.__file__)"
+    found = subprocess.run(processes.python(code, tmp_path), capture_output=True, text=True)
+    package, harness = found.stdout.split()
+    assert Path(package).is_relative_to(tmp_path)
+    assert Path(harness).is_relative_to(ROOT)
+
+
+def test_checkouts_are_compared_in_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each pair has a turn of both, whose ratio is shown; nothing that was saved is left."""
+    storage, out = tmp_path / "storage", tmp_path / "out"
+    options = ["--workload=leaves-2000", "--scale=0.001", "--pairs=3", f"--directory={storage}"]
+    assert __main__.main(["against", str(ROOT), *options, f"--out={out}"]) == 0
+    (record,) = json.loads((out / "against.json").read_text())["records"]
+    for time_of in report.TIMES:
+        assert len(figures.ratios(record, time_of, "new", "old")) == 3
+    assert "| leaves-2000 | committed | " in capsys.readouterr().out
+    assert not list(storage.iterdir())
 
 
 def test_without_a_gpu_the_gpu_command_says_so(

@@ -1,0 +1,192 @@
+"""A directory: the one seam between the library and where a checkpoint's files are.
+
+Everything above this room names storage by a `Directory`. `LocalDirectory` is one of a file
+system; a test brings one that counts, delays, fails or forgets; an object store brings another.
+
+Rules
+  - Every method blocks. Code on the engine's loop calls them on a worker.
+  - Every failure is an `OSError` that names the path. Rooms above turn it into an error of ours.
+  - What a store may lack is a `Capability`, and is asked for by name. Nobody looks at a scheme.
+  - Names below a directory are relative and have `/` between their parts, on every system.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable, Iterable
+from typing import Any, Literal, NamedTuple, Protocol, Self
+
+__all__ = ["Capability", "Directory", "Entry", "Lock", "Status"]
+
+Kind = Literal["file", "directory", "link"]
+
+
+class Capability(enum.Enum):
+    """What some directories can do and others cannot."""
+
+    RENAME = "rename"
+    """Move to another name in one step (`Directory.rename`)."""
+    EXCHANGE = "exchange"
+    """Exchange two names in one step (`Directory.exchange`)."""
+    LINK = "link"
+    """Give a file a second name (`Directory.link`)."""
+    LOCK = "lock"
+    """Be locked by a process, until that ends (`Directory.lock`)."""
+    MAP = "map"
+    """Be read as files of the local system below `Directory.path`."""
+
+
+class Entry(NamedTuple):
+    """One name directly inside a directory. A link counts as what it leads to."""
+
+    name: str
+    is_directory: bool
+
+
+class Status(NamedTuple):
+    """What is known of a file or a directory.
+
+    Attributes:
+      kind: what it is; a link is not followed.
+      nbytes: the size of a file.
+      modified_nsecs: when it was last changed, by the clock of the store.
+      identity: tells it from what takes its name later.
+    """
+
+    kind: Kind
+    nbytes: int
+    modified_nsecs: int
+    identity: Hashable
+
+
+class Lock(Protocol):
+    """A lock that is held; it ends with its process, too."""
+
+    def release(self) -> None:
+        """Ends it; once more does nothing."""
+        ...
+
+
+class Directory(Protocol):
+    """A place that holds files under names. A value: it may be there or not.
+
+    Where a method takes a `name`, the empty one means the directory itself.
+    """
+
+    @property
+    def path(self) -> str:
+        """The absolute path or the URL of the directory, for people and as a key."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        ...
+
+    @property
+    def parent(self) -> Self:
+        """The directory that holds it; the root's is the root itself."""
+        ...
+
+    def __truediv__(self, name: str) -> Self:
+        """Returns the directory of a name below this one."""
+        ...
+
+    def can(self, capability: Capability) -> bool:
+        """Says whether it has a capability."""
+        ...
+
+    # Looking.
+
+    def status(self, name: str = "") -> Status | None:
+        """Returns what is known of a name; None where there is nothing."""
+        ...
+
+    def entries(self) -> list[Entry]:
+        """Returns what lies directly inside, by name; nothing where there is no directory."""
+        ...
+
+    def walk(self) -> tuple[list[str], list[str]]:
+        """Returns (files, directories) below it by relative name.
+
+        The deepest directories come first, and the directory itself, as the empty name, last.
+        """
+        ...
+
+    def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes | None:
+        """Returns the bytes of a file, or a range of them; None where there is no such file."""
+        ...
+
+    # Changing.
+
+    def make(self, *, mode: int | None = None) -> None:
+        """Makes the directory, but not its parents.
+
+        Args:
+          mode: its permission bits; None leaves them to the process's umask.
+
+        Raises:
+          FileExistsError: there is something of that name.
+          FileNotFoundError: its parent is not there.
+        """
+        ...
+
+    def write(self, name: str, data: bytes, *, only_if_absent: bool = False) -> None:
+        """Writes a whole file, and makes the directories above it.
+
+        Raises:
+          FileExistsError: `only_if_absent` is set, and there is one.
+        """
+        ...
+
+    def remove(self, name: str = "") -> None:
+        """Removes a file, or a directory with all that is in it; what is gone already is fine."""
+        ...
+
+    def remove_if_empty(self) -> None:
+        """Removes the directory, unless there is something in it, or no directory."""
+        ...
+
+    # Lasting.
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Makes files, and the entries of directories, durable, in the order given."""
+        ...
+
+    def start_writeback(self, name: str) -> None:
+        """Has the system begin to write a file to its disk; a hint that promises nothing."""
+        ...
+
+    def kvstore(self) -> dict[str, Any]:
+        """Returns TensorStore's specification of the key-value store that lies here."""
+        ...
+
+    # Capabilities. Whoever calls one of these has asked `can` before.
+
+    def rename(self, target: Self) -> None:
+        """Gives the directory another name, which nothing may have."""
+        ...
+
+    def replace(self, name: str, target: str) -> None:
+        """Gives a file another name, in place of what has it (with `Capability.RENAME`)."""
+        ...
+
+    def exchange(self, other: Self) -> bool:
+        """Exchanges its name with another's in one step; False where that turns out impossible."""
+        ...
+
+    def link(self, name: str, target: Self, target_name: str) -> None:
+        """Gives a file a second name in another directory; copies it where that can't be.
+
+        Raises:
+          FileExistsError: there is a file of that name already.
+        """
+        ...
+
+    def lock(self) -> Lock | None:
+        """Locks the directory for this process; None while another lock is held, or it is gone.
+
+        Raises:
+          OSError: the store can't lock it after all.
+        """
+        ...

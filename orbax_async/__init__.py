@@ -27,37 +27,7 @@ if TYPE_CHECKING:
     from orbax_async import path as path
     from orbax_async import training as training
     from orbax_async import tree as tree
-    from orbax_async._api.delete import delete as delete
-    from orbax_async._api.delete import delete_async as delete_async
-    from orbax_async._api.layout import is_orbax_checkpoint as is_orbax_checkpoint
-    from orbax_async._api.load import load as load
-    from orbax_async._api.load import load_async as load_async
-    from orbax_async._api.load import load_checkpointables as load_checkpointables
-    from orbax_async._api.load import load_checkpointables_async as load_checkpointables_async
-    from orbax_async._api.metadata import CheckpointMetadata as CheckpointMetadata
-    from orbax_async._api.metadata import PyTreeMetadata as PyTreeMetadata
-    from orbax_async._api.metadata import checkpointables_metadata as checkpointables_metadata
-    from orbax_async._api.metadata import metadata as metadata
-    from orbax_async._api.older_names import load_pytree as load_pytree
-    from orbax_async._api.older_names import load_pytree_async as load_pytree_async
-    from orbax_async._api.older_names import pytree_metadata as pytree_metadata
-    from orbax_async._api.older_names import save_pytree as save_pytree
-    from orbax_async._api.older_names import save_pytree_async as save_pytree_async
-    from orbax_async._api.save import save as save
-    from orbax_async._api.save import save_async as save_async
-    from orbax_async._api.save import save_checkpointables as save_checkpointables
-    from orbax_async._api.save import save_checkpointables_async as save_checkpointables_async
-    from orbax_async._api.verify import Damage as Damage
-    from orbax_async._api.verify import VerificationReport as VerificationReport
-    from orbax_async._api.verify import verify as verify
-    from orbax_async._api.verify import verify_async as verify_async
-    from orbax_async._response import AsyncResponse as AsyncResponse
-    from orbax_async.context import Context as Context
-    from orbax_async.handlers import PLACEHOLDER as PLACEHOLDER
-    from orbax_async.handlers import AbstractCheckpointable as AbstractCheckpointable
-    from orbax_async.handlers import Checkpointable as Checkpointable
-    from orbax_async.handlers import CheckpointableHandler as CheckpointableHandler
-    from orbax_async.handlers import StatefulCheckpointable as StatefulCheckpointable
+    from orbax_async._api.public import *
 
 __all__ = [
     "PLACEHOLDER",
@@ -102,47 +72,20 @@ __all__ = [
     "verify_async",
 ]
 
-_HOMES = {
-    "PLACEHOLDER": "handlers",
-    "AbstractCheckpointable": "handlers",
-    "AsyncResponse": "_response",
-    "CheckpointMetadata": "_api.metadata",
-    "Checkpointable": "handlers",
-    "CheckpointableHandler": "handlers",
-    "Context": "context",
-    "Damage": "_api.verify",
-    "PyTreeMetadata": "_api.metadata",
-    "StatefulCheckpointable": "handlers",
-    "VerificationReport": "_api.verify",
-    "checkpointables_metadata": "_api.metadata",
-    "delete": "_api.delete",
-    "delete_async": "_api.delete",
-    "is_orbax_checkpoint": "_api.layout",
-    "load": "_api.load",
-    "load_async": "_api.load",
-    "load_checkpointables": "_api.load",
-    "load_checkpointables_async": "_api.load",
-    "load_pytree": "_api.older_names",
-    "load_pytree_async": "_api.older_names",
-    "metadata": "_api.metadata",
-    "pytree_metadata": "_api.older_names",
-    "save": "_api.save",
-    "save_async": "_api.save",
-    "save_checkpointables": "_api.save",
-    "save_checkpointables_async": "_api.save",
-    "save_pytree": "_api.older_names",
-    "save_pytree_async": "_api.older_names",
-    "verify": "_api.verify",
-    "verify_async": "_api.verify",
-}
+_MODULES = frozenset(
+    ["arrays", "errors", "handlers", "multihost", "options", "partial", "path", "training", "tree"]
+)
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name at its first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module 'orbax_async' has no attribute {name!r}")
-    value: Any = importlib.import_module(f"orbax_async.{_HOMES.get(name, name)}")
-    if name in _HOMES:
+    if name == "options":  # a registry that is made there begins with the built-in handlers
+        importlib.import_module("orbax_async.handlers")
+    home = name if name in _MODULES else "_api.public"
+    value: Any = importlib.import_module(f"orbax_async.{home}")
+    if name not in _MODULES:
         value = getattr(value, name)
     globals()[name] = value
     return value

@@ -43,7 +43,7 @@ OLDER_ROOT_METADATA = "metadata"
 
 # A directory whose name contains this mark is unfinished, to every Orbax reader and to ours.
 TEMPORARY_MARK = ".orbax-checkpoint-tmp"
-# Ours are `<checkpoint>.orbax-checkpoint-tmp-<owner>-<use>`: see `_commit.atomicity`.
+# Ours are `<checkpoint>.orbax-checkpoint-tmp-<owner>-<use>`: see `_commit.leftovers`.
 OWNED_TEMPORARY = re.compile(
     r"(?P<checkpoint>.+)\.orbax-checkpoint-tmp"
     r"-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-(?P<serial>\d+)-(?P<use>new|old)"
@@ -51,8 +51,8 @@ OWNED_TEMPORARY = re.compile(
 
 # The partial saves to `<checkpoint>` gather in `<checkpoint>.partial_save`, one directory each.
 SESSION_SUFFIX = ".partial_save"
-ADDITION_MARK = ".pending"
-ADDITION = "{session}.pending_{nsecs}_{serial}"
+PART_MARK = ".pending"
+PART = "{session}.pending_{nsecs}_{serial}"
 
 # The handler class that stock Orbax resolves for a pytree.
 PYTREE_TYPESTR = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"

@@ -15,48 +15,37 @@ Rules:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import operator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, final
+from typing import TYPE_CHECKING, Any, Literal, Self, final
 
-from orbax_async import errors, options, registration
+from orbax_async import errors, registration
 from orbax_async._trace import logger
-from orbax_async.options._checks import member_of, must_be
-from orbax_async.options._group import ACTIVE, Freeze, OptionGroup, adopt, unknown_name
+from orbax_async.options import (
+    ArrayOptions,
+    AsyncOptions,
+    AtomicityOptions,
+    CheckpointablesOptions,
+    CheckpointLayout,
+    DeletionOptions,
+    FileOptions,
+    MemoryOptions,
+    MultiprocessingOptions,
+    PathwaysOptions,
+    PyTreeOptions,
+    SafetensorsOptions,
+)
+from orbax_async.options._group import ACTIVE, Freeze, OptionGroup, adopt, member_of, option
 
 __all__ = ["Context", "current", "refuse_unbuilt", "snapshot"]
 
 
-@dataclass(kw_only=True)
-class _Groups(OptionGroup):
-    """All that a context holds, as one tree of groups."""
-
-    __qualname__ = "Context"  # for messages, which should name what the user sees
-
-    pytree: options.PyTreeOptions = field(default_factory=options.PyTreeOptions)
-    array: options.ArrayOptions = field(default_factory=options.ArrayOptions)
-    asynchronous: options.AsyncOptions = field(default_factory=options.AsyncOptions)
-    multiprocessing: options.MultiprocessingOptions = field(
-        default_factory=options.MultiprocessingOptions
-    )
-    file: options.FileOptions = field(default_factory=options.FileOptions)
-    checkpointables: options.CheckpointablesOptions = field(
-        default_factory=options.CheckpointablesOptions
-    )
-    pathways: options.PathwaysOptions = field(default_factory=options.PathwaysOptions)
-    deletion: options.DeletionOptions = field(default_factory=options.DeletionOptions)
-    memory: options.MemoryOptions = field(default_factory=options.MemoryOptions)
-    safetensors: options.SafetensorsOptions = field(default_factory=options.SafetensorsOptions)
-    atomicity: options.AtomicityOptions = field(default_factory=options.AtomicityOptions)
-    checkpoint_layout: options.CheckpointLayout = field(
-        default=options.CheckpointLayout.ORBAX,
-        metadata=must_be(member_of(options.CheckpointLayout)),
-    )
+def _older_name(name: str) -> property:
+    return property(operator.attrgetter(name), doc=f"The older name of `{name}`.")
 
 
 @final
-class Context:
+class Context(OptionGroup):
     """The options of the operations that are called inside its `with` block.
 
     Configure it by dots, then enter it. While it is active anywhere its options are frozen, for
@@ -76,29 +65,80 @@ class Context:
       child = Context(context)
       child.memory.write_concurrent_bytes = 2**30
       ```
+
+    Attributes:
+      pytree: how trees are saved and loaded, apart from the arrays in them.
+      array: how arrays are stored and loaded.
+      asynchronous: how a save runs in the background.
+      multiprocessing: which processes take part, and how they meet.
+      file: how checkpoint directories are made.
+      checkpointables: which handlers save and load checkpointables.
+      pathways: how checkpointing works on Pathways.
+      deletion: how checkpoints are deleted.
+      memory: how much memory an operation may take.
+      safetensors: how safetensors files are read.
+      atomicity: how a save commits, and what a load accepts as committed.
+      checkpoint_layout: the format of checkpoints: a `CheckpointLayout`, or its value when it is
+        assigned. It alone can be assigned; of a group its options can.
     """
 
-    __slots__ = ("__weakref__", "_freeze", "_groups")
+    _when_frozen = (
+        "Cannot mutate an active Context. Ensure all configuration options are set before "
+        "entering the `with` context block."
+    )
 
-    _freeze: Freeze
-    _groups: _Groups
+    pytree: PyTreeOptions = option(default_factory=PyTreeOptions)
+    array: ArrayOptions = option(default_factory=ArrayOptions)
+    asynchronous: AsyncOptions = option(default_factory=AsyncOptions)
+    multiprocessing: MultiprocessingOptions = option(default_factory=MultiprocessingOptions)
+    file: FileOptions = option(default_factory=FileOptions)
+    checkpointables: CheckpointablesOptions = option(default_factory=CheckpointablesOptions)
+    pathways: PathwaysOptions = option(default_factory=PathwaysOptions)
+    deletion: DeletionOptions = option(default_factory=DeletionOptions)
+    memory: MemoryOptions = option(default_factory=MemoryOptions)
+    safetensors: SafetensorsOptions = option(default_factory=SafetensorsOptions)
+    atomicity: AtomicityOptions = option(default_factory=AtomicityOptions)
+    if TYPE_CHECKING:
+
+        @property
+        def checkpoint_layout(self) -> CheckpointLayout:
+            """What is assigned may be spelled as a string."""
+
+        @checkpoint_layout.setter
+        def checkpoint_layout(self, value: CheckpointLayout | str) -> None: ...
+    else:
+        checkpoint_layout: CheckpointLayout = option(
+            default=CheckpointLayout.ORBAX, check=member_of(CheckpointLayout)
+        )
+
+    # The older names of the same groups.
+    pytree_options = _older_name("pytree")
+    array_options = _older_name("array")
+    async_options = _older_name("asynchronous")
+    multiprocessing_options = _older_name("multiprocessing")
+    file_options = _older_name("file")
+    checkpointables_options = _older_name("checkpointables")
+    pathways_options = _older_name("pathways")
+    deletion_options = _older_name("deletion")
+    memory_options = _older_name("memory")
+    safetensors_options = _older_name("safetensors")
 
     def __init__(
         self,
         context: Context | None = None,
         *,
-        pytree_options: options.PyTreeOptions | None = None,
-        array_options: options.ArrayOptions | None = None,
-        async_options: options.AsyncOptions | None = None,
-        multiprocessing_options: options.MultiprocessingOptions | None = None,
-        file_options: options.FileOptions | None = None,
-        checkpointables_options: options.CheckpointablesOptions | None = None,
-        pathways_options: options.PathwaysOptions | None = None,
-        checkpoint_layout: options.CheckpointLayout | str | None = None,
-        deletion_options: options.DeletionOptions | None = None,
-        memory_options: options.MemoryOptions | None = None,
-        safetensors_options: options.SafetensorsOptions | None = None,
-        atomicity_options: options.AtomicityOptions | None = None,
+        pytree_options: PyTreeOptions | None = None,
+        array_options: ArrayOptions | None = None,
+        async_options: AsyncOptions | None = None,
+        multiprocessing_options: MultiprocessingOptions | None = None,
+        file_options: FileOptions | None = None,
+        checkpointables_options: CheckpointablesOptions | None = None,
+        pathways_options: PathwaysOptions | None = None,
+        checkpoint_layout: CheckpointLayout | str | None = None,
+        deletion_options: DeletionOptions | None = None,
+        memory_options: MemoryOptions | None = None,
+        safetensors_options: SafetensorsOptions | None = None,
+        atomicity_options: AtomicityOptions | None = None,
     ) -> None:
         """Copy another context, or start from the defaults.
 
@@ -124,133 +164,45 @@ class Context:
         """
         if context is not None and not isinstance(context, Context):
             raise TypeError(f"Context() inherits from another Context, not from {context!r}")
-        groups = _Groups() if context is None else context._groups.copied()
-        older = []
-        for name, given in (
-            ("pytree", pytree_options),
-            ("array", array_options),
-            ("asynchronous", async_options),
-            ("multiprocessing", multiprocessing_options),
-            ("file", file_options),
-            ("checkpointables", checkpointables_options),
-            ("pathways", pathways_options),
-            ("checkpoint_layout", checkpoint_layout),
-            ("deletion", deletion_options),
-            ("memory", memory_options),
-            ("safetensors", safetensors_options),
-            ("atomicity", atomicity_options),
-        ):
-            if given is not None:
-                setattr(groups, name, copy.deepcopy(given))
-                older += [] if name == "checkpoint_layout" else [name]
+        given = {
+            "pytree": pytree_options,
+            "array": array_options,
+            "asynchronous": async_options,
+            "multiprocessing": multiprocessing_options,
+            "file": file_options,
+            "checkpointables": checkpointables_options,
+            "pathways": pathways_options,
+            "deletion": deletion_options,
+            "memory": memory_options,
+            "safetensors": safetensors_options,
+            "atomicity": atomicity_options,
+        }
+        vars(self).update(vars((_DEFAULTS if context is None else context)._copied()))
+        if checkpoint_layout is not None:
+            self.checkpoint_layout = checkpoint_layout
+        older = [name for name, group in given.items() if group is not None]
+        for name in older:
+            OptionGroup.__setattr__(self, name, copy.deepcopy(given[name]))
         if older:
             logger.warning(
                 "groups of options as arguments of Context() are deprecated; set context.%s, and "
                 "what is in it, by dots",
                 ", context.".join(older),
             )
-        self._own(groups)
 
-    def _own(self, groups: _Groups) -> None:
-        self._freeze = Freeze()
-        self._groups = groups
-        adopt(groups, self._freeze)
-
-    @property
-    def pytree(self) -> options.PyTreeOptions:
-        """How trees are saved and loaded, apart from the arrays in them."""
-        return self._groups.pytree
-
-    @property
-    def array(self) -> options.ArrayOptions:
-        """How arrays are stored and loaded."""
-        return self._groups.array
-
-    @property
-    def asynchronous(self) -> options.AsyncOptions:
-        """How a save runs in the background."""
-        return self._groups.asynchronous
-
-    @property
-    def multiprocessing(self) -> options.MultiprocessingOptions:
-        """Which processes take part, and how they meet."""
-        return self._groups.multiprocessing
-
-    @property
-    def file(self) -> options.FileOptions:
-        """How checkpoint directories are made."""
-        return self._groups.file
-
-    @property
-    def checkpointables(self) -> options.CheckpointablesOptions:
-        """Which handlers save and load checkpointables."""
-        return self._groups.checkpointables
-
-    @property
-    def pathways(self) -> options.PathwaysOptions:
-        """How checkpointing works on Pathways."""
-        return self._groups.pathways
-
-    @property
-    def deletion(self) -> options.DeletionOptions:
-        """How checkpoints are deleted."""
-        return self._groups.deletion
-
-    @property
-    def memory(self) -> options.MemoryOptions:
-        """How much memory an operation may take."""
-        return self._groups.memory
-
-    @property
-    def safetensors(self) -> options.SafetensorsOptions:
-        """How safetensors files are read."""
-        return self._groups.safetensors
-
-    @property
-    def atomicity(self) -> options.AtomicityOptions:
-        """How a save commits, and what a load accepts as committed."""
-        return self._groups.atomicity
-
-    # The older names of the same groups.
-    pytree_options = pytree
-    array_options = array
-    async_options = asynchronous
-    multiprocessing_options = multiprocessing
-    file_options = file
-    checkpointables_options = checkpointables
-    pathways_options = pathways
-    deletion_options = deletion
-    memory_options = memory
-    safetensors_options = safetensors
-
-    @property
-    def checkpoint_layout(self) -> options.CheckpointLayout:
-        """The format of checkpoints: a `CheckpointLayout`; assigning its value works too.
-
-        Raises:
-          RuntimeError: When assigned while the context is active.
-          ValueError: When something is assigned that is no layout.
-        """
-        return self._groups.checkpoint_layout
-
-    @checkpoint_layout.setter
-    def checkpoint_layout(self, value: options.CheckpointLayout | str) -> None:
-        if self._freeze.is_on():
-            raise RuntimeError(
-                "Cannot mutate an active Context. Ensure all configuration options are set before "
-                "entering the `with` context block."
-            )
-        # The group turns a string into the member.
-        self._groups.checkpoint_layout = cast("options.CheckpointLayout", value)
+    __eq__, __hash__ = object.__eq__, object.__hash__  # who holds one means that one
 
     if not TYPE_CHECKING:  # a type checker would take it as leave to assign any name
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if not hasattr(type(self), name):
-                raise AttributeError(unknown_name("Context", name, self._groups.__getstate__()))
-            object.__setattr__(self, name, value)
+            if name != "checkpoint_layout" and hasattr(self, name):
+                raise AttributeError(
+                    f"{name!r} of 'Context' object has no setter; change the options in it"
+                )
+            super().__setattr__(name, value)
 
     def __enter__(self) -> Self:
+        assert self._freeze is not None
         self._freeze.enter()
         ACTIVE.set((*ACTIVE.get(), self))
         return self
@@ -261,6 +213,7 @@ class Context:
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        assert self._freeze is not None
         self._freeze.leave()
         # By search, not by a token: a generator or fixture may be left in another task than it was
         # entered in, where this context is not on the stack at all.
@@ -271,17 +224,18 @@ class Context:
                 ACTIVE.set(tuple(stack))
                 break
 
-    def __copy__(self) -> Context:
-        return Context(self)
+    def _copied(self, freeze: Freeze | None = None) -> Self:
+        return super()._copied(freeze or Freeze())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Context:
-        return Context(self)
+    __copy__ = _copied
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self._groups.__getstate__()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        adopt(self, Freeze())
 
-    def __setstate__(self, groups: dict[str, Any]) -> None:
-        self._own(_Groups(**groups))
+
+_DEFAULTS = object.__new__(Context)
+_DEFAULTS.__setstate__({name: each.make() for name, each in Context._options.items()})
 
 
 def current(default: Context | None = None) -> Context:
@@ -305,18 +259,15 @@ def snapshot(default: Context | None = None) -> Context:
     Args:
       default: copied if no context is active; None means the defaults.
     """
-    active = current(default) if default is not None or ACTIVE.get() else None
-    private = Context(active)
-    if not isinstance(private.checkpointables.registry, registration.HandlerRegistry):
-        private.checkpointables.registry = registration.HandlerRegistry(
-            private.checkpointables.registry
-        )
+    private = current(_DEFAULTS if default is None else default)._copied()
+    group = private.checkpointables
+    if type(group.registry) is not registration.HandlerRegistry:
+        vars(group)["registry"] = registration.HandlerRegistry(group.registry)
     return private
 
 
-# Options whose effect does not exist: a field, or a group with all its fields. Every value but the
-# default is refused.
-_UNBUILT = ("pathways", "safetensors.ignore_load_sharding")
+# Options whose effect does not exist: every value but the default is refused.
+_UNBUILT = ("pathways.checkpointing_impl", "safetensors.ignore_load_sharding")
 
 
 def refuse_unbuilt(context: Context, *, operation: Literal["save", "load", "metadata"]) -> None:
@@ -330,35 +281,13 @@ def refuse_unbuilt(context: Context, *, operation: Literal["save", "load", "meta
       UnsupportedOptionError: At least one such option differs from its default; the message lists
         each with its dot path, the value found and the default.
     """
-    found = [
-        f"context.{path} = {value!r}; leave it at its default, {default!r}"
-        for unbuilt in _UNBUILT
-        for path, value, default in _fields(unbuilt, *_resolve(unbuilt, context))
-        if not (value is default or value == default)
-    ]
+    found = []
+    for path in _UNBUILT:
+        value, default = map(operator.attrgetter(path), (context, _DEFAULTS))
+        if value != default:
+            found.append(f"context.{path} = {value!r}; leave it at its default, {default!r}")
     if found:
         raise errors.UnsupportedOptionError(
             f"{operation} does not start, because these options have no effect in this version: "
             + "; ".join(found)
         )
-
-
-_DEFAULTS = _Groups()
-
-
-def _resolve(path: str, context: Context) -> tuple[Any, Any]:
-    """Return what is at a dot path in a context, and what is there by default."""
-    value: Any = context._groups
-    default: Any = _DEFAULTS
-    for name in path.split("."):
-        value, default = getattr(value, name), getattr(default, name)
-    return value, default
-
-
-def _fields(path: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (path, value, default) of a field, or of each field inside a group."""
-    if not isinstance(default, OptionGroup):
-        yield path, value, default
-        return
-    for name, inner in vars(default).items():
-        yield from _fields(f"{path}.{name}", getattr(value, name), inner)

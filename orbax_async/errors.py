@@ -4,6 +4,7 @@
       InvalidLayoutError (ValueError)            not a checkpoint, or a damaged one
         NotACheckpointError (NotADirectoryError) a file, where a checkpoint should be deleted
         DeletionRecoveryError (RuntimeError)     a deletion that must, or can't, be finished
+        UnreadableError (OSError)                the system refuses to read it
       DestinationExistsError (ValueError, FileExistsError)
         StepAlreadyExistsError                   the run has that step
       SaveInProgressError (ValueError)           another save owns the destination
@@ -48,7 +49,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "TreeMismatchError",
     "UnknownCheckpointableError",
     "UnknownTensorError",
+    "UnreadableError",
     "UnsupportedLeafError",
     "UnsupportedOptionError",
     "WriteError",
@@ -107,6 +109,10 @@ class NotACheckpointError(InvalidLayoutError, NotADirectoryError):
 
 class DeletionRecoveryError(InvalidLayoutError, RuntimeError):
     """An interrupted deletion has to be finished first, or what it left is damaged."""
+
+
+class UnreadableError(InvalidLayoutError, OSError):
+    """The system refuses to read what lies at a path, so that nobody knows whether it is whole."""
 
 
 class DestinationExistsError(CheckpointError, ValueError, FileExistsError):
@@ -284,6 +290,32 @@ def with_notes(error: BaseException) -> str:
     """Returns what an error says, and the notes on it, such as the checkpointable's name."""
     notes = getattr(error, "__notes__", ())
     return f"{error} ({'; '.join(notes)})" if notes else str(error)
+
+
+@contextlib.contextmanager
+def reported_as(
+    kind: Callable[[str], CheckpointError], problem: str, advice: str = ""
+) -> Iterator[None]:
+    """Turns an OSError that is raised inside the block into an error of ours.
+
+    Errors of ours pass as they are.
+
+    Args:
+      kind: the class of the error, or what makes one from its message.
+      problem: what could not be done. The message goes on with the cause, and with the file where
+        the problem does not name it.
+      advice: sentences at the end of the message.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        message = f"{problem}: {error.strerror or error}"
+        file = error.filename
+        if file is not None and error.strerror and str(file) not in message:
+            message += f" ({file})"
+        raise kind(f"{message}. {advice}" if advice else message) from error
 
 
 @contextlib.contextmanager

@@ -13,21 +13,23 @@ from __future__ import annotations
 from typing import Any
 
 from orbax_async import _names as names
-from orbax_async._api import layout
-from orbax_async._api.save import json_metadata
-from orbax_async._api.writing import Save, check_parent
-from orbax_async._commit.session import (
-    Addition,
+from orbax_async._api.save import json_metadata, writing
+from orbax_async._commit.destination import check_parent
+from orbax_async._commit.sequence import Save
+from orbax_async._commit.sessions import (
+    PartCommit,
     Session,
-    Union,
+    WholeCommit,
     check_begun,
     check_unfinished,
-    find_additions,
+    find_parts,
 )
+from orbax_async._layouts.orbax import commit_mode
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
+from orbax_async._storage.directory import Directory
 from orbax_async.handlers import tiers
-from orbax_async.handlers.additions import check_addition
+from orbax_async.handlers.parts import check_part
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.resolve import Part
 from orbax_async.options import AtomicityMode
@@ -96,7 +98,7 @@ def save_async(
 
 def _prepare_save(operation: Operation, path: Any, state: Any, custom_metadata: Any) -> Save:
     options = operation.context
-    if layout.commit_mode(options) is AtomicityMode.COMMIT_FILE:
+    if commit_mode(options) is AtomicityMode.COMMIT_FILE:
         raise ValueError(
             "partial saves are not supported with atomicity.mode = 'commit_file': they gather in a "
             "directory that is renamed in the end. Leave the option at 'auto'."
@@ -108,17 +110,23 @@ def _prepare_save(operation: Operation, path: Any, state: Any, custom_metadata: 
         prepared = handler.flatten(state)
     form = prepared.form
 
-    def check(additions: list[str]) -> None:
-        check_addition(form, options, additions)
+    def check(others: list[Directory]) -> None:
+        check_part(form, options, others)
 
-    lock = operation.lock_path(session.directory, overwrite=True)
+    lock = operation.lock_path(session.directory.path, overwrite=True)
     if lock.is_first and not options.file.skip_sync_file_validations:
         check_unfinished(session.final)
         check_parent(session.directory)
-        check(find_additions(session.directory))
+        check(find_parts(session.directory))
     part = Part(names.DEFAULT_CHECKPOINTABLE, handler, prepared)
-    place = Addition(session, check)
-    return Save(operation, session.directory, [part], metadata, False, lock, place=place)
+    return Save(
+        operation=operation,
+        final=session.directory.path,
+        commit=PartCommit(session, check),
+        handlers={names.DEFAULT_CHECKPOINTABLE: part.typestr},
+        write=writing(operation, [part]),
+        custom_metadata=metadata,
+    )
 
 
 def finalize(path: PathLike) -> None:
@@ -165,17 +173,17 @@ def finalize_async(path: PathLike) -> AsyncResponse[None]:
     with starting("save") as operation:
         given = pathlike.absolute(path, operation.context.file.path_class)
         session = Session(given.removesuffix(names.SESSION_SUFFIX))
-        lock = operation.lock_path(session.directory, overwrite=True)
+        lock = operation.lock_path(session.directory.path, overwrite=True)
         if lock.is_first:
             check_begun(session.final)
+        part = Part(names.DEFAULT_CHECKPOINTABLE, PyTreeHandler(), session)
         save = Save(
-            operation,
-            session.final,
-            [Part(names.DEFAULT_CHECKPOINTABLE, PyTreeHandler(), session)],
-            {},
-            False,
-            lock,
-            place=Union(session),
+            operation=operation,
+            final=session.final.path,
+            commit=WholeCommit(session),
+            handlers={names.DEFAULT_CHECKPOINTABLE: part.typestr},
+            write=writing(operation, [part]),
+            custom_metadata={},
             inherit=session.root_document,
         )
-        return operation.start(f"finalization of {session.final}", save.run)
+        return operation.start(f"finalization of {session.final.path}", save.run)

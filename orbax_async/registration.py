@@ -2,15 +2,14 @@
 
 **Does**: hold handlers in the order of their registration, bind some to one checkpointable name,
 map renamed handlers to the type strings of old checkpoints, keep the global registry.
-**Does not**: choose a handler for an object; `orbax_async.handlers` does that from the entries.
+**Does not**: know a handler. `orbax_async.handlers` chooses one for an object, puts its own into
+the global registry, and shows this module's functions to users.
 """
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self, TypeAlias, TypeVar, overload
 
 from orbax_async import errors
@@ -21,6 +20,7 @@ __all__ = [
     "HandlerRegistry",
     "NoEntryError",
     "ReadOnlyHandlerRegistry",
+    "begin_with",
     "global_registry",
     "local_registry",
     "register_handler",
@@ -102,19 +102,17 @@ class HandlerRegistry:
         Args:
           other: any object with `get_all_entries`; `get_secondary_typestrs` is used if it exists.
         """
-        self._own: list[_Entry] = []
+        self._entries: list[_Entry] = []
         if isinstance(other, HandlerRegistry):
-            self._own = list(other._entries)
+            self._entries += other._entries
+            if _waiting and any(each._entries is other._entries for each in _waiting):
+                _waiting.append(self)
         elif other is not None:
             # Registries written for older releases know no secondary type strings.
             typestrs_of = getattr(other, "get_secondary_typestrs", lambda _: None)
             for handler, name in other.get_all_entries():
                 typestrs = typestrs_of(handler)
-                self._own.append(_Entry(handler, name, tuple(typestrs) if typestrs else None))
-
-    @property
-    def _entries(self) -> list[_Entry]:
-        return self._own
+                self._entries.append(_Entry(handler, name, tuple(typestrs) if typestrs else None))
 
     def add(
         self,
@@ -153,7 +151,6 @@ class HandlerRegistry:
                 f"secondary_typestrs must be a sequence of strings: [{secondary_typestrs!r}]"
             )
         typestrs = None if secondary_typestrs is None else tuple(secondary_typestrs)
-        entries = self._entries  # here, because it may import a module that registers handlers
         with _adding:
             if name is not None and self.has(name):
                 raise AlreadyExistsError(
@@ -166,7 +163,7 @@ class HandlerRegistry:
                     f"{handler_type!r} is in this registry already; pass checkpointable_name to "
                     "bind it to a name as well"
                 )
-            entries.append(_Entry(handler_type, name, typestrs))
+            self._entries.append(_Entry(handler_type, name, typestrs))
         return self
 
     def get(
@@ -202,11 +199,11 @@ class HandlerRegistry:
                 return list(entry.secondary_typestrs)
         return []
 
-    def __copy__(self) -> HandlerRegistry:
-        return HandlerRegistry(self)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> HandlerRegistry:
         # Entries are copied, handlers shared: a ready instance must stay the one that was given.
+        return HandlerRegistry(self)
+
+    def __copy__(self) -> HandlerRegistry:
         return HandlerRegistry(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -217,20 +214,18 @@ class HandlerRegistry:
         return f"{type(self).__name__}({self.get_all_entries()})"
 
 
-@dataclass(frozen=True, repr=False)
-class ReadOnlyHandlerRegistry:
+class ReadOnlyHandlerRegistry(HandlerRegistry):
     """A live view of another registry: it shows what is added there and adds nothing itself."""
 
-    _registry: HandlerRegistry
+    def __init__(self, registry: HandlerRegistry) -> None:
+        """Show what is in a registry."""
+        self._registry = registry
 
-    def add(
-        self,
-        handler_type: Handler,
-        checkpointable: str | None = None,
-        *,
-        checkpointable_name: str | None = None,
-        secondary_typestrs: Sequence[str] | None = None,
-    ) -> Self:
+    @property
+    def _entries(self) -> list[_Entry]:  # type: ignore[override]
+        return self._registry._entries
+
+    def add(self, *args: Any, **kwargs: Any) -> Self:
         """Refuse: handlers are added to the registry behind the view, or to a local one.
 
         Raises:
@@ -242,44 +237,34 @@ class ReadOnlyHandlerRegistry:
             "context.checkpointables.registry and add to that"
         )
 
-    def get(
-        self, checkpointable_name: str | None = None, *, checkpointable: str | None = None
-    ) -> Handler:
-        """Return the handler bound to a name, or raise `NoEntryError`."""
-        return self._registry.get(checkpointable_name, checkpointable=checkpointable)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ReadOnlyHandlerRegistry) and other._registry is self._registry
 
-    def has(
-        self, checkpointable_name: str | None = None, *, checkpointable: str | None = None
-    ) -> bool:
-        """Say whether a handler is bound to a name."""
-        return self._registry.has(checkpointable_name, checkpointable=checkpointable)
-
-    def get_all_entries(self) -> list[tuple[Handler, str | None]]:
-        """Return (handler, name or None) pairs, oldest first."""
-        return self._registry.get_all_entries()
-
-    def get_secondary_typestrs(self, handler_type: Handler) -> list[str]:
-        """Return the further type strings of a handler."""
-        return self._registry.get_secondary_typestrs(handler_type)
+    def __hash__(self) -> int:
+        return hash(id(self._registry))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.get_all_entries()})"
+
+_GLOBAL = HandlerRegistry()
+# Until the built-in handlers are imported: the global registry, and what was copied from it.
+_waiting = [_GLOBAL]
 
 
-class _GlobalRegistry(HandlerRegistry):
-    """The registry of the process; the built-in handlers are in it, before all others."""
+def begin_with(built_in: HandlerRegistry) -> None:
+    """Put the built-in handlers before all others, wherever the global ones belong.
 
-    @property
-    def _entries(self) -> list[_Entry]:
-        # The built-in handlers lie in a room above this one, and register when it is imported.
-        importlib.import_module("orbax_async.handlers")
-        return self._own
-
-
-_GLOBAL = _GlobalRegistry()
+    Their room, which lies above this one, does so as it is imported. A name that a user has bound
+    before stays with the user's handler.
+    """
+    for registry in _waiting:
+        registry._entries[:0] = [
+            entry
+            for entry in built_in._entries
+            if entry.name is None or not registry.has(entry.name)
+        ]
+    _waiting.clear()
 
 
 def global_registry() -> HandlerRegistry:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from orbax_async import _names as names
-from orbax_async._api import layout
-from orbax_async._api.writing import Save, check_destination
+from orbax_async._commit.destination import Destination
+from orbax_async._commit.sequence import Save
+from orbax_async._layouts.orbax import OrbaxLayout, check_name, commit_mode
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
+from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import resolve, tiers
 from orbax_async.handlers.documents import MetricsHandler
 from orbax_async.options import AtomicityMode
-from orbax_async.path import PathLike, pathlike
+from orbax_async.path import PathAwaitingCreation, PathLike, pathlike
 
 __all__ = [
     "SaveRequest",
@@ -26,6 +28,7 @@ __all__ = [
     "save_async",
     "save_checkpointables",
     "save_checkpointables_async",
+    "writing",
 ]
 
 
@@ -215,7 +218,7 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
     if not request.is_state:
         named = _pairs(named)
     for name, _ in named:
-        layout.check_name(name, is_saved=True)
+        check_name(name, is_saved=True)
     metadata = json_metadata(request.custom_metadata)
     parts = []
     for name, value in named:
@@ -226,13 +229,47 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
         with tiers.naming(names.METRICS):
             handler = MetricsHandler()
             parts.append(resolve.Part(names.METRICS, handler, handler.encode(request.metrics)))
+    destination = Destination(
+        open_directory(final),
+        overwrite=overwrite,
+        is_in_place=commit_mode(options) is AtomicityMode.COMMIT_FILE,
+        is_replaceable=lambda path: OrbaxLayout(open_directory(path), options).may_be_replaced(),
+    )
     # In place, the primary may have begun to write while the others are still on their way here.
-    is_in_place = layout.commit_mode(options) is AtomicityMode.COMMIT_FILE
-    may_look = operation.processes.is_primary or not is_in_place
+    may_look = operation.processes.is_primary or not destination.is_in_place
     if may_look and not options.file.skip_sync_file_validations:
-        check_destination(final, overwrite=overwrite)
+        destination.check()
     lock = operation.lock_path(final, overwrite=overwrite, after=request.may_write)
-    return Save(operation, final, parts, metadata, overwrite, lock)
+    return Save(
+        operation=operation,
+        final=final,
+        commit=destination.commit(may_look=may_look and lock.is_first),
+        handlers={str(part.name): part.typestr for part in parts},
+        write=writing(operation, parts),
+        custom_metadata=metadata,
+    )
+
+
+def writing(
+    operation: Operation, parts: list[resolve.Part]
+) -> Callable[[PathAwaitingCreation], Awaitable[None]]:
+    """Returns what has the handlers of all parts capture, and then write, below a directory."""
+
+    def first(part: resolve.Part, directory: PathAwaitingCreation) -> tiers.Tier:
+        name = str(part.name)
+        return tiers.Tier(
+            name, lambda: part.handler.save(directory / name, part.value), part.code("save")
+        )
+
+    async def write(directory: PathAwaitingCreation) -> None:
+        operation.expect([str(part.name) for part in parts])
+        seconds = await tiers.first(
+            [first(part, directory) for part in parts], when_done=operation.release_caller
+        )
+        parts.clear()  # all is captured: nothing here keeps the caller's objects alive
+        await tiers.second(seconds)
+
+    return write
 
 
 def _pairs(checkpointables: Any) -> list[tuple[Any, Any]]:

@@ -2,7 +2,7 @@
 
 Theory of operation
   A whole checkpoint is renamed to a temporary name beside it, which no reader takes for one, and
-  then removed. If the process dies in between, the next save beside it sweeps the rest.
+  then removed. If the process dies in between, a later save beside it sweeps the rest.
 
   One checkpointable can't vanish in one step, because the checkpoint's metadata names it too. A
   record says first what is being deleted, and what the metadata will be; every reader, Orbax's
@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import uuid
 from typing import Any
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._commit import atomicity
-from orbax_async._storage import files
+from orbax_async._commit import leftovers
+from orbax_async._storage.directory import Directory
+from orbax_async._storage.json_documents import damage_in
+from orbax_async._storage.openers import open_directory
 
-__all__ = ["begin", "finish", "read_record", "remove_whole"]
+__all__ = ["begin", "finish", "name_in_deletion", "read_record", "remove_whole"]
 
 _UNFINISHED = ".orbax-delete-"  # begins the names of documents that are being written
 
@@ -39,26 +40,27 @@ def remove_whole(path: str) -> None:
     Raises:
       CommitError: it can't be renamed, and is as it was; or some of its files can't be removed.
     """
-    retired = atomicity.temporary_path(path)
+    final = open_directory(path)
+    with errors.reported_as(errors.CommitError, f"cannot delete {path}"):
+        leftovers.retire(final)
+        hidden = leftovers.hide(final)
     try:
-        os.rename(path, retired)
-    except OSError as error:
-        raise errors.CommitError(f"cannot delete {path}: {error.strerror or error}") from error
-    try:
-        files.fsync_directory(os.path.dirname(path))
-        atomicity.discard(retired)
-    except OSError as error:
-        raise errors.CommitError(
-            f"{path} is deleted, but what it held, now at {retired}, could not be removed: "
-            f"{error.strerror or error}"
-        ) from error
+        with errors.reported_as(
+            errors.CommitError,
+            f"{path} is deleted, but what it held, now at {hidden.directory.path}, could not be "
+            "removed",
+        ):
+            final.parent.sync([""])
+            leftovers.discard(hidden.directory)
+    finally:
+        hidden.release()
 
 
-def begin(root: str, name: str, document: dict[str, Any]) -> dict[str, Any]:
+def begin(path: str, name: str, document: dict[str, Any]) -> dict[str, Any]:
     """Records durably that a checkpointable is being deleted, and returns the record.
 
     Args:
-      root: the checkpoint.
+      path: the checkpoint.
       name: the checkpointable.
       document: the checkpoint's metadata; empty where there is none.
     """
@@ -73,74 +75,92 @@ def begin(root: str, name: str, document: dict[str, Any]) -> dict[str, Any]:
         "original_metadata": document,
         "updated_metadata": updated,
     }
-    _replace(root, names.DELETION_RECORD, record)
+    _replace(open_directory(path), names.DELETION_RECORD, record)
     return record
 
 
-def read_record(root: str) -> dict[str, Any] | None:
+def read_record(path: str) -> dict[str, Any] | None:
     """Returns the record of a deletion that was begun and not finished, None if there is none.
 
     Raises:
       DeletionRecoveryError: it is damaged, or asks for what this library does not do.
     """
-    file = os.path.join(root, names.DELETION_RECORD)
-    data = files.read_bytes(file)
-    if data is None:
+    root = open_directory(path)
+    record = _read(root)
+    if record is None:
         return None
-    try:
-        record = json.loads(data)
+    file = (root / names.DELETION_RECORD).path
+    with _damage_in(file):
         missing = _KEYS - record.keys()
         if missing:
             raise ValueError(f"it lacks {sorted(missing)}")
-    except (ValueError, AttributeError) as error:
-        raise errors.DeletionRecoveryError(
-            f"{file} is damaged: {error}. It is the record of a deletion that was begun: remove it "
-            "if every checkpointable is whole, or delete the checkpoint."
-        ) from error
     if record["destination"] is not None:
         raise errors.DeletionRecoveryError(
             f"{file} says that a checkpointable is being moved to {record['destination']!r}, "
             "which is only done in cloud storage; finish that with the library that began it"
         )
-    return dict(record)
+    return record
 
 
-def finish(root: str, record: dict[str, Any]) -> None:
+def name_in_deletion(root: Directory) -> str | None:
+    """Returns the checkpointable whose deletion was begun and not finished, None if there is none.
+
+    Raises:
+      DeletionRecoveryError: the record is damaged.
+    """
+    record = _read(root)
+    if record is None:
+        return None
+    with _damage_in((root / names.DELETION_RECORD).path):
+        return str(record["checkpointable_name"])
+
+
+def _read(root: Directory) -> dict[str, Any] | None:
+    file = (root / names.DELETION_RECORD).path
+    with errors.reported_as(errors.CommitError, f"cannot read {file}"):
+        data = root.read(names.DELETION_RECORD)
+    with _damage_in(file):
+        return None if data is None else dict(json.loads(data))
+
+
+def _damage_in(file: str) -> contextlib.AbstractContextManager[None]:
+    return damage_in(
+        file,
+        "It is the record of a deletion that was begun: remove it if every checkpointable is "
+        "whole, or delete the checkpoint.",
+        errors.DeletionRecoveryError,
+    )
+
+
+def finish(path: str, record: dict[str, Any]) -> None:
     """Does what a record says, or the rest of it, and removes the record.
 
     Raises:
       CommitError: a file can't be removed or written; the record stays, and it can be tried again.
     """
-    try:
-        directory = os.path.join(root, record["checkpointable_name"])
-        if os.path.lexists(directory):
-            files.remove_tree(directory)
+    root, name = open_directory(path), record["checkpointable_name"]
+    with errors.reported_as(errors.CommitError, f"cannot finish deleting {name!r} of {path}"):
+        root.remove(name)
         if record["updated_metadata"]:
             _replace(root, names.CHECKPOINT_METADATA, record["updated_metadata"])
-        for entry in files.scan(root):
+        for entry in root.entries():
             if entry.name.startswith(_UNFINISHED):
-                os.unlink(entry.path)
-        files.fsync_directory(root)
-        os.unlink(os.path.join(root, names.DELETION_RECORD))
-        files.fsync_directory(root)
-    except OSError as error:
-        raise errors.CommitError(
-            f"cannot finish deleting {record['checkpointable_name']!r} of {root}: "
-            f"{error.strerror or error}"
-        ) from error
+                root.remove(entry.name)
+        root.sync([""])
+        root.remove(names.DELETION_RECORD)
+        root.sync([""])
 
 
-def _replace(root: str, name: str, document: dict[str, Any]) -> None:
+def _replace(root: Directory, name: str, document: dict[str, Any]) -> None:
     """Writes a document durably, so that a reader sees the old one or the new."""
-    unfinished = os.path.join(root, f"{_UNFINISHED}{uuid.uuid4().hex}")
-    try:
-        files.write_bytes(unfinished, json.dumps(document).encode())
-        files.fsync_file(unfinished)
-        os.replace(unfinished, os.path.join(root, name))
-        files.fsync_directory(root)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(unfinished)
-        raise errors.CommitError(
-            f"cannot write {name} of {root}: {error.strerror or error}"
-        ) from error
+    unfinished = f"{_UNFINISHED}{uuid.uuid4().hex}"
+    with errors.reported_as(errors.CommitError, f"cannot write {name} of {root.path}"):
+        try:
+            root.write(unfinished, json.dumps(document).encode())
+            root.sync([unfinished])
+            root.replace(unfinished, name)
+            root.sync([""])
+        except OSError:
+            with contextlib.suppress(OSError):
+                root.remove(unfinished)
+            raise

@@ -29,8 +29,8 @@ from orbax_async._engine.budget import BatchSlots, ByteBudget
 from orbax_async._engine.plan import WriteRequest
 from orbax_async._engine.status import Reporter
 from orbax_async._engine.transfer import Mode, Piece, capture, give_back_freed
-from orbax_async._storage import zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage import codecs, zarr
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async._trace import Recorder
 from orbax_async.tree import keypath
 from orbax_async.tree.keypath import KeyPath
@@ -70,7 +70,7 @@ class WriteForm(NamedTuple):
     cast: np.dtype[Any] | None
     mode: Mode
     has_one_shard: bool
-    encoding: zarr.Encoding | None
+    encoding: codecs.Encoding | None
     min_saving: float
 
     def stored(self, piece: Piece) -> np.ndarray[Any, Any]:
@@ -81,7 +81,7 @@ class WriteForm(NamedTuple):
                 array = array.astype(self.cast, copy=False)
         return array if array.dtype == self.dtype else array.view(self.dtype)
 
-    def document(self, encoding: zarr.Encoding, *, zarr3: bool) -> bytes:
+    def document(self, encoding: codecs.Encoding, *, zarr3: bool) -> bytes:
         """Returns the array's metadata document."""
         dtype_name = zarr.name_of(self.dtype)
         return zarr.array_document(self.shape, self.chunk_shape, dtype_name, encoding, zarr3=zarr3)
@@ -107,7 +107,7 @@ def encoding_of(
     may_compress: bool,
     min_saving: float,
     may_sample: bool,
-) -> zarr.Encoding | None:
+) -> codecs.Encoding | None:
     """Returns how an array is stored; None where a sample of its values decides."""
     if math.prod(chunk_shape) * dtype.itemsize <= _STORED_NBYTES:
         return "stored"
@@ -121,7 +121,7 @@ def encoding_of(
     return _likely_encoding(dtype)
 
 
-def _likely_encoding(dtype: np.dtype[Any]) -> zarr.Encoding:
+def _likely_encoding(dtype: np.dtype[Any]) -> codecs.Encoding:
     """Says how arrays of a dtype are mostly stored: for narrow floats and integers zstd pays."""
     return "raw" if dtype.itemsize > 2 else "zstd"
 
@@ -283,7 +283,7 @@ class WritePlan:
         likely = _likely_encoding(self.leaves[request.leaf].form.dtype)
         return request.nbytes * (2 if self.is_encoded(request.leaf, likely) else 1)
 
-    def is_encoded(self, leaf: int, encoding: zarr.Encoding | None) -> bool:
+    def is_encoded(self, leaf: int, encoding: codecs.Encoding | None) -> bool:
         """Says whether other bytes are made of a leaf, which take memory, than it has.
 
         Args:
@@ -332,7 +332,7 @@ class SavePipeline:
         self._encoding_budget = ByteBudget(_ENCODED_NBYTES)
         self._pieces_unstaged = write_plan.shared_pieces.copy()
         self._pieces_unwritten = write_plan.shared_pieces.copy()
-        self._sampled: dict[int, zarr.Encoding] = {}
+        self._sampled: dict[int, codecs.Encoding] = {}
         self._to_write_back: set[ArrayStore] = set()
         self._is_starting_writeback = False
         recorder.add(leaves_planned=write_plan.leaf_count, bytes_planned=write_plan.nbytes)
@@ -532,12 +532,12 @@ class SavePipeline:
                 array = leaf.form.stored(piece)
                 encoding = leaf.form.encoding or self._encoding(request.leaf, array)
                 if encoding == "stored" and key is not None:
-                    values[key] = zarr.encode_stored(array)
+                    values[key] = codecs.encode_stored(array)
                     continue
                 if encoding == "stored":
                     for index, chunk in _chunks(leaf.form, request.box, array):
                         chunk_key = zarr.chunk_key(leaf.name, index, zarr3=self._plan.zarr3)
-                        values[chunk_key] = zarr.encode_stored(chunk)
+                        values[chunk_key] = codecs.encode_stored(chunk)
                     continue
                 document = leaf.form.document(encoding, zarr3=self._plan.zarr3)
                 pending.append(
@@ -547,7 +547,7 @@ class SavePipeline:
                     for index, chunk in _chunks(leaf.form, request.box, array):
                         whole = np.ascontiguousarray(chunk) if key is None else chunk
                         if whole.flags.c_contiguous:  # not worth a copy of all of it
-                            sums = zarr.block_checksums(whole)
+                            sums = codecs.block_checksums(whole)
                             values[zarr.checksums_key(leaf.name, index)] = sums
             except Exception as error:
                 raise errors.WriteError(leaf.label, f"cannot be written: {error}") from error
@@ -562,15 +562,15 @@ class SavePipeline:
     def _may_rest(self) -> bool:
         return not self._recorder.is_waited_for
 
-    def _encoding(self, index: int, array: np.ndarray[Any, Any] | None) -> zarr.Encoding:
+    def _encoding(self, index: int, array: np.ndarray[Any, Any] | None) -> codecs.Encoding:
         """Decides once how a leaf is stored, by the first of its pieces that gets here.
 
         Pieces of one leaf may be in several batches, which are filled on several workers.
         """
         found = self._sampled.get(index)
         if found is None:
-            saving = 0.0 if array is None else zarr.compression_saving(array)
-            sampled: zarr.Encoding = (
+            saving = 0.0 if array is None else codecs.compression_saving(array)
+            sampled: codecs.Encoding = (
                 "zstd" if saving >= self._leaves[index].form.min_saving else "raw"
             )
             found = self._sampled.setdefault(index, sampled)

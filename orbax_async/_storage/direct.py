@@ -1,4 +1,4 @@
-"""Values of a local OCDBT database, read straight from its files.
+"""Bytes read straight from files: the values of a local OCDBT database, and ranges of any file.
 
 TensorStore decodes the database's index, which carries checksums of its own; the index says in
 which file and where each value lies. What is read from there goes into the reader's own memory
@@ -8,6 +8,7 @@ without a copy in between, and is verified block by block as it arrives.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -19,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from orbax_async._storage import zarr
+from orbax_async._storage import codecs, zarr
+from orbax_async._storage.directory import Capability, Directory
 
-__all__ = ["DirectReader", "Extent", "bytes_of", "read_into"]
+__all__ = ["DirectReader", "Extent", "bytes_of", "open_file", "read_into"]
 
 _GAP_NBYTES = 64 << 10  # values closer to each other are read in one go
 _RUN_NBYTES = 8 << 20
@@ -38,19 +40,18 @@ class Extent(NamedTuple):
 class DirectReader:
     """The values of one database as it is now; for one operation, on any thread.
 
-    TensorStore starts to read the index, beside what else there is to do until a value is asked
-    for. What keeps the index from being read is raised then.
+    The directory has `Capability.MAP`. TensorStore starts to read the index, beside what else there
+    is to do until a value is asked for. What keeps the index from being read is raised then.
 
     Raises:
       ValueError: the index is damaged, or of a kind that TensorStore alone reads.
       FileNotFoundError: the index is not all there.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self._base = ts.KvStore.open(
-            {"driver": "file", "path": os.path.join(directory, "")},
-            context=ts.Context({"file_io_concurrency": {"limit": 1}}),
+            directory.kvstore(), context=ts.Context({"file_io_concurrency": {"limit": 1}})
         ).result()
         self._root: Any = None
         with contextlib.suppress(Exception):
@@ -104,7 +105,7 @@ class DirectReader:
             path, first, _, _ = run[0]
             end = run[-1][1] + run[-1][2]
             data = bytearray(end - first)
-            with self._open(path) as file:
+            with open_file(self._directory, path) as file:
                 read_into(file, first, memoryview(data))
             view = memoryview(data).toreadonly()
             for _, offset, nbytes, index in run:
@@ -181,7 +182,7 @@ class DirectReader:
             first = first * side + each.start
             last = last * side + each.stop - 1
         start, stop = first * dtype.itemsize, (last + 1) * dtype.itemsize
-        with self._open(extent.path) as file:
+        with open_file(self._directory, extent.path) as file:
             if stop - start != into.nbytes:  # not one run: the whole chunk, and the box out of it
                 whole = np.empty(chunk_shape, dtype)
                 _read_run(file, extent.offset, (0, nbytes, nbytes), sums, bytes_of(whole))
@@ -192,12 +193,9 @@ class DirectReader:
             if run is not into:
                 into[...] = run
 
-    def _open(self, path: str) -> io.FileIO:
-        return open(os.path.join(self._directory, path), "rb", buffering=0)
-
 
 def _read_run(
-    file: io.FileIO, offset: int, run: tuple[int, int, int], sums: Any, into: memoryview
+    file: io.RawIOBase, offset: int, run: tuple[int, int, int], sums: Any, into: memoryview
 ) -> None:
     """I12: reads a run of a chunk's bytes, whole checksum blocks at a time.
 
@@ -212,7 +210,7 @@ def _read_run(
     if sums is None:
         read_into(file, offset + start, into)
         return
-    block = zarr.CHECKSUM_BLOCK
+    block = codecs.CHECKSUM_BLOCK
     expected = np.frombuffer(sums, "<u4")
     for index in range(start // block, -(-stop // block)):
         first, last = index * block, min((index + 1) * block, nbytes)
@@ -221,14 +219,44 @@ def _read_run(
             into[first - start : last - start] if is_inside else memoryview(bytearray(last - first))
         )
         read_into(file, offset + first, data)
-        if zarr.checksum(data) != expected[index]:
+        if codecs.checksum(data) != expected[index]:
             raise ValueError(f"bytes {first} to {last} of a chunk do not match their checksum")
         if not is_inside:
             low, high = max(first, start), min(last, stop)
             into[low - start : high - start] = data[low - first : high - first]
 
 
-def read_into(file: io.FileIO, offset: int, into: memoryview) -> None:
+def open_file(directory: Directory, name: str) -> io.RawIOBase:
+    """Opens a file for `read_into`; a local one without a copy in between."""
+    if directory.can(Capability.MAP):
+        return open((directory / name).path, "rb", buffering=0)
+    return _Ranges(directory, name)
+
+
+class _Ranges(io.RawIOBase):
+    """A file of which each read is a request for a range."""
+
+    def __init__(self, directory: Directory, name: str) -> None:
+        self._directory = directory
+        self._name = name
+        self._at = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert whence == os.SEEK_SET
+        self._at = offset
+        return offset
+
+    def readinto(self, into: Any) -> int:
+        data = self._directory.read(self._name, self._at, len(into))
+        if data is None:
+            path = (self._directory / self._name).path
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        into[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def read_into(file: io.RawIOBase, offset: int, into: memoryview) -> None:
     """Reads as many bytes as fit; raises ValueError where the file ends before."""
     file.seek(offset)
     done = 0
@@ -251,7 +279,11 @@ def _located(location: str) -> tuple[str, int, int]:
 
 @functools.lru_cache(maxsize=256)
 def _file(base: str, path: str) -> str:
-    return urllib.parse.unquote(base) + urllib.parse.unquote(path)
+    """I14: returns a file's name below the database."""
+    name = urllib.parse.unquote(base) + urllib.parse.unquote(path)
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"its index names a file outside of it: {name}")
+    return name
 
 
 def _runs(where: list[tuple[str, int, int, int]]) -> Iterable[list[tuple[str, int, int, int]]]:

@@ -16,7 +16,7 @@ import enum
 from collections.abc import Hashable, Iterable
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
-__all__ = ["Capability", "Directory", "Entry", "Lock", "Status"]
+__all__ = ["Capability", "Directory", "Entry", "Lock", "Status", "sizes"]
 
 Kind = Literal["file", "directory", "link"]
 
@@ -47,7 +47,7 @@ class Status(NamedTuple):
     """What is known of a file or a directory.
 
     Attributes:
-      kind: what it is; a link is not followed.
+      kind: what it is; a link only where it was not to be followed.
       nbytes: the size of a file.
       modified_nsecs: when it was last changed, by the clock of the store.
       identity: tells it from what takes its name later.
@@ -98,8 +98,8 @@ class Directory(Protocol):
 
     # Looking.
 
-    def status(self, name: str = "") -> Status | None:
-        """Returns what is known of a name; None where there is nothing."""
+    def status(self, name: str = "", *, follow_links: bool = False) -> Status | None:
+        """Returns what is known of a name, or of what a link leads to; None where nothing is."""
         ...
 
     def entries(self) -> list[Entry]:
@@ -115,6 +115,10 @@ class Directory(Protocol):
 
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes | None:
         """Returns the bytes of a file, or a range of them; None where there is no such file."""
+        ...
+
+    def is_writable(self) -> bool:
+        """Says whether something can be made in it, as far as that can be known without trying."""
         ...
 
     # Changing.
@@ -139,8 +143,15 @@ class Directory(Protocol):
         """
         ...
 
+    def touch(self) -> None:
+        """Renews the time at which the directory was last changed."""
+        ...
+
     def remove(self, name: str = "") -> None:
-        """Removes a file, or a directory with all that is in it; what is gone already is fine."""
+        """Removes a file, or a directory with all that is in it; what is gone already is fine.
+
+        What can't be removed stays; all else goes, and the first error is raised then.
+        """
         ...
 
     def remove_if_empty(self) -> None:
@@ -190,3 +201,9 @@ class Directory(Protocol):
           OSError: the store can't lock it after all.
         """
         ...
+
+
+def sizes(directory: Directory) -> dict[str, int]:
+    """Returns the bytes of each file below a directory, by relative name."""
+    found = {name: directory.status(name, follow_links=True) for name in directory.walk()[0]}
+    return {name: status.nbytes for name, status in found.items() if status is not None}

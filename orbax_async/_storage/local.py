@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import io
 import os
 import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Self, cast, final
+from typing import Any, ClassVar, Self, cast, final
 
 from orbax_async._storage.directory import Capability, Entry, Kind, Lock, Status
 
@@ -23,6 +24,7 @@ __all__ = ["LocalDirectory"]
 
 _SYNC_FILE_RANGE_WRITE = 2
 _AT_CWD, _RENAME_EXCHANGE = -100, 2
+_NO_EMPTY_DIRECTORY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR)
 
 
 @final
@@ -75,10 +77,10 @@ class LocalDirectory:
 
     # Looking.
 
-    def status(self, name: str = "") -> Status | None:
-        """Returns what is known of a name; None where there is nothing."""
+    def status(self, name: str = "", *, follow_links: bool = False) -> Status | None:
+        """Returns what is known of a name, or of what a link leads to; None where nothing is."""
         try:
-            found = os.lstat(self._at(name))
+            found = os.stat(self._at(name), follow_symlinks=follow_links)
         except (FileNotFoundError, NotADirectoryError):
             return None
         kind: Kind = "file"
@@ -114,9 +116,13 @@ class LocalDirectory:
             with open(self._at(name), "rb", buffering=0) as file:
                 if start:
                     file.seek(start)
-                return _read(file, nbytes)
+                return file.read() if nbytes is None else _read(file, nbytes)
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def is_writable(self) -> bool:
+        """Says whether permission bits let this process make something in it."""
+        return os.access(self.path, os.W_OK | os.X_OK)
 
     # Changing.
 
@@ -139,12 +145,20 @@ class LocalDirectory:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             _write(path, data, how)
 
+    def touch(self) -> None:
+        """Renews the time at which the directory was last changed, by the file system's clock."""
+        try:
+            os.utime(self.path)
+        except OSError as error:
+            error.filename = self.path
+            raise
+
     def remove(self, name: str = "") -> None:
         """Removes a file, or a directory with all that is in it; what is gone already is fine."""
         path = self._at(name)
         try:
             os.unlink(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except (IsADirectoryError, PermissionError):  # what some systems say of a directory
             if not os.path.isdir(path) or os.path.islink(path):
@@ -156,7 +170,7 @@ class LocalDirectory:
         try:
             os.rmdir(self.path)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            if error.errno not in _NO_EMPTY_DIRECTORY:
                 raise
 
     # Lasting.
@@ -251,11 +265,15 @@ class LocalDirectory:
 class _FileLock:
     """A lock on the open file of a descriptor."""
 
+    _held: ClassVar[set[_FileLock]] = set()
+
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
+        self._held.add(self)
 
     def release(self) -> None:
         """Ends it, also where a forked child has the file open."""
+        self._held.discard(self)
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
@@ -266,15 +284,27 @@ class _FileLock:
         finally:
             os.close(descriptor)
 
+    @classmethod
+    def forget_all(cls) -> None:
+        """Closes the files in a forked child, which would else hold its parent's locks for it."""
+        for lock in cls._held:
+            if lock._descriptor is not None:
+                os.close(lock._descriptor)
+                lock._descriptor = None
+        cls._held.clear()
 
-def _read(file: Any, nbytes: int | None) -> bytes:
-    if nbytes is None:
-        data: bytes = file.read()
-        return data
-    found = bytearray()
-    while len(found) < nbytes and (some := file.read(nbytes - len(found))):
-        found += some
-    return bytes(found)
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_FileLock.forget_all)
+
+
+def _read(file: io.FileIO, nbytes: int) -> bytes:
+    """Reads on from where a file stands; a limit allocates no more than there is."""
+    nbytes = min(nbytes, max(0, os.fstat(file.fileno()).st_size - file.tell()))
+    data = file.read(nbytes)
+    while len(data) < nbytes and (more := file.read(nbytes - len(data))):
+        data += more
+    return data
 
 
 def _write(path: str, data: bytes, how: str) -> None:
@@ -285,14 +315,18 @@ def _write(path: str, data: bytes, how: str) -> None:
 
 
 def _remove_tree(path: str) -> None:
-    def raise_unless_gone(function: object, name: str, error: BaseException) -> None:
+    failures: list[BaseException] = []
+
+    def go_on(function: object, name: str, error: BaseException) -> None:
         if not isinstance(error, FileNotFoundError):
-            raise error
+            failures.append(error)
 
     if sys.version_info >= (3, 12):
-        shutil.rmtree(path, onexc=raise_unless_gone)
+        shutil.rmtree(path, onexc=go_on)
     else:
-        shutil.rmtree(path, onerror=lambda f, n, info: raise_unless_gone(f, n, info[1]))
+        shutil.rmtree(path, onerror=lambda f, n, info: go_on(f, n, info[1]))
+    if failures:
+        raise failures[0]
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Callable, Iterator
 
 from orbax_async._storage.directory import Directory
@@ -16,9 +17,11 @@ _opener: contextvars.ContextVar[Callable[[str], Directory]] = contextvars.Contex
 )
 
 
-def open_directory(path: str) -> Directory:
-    """Returns the directory that an absolute path means; it need not be there."""
-    return _opener.get()(path)
+def open_directory(path: str | os.PathLike[str]) -> Directory:
+    """Returns the directory that a path means; it need not be there."""
+    text = os.fspath(path)
+    # To ask for the working directory blocks, and may fail.
+    return _opener.get()(text if os.path.isabs(text) else os.path.abspath(text))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ directory; then an index, if there is one, says which file holds which tensor.
 from __future__ import annotations
 
 import collections
+import errno
 import itertools
 import json
 import math
@@ -20,8 +21,10 @@ import numpy as np
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._storage import files, zarr
-from orbax_async._storage.direct import Extent, bytes_of, read_into
+from orbax_async._storage import zarr
+from orbax_async._storage.direct import Extent, bytes_of, open_file, read_into
+from orbax_async._storage.directory import Directory
+from orbax_async._storage.json_documents import damage_in, read_json
 
 __all__ = ["Contents", "Tensor", "TensorReader", "find", "find_damage", "read_headers"]
 
@@ -55,124 +58,141 @@ class Tensor(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What lies in some files: tensors by name, and the texts that were saved beside them."""
+    """What lies in some files: tensors by name, and the texts that were saved beside them.
 
+    Attributes:
+      directory: where the files lie.
+      files: their names there.
+      tensors: each with an extent in one of the files.
+      metadata: the texts.
+    """
+
+    directory: Directory
     files: list[str]
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
 
 
-def find(path: str) -> list[str]:
-    """Returns the safetensors files at a path: the file itself, or those in the directory."""
-    if os.path.isfile(path):
-        return [path] if path.endswith(names.SAFETENSORS) else []
-    return sorted(
-        entry.path
-        for entry in files.scan(path)
-        # A link to nothing is a part that is missing, as the opening of it will say.
-        if entry.name.endswith(names.SAFETENSORS)
-        and (entry.is_file() or not os.path.exists(entry.path))
-    )
+def find(at: Directory) -> list[str]:
+    """Returns the paths of the safetensors files at a path: itself, or those in the directory."""
+    directory, files = _find(at)
+    return [(directory / name).path for name in files]
 
 
-def read_headers(path: str) -> Contents:
+def _find(at: Directory) -> tuple[Directory, list[str]]:
+    status = at.status(follow_links=True)
+    if status is not None and status.kind == "file":
+        return at.parent, [at.name] if at.name.endswith(names.SAFETENSORS) else []
+    # A link to nothing is a part that is missing, as the opening of it will say.
+    return at, [
+        name
+        for name, is_directory in at.entries()
+        if name.endswith(names.SAFETENSORS) and not is_directory
+    ]
+
+
+def read_headers(at: Directory) -> Contents:
     """Reads and checks what the files at a path say that they hold; blocks.
 
     Raises:
       InvalidLayoutError: there are none, one is damaged, two hold a tensor of one name and no
         index says which counts, or the index names what is not there.
     """
-    contents = Contents(find(path), {}, {})
-    if not contents.files:
-        raise errors.InvalidLayoutError(f"{path} holds no {names.SAFETENSORS} files")
-    index = _read_index(path)
-    for file in contents.files:
-        tensors, metadata = _read_header(file)
+    directory, files = _find(at)
+    contents = Contents(directory, files, {}, {})
+    if not files:
+        raise errors.InvalidLayoutError(f"{at.path} holds no {names.SAFETENSORS} files")
+    index = _read_index(at)
+    for file in files:
+        tensors, metadata = _read_header(directory, file)
         contents.metadata.update(metadata)
         for tensor in tensors:
             other = contents.tensors.setdefault(tensor.name, tensor)
             if other is tensor:
                 continue
-            if index.get(tensor.name) == os.path.basename(file):
+            if index.get(tensor.name) == file:
                 contents.tensors[tensor.name] = tensor
             elif tensor.name not in index:
                 raise errors.InvalidLayoutError(
                     f"Duplicate tensor {tensor.name!r} found in multiple files: "
-                    f"{other.extent.path} and {file}. Move away the file that does not belong "
-                    "here, or load one by its own path."
+                    f"{(directory / other.extent.path).path} and {(directory / file).path}. Move "
+                    "away the file that does not belong here, or load one by its own path."
                 )
     for name, file in index.items():
         found = contents.tensors.get(name)
-        if found is None or os.path.basename(found.extent.path) != file:
+        if found is None or found.extent.path != file:
             what = (
                 f"has no tensor {name!r}"
-                if os.path.join(path, file) in contents.files
-                else (f"is missing, and with it the tensor {name!r}")
+                if file in files
+                else f"is missing, and with it the tensor {name!r}"
             )
             raise errors.InvalidLayoutError(
-                f"{os.path.join(path, file)} {what}, which the index of the files says it holds"
+                f"{(directory / file).path} {what}, which the index of the files says it holds"
             )
     return contents
 
 
-def find_damage(path: str) -> list[tuple[str, Exception]]:
+def find_damage(at: Directory) -> list[tuple[str, Exception]]:
     """Returns what keeps the headers at a path from being read: by file, or else by the path."""
     damage: list[tuple[str, Exception]] = []
-    for file in find(path):
+    directory, files = _find(at)
+    for file in files:
         try:
-            _read_header(file)
+            _read_header(directory, file)
         except (errors.InvalidLayoutError, OSError) as error:
-            damage.append((file, error))
+            damage.append(((directory / file).path, error))
     if not damage:
         try:
-            read_headers(path)
+            read_headers(at)
         except errors.InvalidLayoutError as error:
-            damage.append((path, error))
+            damage.append((at.path, error))
     return damage
 
 
-def _read_index(path: str) -> dict[str, str]:
+def _read_index(at: Directory) -> dict[str, str]:
     """Returns which file holds which tensor, where a directory has an index."""
     merged: dict[str, str] = {}
-    for entry in sorted(files.scan(path), key=lambda entry: entry.name):
-        if entry.name.endswith(names.SAFETENSORS_INDEX):
-            try:
-                found = json.loads(files.read_bytes(entry.path) or b"")["weight_map"]
-                merged.update({str(name): os.path.basename(found[name]) for name in found})
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise errors.InvalidLayoutError(f"{entry.path} is damaged: {error!r}") from error
+    for name, _ in at.entries():
+        if name.endswith(names.SAFETENSORS_INDEX):
+            with damage_in((at / name).path):
+                found = read_json(at, name)["weight_map"]
+                merged |= {tensor: found[tensor].rpartition("/")[2] for tensor in found}
     return merged
 
 
-def _read_header(file: str) -> tuple[list[Tensor], dict[str, Any]]:
+def _read_header(directory: Directory, file: str) -> tuple[list[Tensor], dict[str, Any]]:
     """Returns the tensors of one file in the order of its header, and its metadata."""
-    with open(file, "rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        start = _LENGTH_NBYTES + int.from_bytes(opened.read(_LENGTH_NBYTES), "little")
-        if size < _LENGTH_NBYTES:
-            raise _damaged(file, f"it has {size} bytes, fewer than the length of its header takes")
-        if start > min(size, _LENGTH_NBYTES + _HEADER_NBYTES):
-            raise _damaged(file, f"it has {size} bytes; its header should end at byte {start}")
-        data = opened.read(start - _LENGTH_NBYTES)
+    path = (directory / file).path
+    status = directory.status(file, follow_links=True)
+    length = directory.read(file, 0, _LENGTH_NBYTES)
+    if status is None or length is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    size = status.nbytes
+    start = _LENGTH_NBYTES + int.from_bytes(length, "little")
+    if size < _LENGTH_NBYTES:
+        raise _damaged(path, f"it has {size} bytes, fewer than the length of its header takes")
+    if start > min(size, _LENGTH_NBYTES + _HEADER_NBYTES):
+        raise _damaged(path, f"it has {size} bytes; its header should end at byte {start}")
+    data = directory.read(file, _LENGTH_NBYTES, start - _LENGTH_NBYTES)
     try:
-        header = json.loads(data, object_pairs_hook=_unique)
+        header = json.loads(data or b"", object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _damaged(file, f"its header can't be read: {error}") from error
+        raise _damaged(path, f"its header can't be read: {error}") from error
     if not isinstance(header, dict):
-        raise _damaged(file, f"its header is a {type(header).__name__}, not a dict")
+        raise _damaged(path, f"its header is a {type(header).__name__}, not a dict")
     metadata = header.pop("__metadata__", None)
     tensors = []
     for name, entry in header.items():
         try:
             tensors.append(_tensor(name, entry, file, start, size))
         except ValueError as error:
-            raise _damaged(file, f"tensor {name!r}: {error}") from None
+            raise _damaged(path, f"tensor {name!r}: {error}") from None
     by_place = sorted(
         (tensor for tensor in tensors if tensor.extent.nbytes), key=lambda each: each.extent
     )
     for before, after in itertools.pairwise(by_place):
         if before.extent.offset + before.extent.nbytes > after.extent.offset:
-            raise _damaged(file, f"the tensors {before.name!r} and {after.name!r} overlap")
+            raise _damaged(path, f"the tensors {before.name!r} and {after.name!r} overlap")
     return tensors, metadata if isinstance(metadata, dict) else {}
 
 
@@ -216,6 +236,7 @@ class TensorReader:
     """Reads tensors as a `DirectReader` reads arrays; for one operation, on any thread.
 
     Args:
+      directory: where the files lie.
       tensors: by name.
       max_over_read_ratio: how many bytes are read, at most, for each byte that is needed; None to
         read on over small gaps.
@@ -225,11 +246,13 @@ class TensorReader:
 
     def __init__(
         self,
+        directory: Directory,
         tensors: Mapping[str, Tensor],
         *,
         max_over_read_ratio: float | None = None,
         read_chunk_nbytes: int | None = None,
     ) -> None:
+        self._directory = directory
         self._tensors = tensors
         self._keys = {
             zarr.chunk_key(name, [0] * len(tensor.shape), zarr3=True): tensor
@@ -246,12 +269,12 @@ class TensorReader:
         """Returns the bytes of whole tensors; neighbours are read together."""
         wanted = sorted((self._keys[key].extent, index) for index, key in enumerate(keys))
         values = [memoryview(b"")] * len(keys)
-        for path, of_file in itertools.groupby(wanted, key=lambda each: each[0].path):
+        for name, of_file in itertools.groupby(wanted, key=lambda each: each[0].path):
             pieces = []
             for extent, index in of_file:
                 values[index] = memoryview(bytearray(extent.nbytes))
                 pieces.append((extent.offset, values[index]))
-            self._read(path, pieces)
+            self._read(name, pieces)
         return list(values)
 
     def has_region(
@@ -281,9 +304,9 @@ class TensorReader:
         self._read(tensor.extent.path, pieces)
         return True
 
-    def _read(self, path: str, pieces: Iterable[tuple[int, memoryview]]) -> None:
+    def _read(self, name: str, pieces: Iterable[tuple[int, memoryview]]) -> None:
         """Reads pieces of a file, in the order in which they lie there, each into its place."""
-        with open(path, "rb", buffering=0) as file:
+        with open_file(self._directory, name) as file:
             for span in self._spans(pieces):
                 first, into = span[0]
                 if len(span) == 1:

@@ -1,45 +1,29 @@
-"""zarr arrays: their metadata documents, chunk keys, codecs and small chunks.
-
-Three encodings, all with a checksum that every zarr reader verifies (invariant I12):
-
-    stored   one gzip member at level 0 (CRC-32): small arrays, encoded here, one call each
-    raw      the elements followed by a CRC-32C: large arrays, encoded by TensorStore
-    zstd     one zstd frame with a content checksum: large arrays that compress
-
-zarr v2 has neither a CRC-32C nor a zstd checksum; its large arrays are gzip members too.
-"""
+"""zarr arrays: their metadata documents, their keys, and how they lie in their chunks."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
 import re
-import struct
-import zlib
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from orbax_async._storage import codecs
+
 __all__ = [
-    "CHECKSUM_BLOCK",
-    "Encoding",
     "RawLayout",
     "WholeLayout",
     "array_document",
     "array_of",
-    "block_checksums",
-    "checksum",
     "checksums_key",
     "chunk_key",
-    "compression_saving",
     "decode_whole",
     "document_key",
     "dtype_named",
-    "encode_stored",
     "has_checksum",
     "is_storable",
     "name_of",
@@ -49,15 +33,8 @@ __all__ = [
     "whole_layout",
 ]
 
-Encoding = Literal["stored", "raw", "zstd"]
-CHECKSUM_BLOCK = 4 << 20
-_PAGE_NBYTES = 4096
-_SAMPLE_NBYTES = 4 << 10  # a piece; twice as much tells no more and takes four times as long
 _CHECKSUMS = ".checksums"
-_GZIP = 31  # zlib's window-bits value for a gzip member
-_BLOCK_NBYTES = 65535  # the most that a block of bytes as they are holds
-# A gzip member without name or time; its only block is the last one, of type 0.
-_MEMBER_START = bytes.fromhex("1f8b08000000000000ff01")
+_MAX_ELEMENTS = 1 << 58  # of 16 bytes each, as far as an address reaches
 
 # Elements narrower than a byte, or of types of our own making, that zarr stores by name.
 _STORABLE = frozenset(
@@ -78,8 +55,15 @@ def is_storable(dtype: np.dtype[Any]) -> bool:
 
 @functools.cache
 def dtype_named(name: str) -> np.dtype[Any]:
-    """Returns the dtype for a zarr v3 data type, or for a name of ml_dtypes."""
-    return np.dtype(getattr(ml_dtypes, name, None) or name)
+    """Returns the dtype for a zarr v3 data type, or for a name of ml_dtypes.
+
+    Raises:
+      TypeError: it is no type of numbers. I14: bytes of a file never become pointers.
+    """
+    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
+    if dtype.kind not in "biufcV" or dtype.type is np.void:
+        raise TypeError(f"{name!r} is no type of numbers")
+    return dtype
 
 
 @functools.cache
@@ -114,7 +98,7 @@ def array_document(
     shape: tuple[int, ...],
     chunk_shape: tuple[int, ...],
     dtype_name: str,
-    encoding: Encoding,
+    encoding: codecs.Encoding,
     *,
     zarr3: bool,
 ) -> bytes:
@@ -122,11 +106,10 @@ def array_document(
     dtype = dtype_named(dtype_name)
     chunk_shape = tuple(max(1, side) for side in chunk_shape)
     if not zarr3:
-        compressor = {"id": "gzip", "level": 1 if encoding == "zstd" else 0}
         standard = dtype.kind in "biufc" and dtype.name not in ml_dtypes.__all__
         document: dict[str, Any] = {
             "chunks": chunk_shape,
-            "compressor": compressor,
+            "compressor": codecs.CODECS[encoding].zarr2,
             "dimension_separator": ".",
             "dtype": dtype.newbyteorder("<").str if standard else dtype.name,
             "fill_value": None,
@@ -139,15 +122,10 @@ def array_document(
         to_bytes: dict[str, Any] = {"name": "bytes"}
         if dtype.itemsize > 1:
             to_bytes["configuration"] = {"endian": "little"}
-        tail: dict[Encoding, dict[str, Any]] = {
-            "stored": {"name": "gzip", "configuration": {"level": 0}},
-            "raw": {"name": "crc32c"},
-            "zstd": {"name": "zstd", "configuration": {"level": 1, "checksum": True}},
-        }
         document = {
             "chunk_grid": {"configuration": {"chunk_shape": chunk_shape}, "name": "regular"},
             "chunk_key_encoding": {"name": "default"},
-            "codecs": [to_bytes, tail[encoding]],
+            "codecs": [to_bytes, *codecs.CODECS[encoding].zarr3],
             "data_type": dtype.name,
             "fill_value": _fill_value(dtype),
             "node_type": "array",
@@ -194,22 +172,44 @@ _NEEDED = {
 
 
 def parse_document(data: bytes) -> dict[str, Any]:
-    """Returns an array's metadata document as a mapping; raises ValueError where it is none."""
-    document = json.loads(data)
-    version = document.get("zarr_format") if isinstance(document, dict) else None
-    needed = _NEEDED.get(version) if isinstance(version, int) else None
-    if needed is None or not needed <= document.keys():
-        raise ValueError("it is no zarr array document")
+    """Returns an array's metadata document as a mapping; raises ValueError where it is none.
+
+    Of what it returns, the functions below can be asked without fear.
+    """
     try:
+        document = json.loads(data)
+        version = document.get("zarr_format") if isinstance(document, dict) else None
+        needed = _NEEDED.get(version) if isinstance(version, int) else None
+        if needed is None or not needed <= document.keys():
+            raise ValueError("it is no zarr array document")
+        _check_grid(document["shape"], chunk_shape(document))
         stored_dtype(document)
-    except TypeError as error:
-        raise ValueError(f"its data type is unknown: {error}") from None
+        for describe in (whole_layout, raw_layout, has_checksum):
+            describe(document)
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it has another form than it should: {error}") from None
     return dict(document)
 
 
+def _check_grid(shape: Any, chunk: tuple[Any, ...]) -> None:
+    if not isinstance(shape, list) or len(shape) != len(chunk):
+        raise ValueError(f"its shape {shape} and that of its chunks {list(chunk)} do not fit")
+    for side, piece in zip(shape, chunk, strict=True):
+        if type(side) is not int or type(piece) is not int or side < 0 or piece < 1:
+            raise ValueError(f"its shape {shape}, in chunks of {list(chunk)}, is none")
+    if math.prod(shape) > _MAX_ELEMENTS:
+        raise ValueError(f"its shape {shape} has more elements than any array")
+
+
 def stored_dtype(document: Mapping[str, Any]) -> np.dtype[Any]:
-    """Returns the dtype that a document of either zarr version declares, in native byte order."""
+    """Returns the dtype that a document of either zarr version declares, in native byte order.
+
+    Raises:
+      TypeError: zarr has no such data type.
+    """
     dtype = dtype_named(document["data_type" if document["zarr_format"] == 3 else "dtype"])
+    if not is_storable(dtype):
+        raise TypeError(f"{dtype.name} is no data type of zarr")
     return dtype.newbyteorder("=")
 
 
@@ -218,10 +218,10 @@ def chunk_shape(document: Mapping[str, Any]) -> tuple[int, ...]:
     if document["zarr_format"] == 2:
         return tuple(document["chunks"])
     shape = document["chunk_grid"]["configuration"]["chunk_shape"]
-    codecs = document.get("codecs", ())
-    while shards := [codec for codec in codecs if codec.get("name") == "sharding_indexed"]:
+    found = document.get("codecs", ())
+    while shards := [codec for codec in found if codec.get("name") == "sharding_indexed"]:
         shape = shards[0]["configuration"]["chunk_shape"]
-        codecs = shards[0]["configuration"].get("codecs", ())  # shards may be nested
+        found = shards[0]["configuration"].get("codecs", ())  # shards may be nested
     return tuple(shape)
 
 
@@ -230,88 +230,11 @@ def checksums_key(name: str, index: Sequence[int]) -> str:
     return (f"{name}/" if name else "") + f"{_CHECKSUMS}/" + ".".join(map(str, index))
 
 
-def block_checksums(array: np.ndarray[Any, Any]) -> bytes:
-    """Returns the `checksum` of each block of `CHECKSUM_BLOCK` bytes, as little-endian uint32.
-
-    The chunk's own CRC-32C needs the whole chunk, and a library that computes it; these let a
-    reader verify any range with what Python has, as fast as it reads.
-    """
-    data: Any = array.reshape(-1).view(np.uint8)
-    sums, rest = _page_sums(data)
-    # Half a block at a time: zlib lets go of the GIL for more than 5 KiB, and where a program that
-    # computes wants it too, each time to get it back takes much longer than the sum.
-    half = CHECKSUM_BLOCK // _PAGE_NBYTES // 2
-    halves = [sums[start : start + half] for start in range(0, len(sums), half)]
-    pairs = itertools.zip_longest(halves[::2], halves[1::2], fillvalue=b"")
-    found = [zlib.crc32(second, zlib.crc32(first)) for first, second in pairs]
-    if rest.size:
-        whole = found.pop() if len(sums) % (2 * half) else 0
-        found.append(zlib.crc32(rest, whole))
-    return np.array(found, "<u4").tobytes()
-
-
-def checksum(data: Any) -> int:
-    """Returns the CRC-32 of the sums, modulo 2**64, of the 64-bit words of each 4 KiB of `data`.
-
-    A sum costs a sixth of a CRC, and a flipped bit, or anything else that changes a single word,
-    always changes it; the CRC tells when whole pages change places. What is left over at the end
-    goes into the CRC as it is.
-    """
-    sums, rest = _page_sums(np.frombuffer(data, np.uint8))
-    return zlib.crc32(rest, zlib.crc32(sums))
-
-
-def _page_sums(data: np.ndarray[Any, Any]) -> tuple[Any, Any]:
-    """Returns the sum of each whole page, and the bytes after the last of them."""
-    whole = data.size - data.size % _PAGE_NBYTES
-    words = data[:whole].view("<u8").reshape(-1, _PAGE_NBYTES // 8)
-    return words.sum(1, np.uint64), data[whole:]
-
-
-def encode_stored(array: np.ndarray[Any, Any]) -> bytes:
-    """Encodes a whole small chunk: C order, little endian, one gzip member at level 0.
-
-    The member (RFC 1952) is put together here, of one block of bytes as they are (RFC 1951) and
-    their CRC-32 in pieces for which zlib does not let go of the GIL: beside a program that computes
-    in Python, to get it back takes a thousand times as long as to encode.
-    """
-    if array.dtype.byteorder == ">":
-        array = array.astype(array.dtype.newbyteorder("<"))
-    data = array.tobytes()
-    if len(data) > _BLOCK_NBYTES:
-        return zlib.compress(data, 0, wbits=_GZIP)
-    nbytes, crc = len(data), zlib.crc32(data[:_PAGE_NBYTES])
-    for start in range(_PAGE_NBYTES, nbytes, _PAGE_NBYTES):
-        crc = zlib.crc32(data[start : start + _PAGE_NBYTES], crc)
-    return _member(nbytes).pack(_MEMBER_START, nbytes, nbytes ^ 0xFFFF, data, crc, nbytes)
-
-
-@functools.lru_cache(maxsize=1024)
-def _member(nbytes: int) -> struct.Struct:
-    """Returns a gzip member's parts: its start, its block's length, that inverted, and the bytes.
-
-    Behind those come their CRC-32 and their length.
-    """
-    return struct.Struct(f"<{len(_MEMBER_START)}sHH{nbytes}sII")
-
-
 def has_checksum(document: Mapping[str, Any]) -> bool:
     """Says whether a flipped bit of an array's elements is found when they are read."""
     if document["zarr_format"] == 2:
         return (document["compressor"] or {}).get("id") in ("gzip", "zlib")
-    return _have_checksum(document["codecs"])
-
-
-def _have_checksum(codecs: Sequence[Mapping[str, Any]]) -> bool:
-    for codec in codecs:
-        settings = codec.get("configuration", {})
-        if codec.get("name") in ("crc32c", "gzip"):
-            return True
-        if codec.get("name") == "zstd" and settings.get("checksum"):
-            return True
-        if codec.get("name") == "sharding_indexed" and _have_checksum(settings.get("codecs", ())):
-            return True
-    return False
+    return codecs.have_checksum(document["codecs"])
 
 
 class WholeLayout(NamedTuple):
@@ -361,13 +284,10 @@ def raw_layout(document: Mapping[str, Any]) -> RawLayout | None:
     if document["zarr_format"] == 2:
         is_raw = document["compressor"] is None and _is_plain_v2(document)
         return RawLayout(chunk_shape(document), False, False) if is_raw else None
-    codecs = document["codecs"]
-    if not _is_plain_v3(document) or [codec.get("name") for codec in codecs[1:]] not in (
-        [],
-        ["crc32c"],
-    ):
+    tail = [codec.get("name") for codec in document["codecs"][1:]]
+    if not _is_plain_v3(document) or tail not in ([], ["crc32c"]):
         return None
-    return RawLayout(chunk_shape(document), len(codecs) == 2, True)
+    return RawLayout(chunk_shape(document), bool(tail), True)
 
 
 def _is_plain_v2(document: Mapping[str, Any]) -> bool:
@@ -394,23 +314,7 @@ def _is_plain_v3(document: Mapping[str, Any]) -> bool:
 def decode_whole(layout: WholeLayout, data: bytes | memoryview) -> np.ndarray[Any, Any]:
     """Decodes an array that is one value; raises ValueError where its bytes are damaged."""
     if layout.is_compressed:
-        try:
-            data = zlib.decompress(data, 47, layout.nbytes or 1)  # a gzip or a zlib header
-        except zlib.error as error:
-            raise ValueError(f"checksum or framing error ({error})") from None
+        data = codecs.inflate(data, layout.nbytes)
     if len(data) != layout.nbytes:
         raise ValueError(f"{len(data)} bytes found, {layout.nbytes} expected")
     return np.ndarray(layout.shape, layout.dtype, data)
-
-
-def compression_saving(array: np.ndarray[Any, Any]) -> float:
-    """Estimates the share of bytes that compression would save, from three pieces of an array.
-
-    Deflate at its fastest stands in for zstd: both find the same redundancy in weights, the skew
-    of the exponent bytes, to within a few per cent.
-    """
-    flat = array.reshape(-1).view(np.uint8)
-    last = max(0, flat.size - _SAMPLE_NBYTES)
-    starts = dict.fromkeys((last // 6, last // 2, last * 5 // 6))  # one, of a small array
-    sample = b"".join(flat[start : start + _SAMPLE_NBYTES].tobytes() for start in starts)
-    return 1 - len(zlib.compress(sample, 1)) / len(sample) if sample else 0.0

@@ -41,17 +41,16 @@ _OLDER_TREES = _older(
 )
 
 # The newest is asked first: most of what is saved is a pytree.
-registration.register_handler(
-    ProtoHandler, secondary_typestrs=_older("proto_checkpoint_handler.ProtoCheckpointHandler")
-)
-registration.register_handler(
-    JsonHandler, secondary_typestrs=_older("json_checkpoint_handler.JsonCheckpointHandler")
-)
-registration.register_handler(StatefulCheckpointableHandler)
-registration.register_handler(MetricsHandler, checkpointable_name=names.METRICS)
-registration.register_handler(PyTreeHandler, secondary_typestrs=_OLDER_TREES)
-registration.register_handler(
-    PyTreeHandler,
-    checkpointable_name=names.DEFAULT_CHECKPOINTABLE,
-    secondary_typestrs=_OLDER_TREES,
+registration.begin_with(
+    registration.HandlerRegistry()
+    .add(ProtoHandler, secondary_typestrs=_older("proto_checkpoint_handler.ProtoCheckpointHandler"))
+    .add(JsonHandler, secondary_typestrs=_older("json_checkpoint_handler.JsonCheckpointHandler"))
+    .add(StatefulCheckpointableHandler)
+    .add(MetricsHandler, checkpointable_name=names.METRICS)
+    .add(PyTreeHandler, secondary_typestrs=_OLDER_TREES)
+    .add(
+        PyTreeHandler,
+        checkpointable_name=names.DEFAULT_CHECKPOINTABLE,
+        secondary_typestrs=_OLDER_TREES,
+    )
 )

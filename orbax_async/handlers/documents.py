@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
-from orbax_async._storage import files
+from orbax_async._storage.json_documents import damage_in, parse_json
+from orbax_async._storage.openers import open_directory
 from orbax_async.path import Path, PathAwaitingCreation
 
 __all__ = ["JsonHandler", "MetricsHandler", "ProtoHandler"]
@@ -30,25 +30,30 @@ class Encoded:
         self.data = data
 
 
-async def _write(directory: PathAwaitingCreation, filename: str, encoded: Encoded) -> None:
-    path = os.path.join(await directory.await_creation(), filename)
+async def _write(directory: PathAwaitingCreation, name: str, encoded: Encoded) -> None:
+    where = open_directory(await directory.await_creation())
     if not operation.current().processes.is_primary:
         return
-    try:
-        await loop.to_worker(files.write_bytes, path, encoded.data)
-    except OSError as error:
-        raise errors.CommitError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def write() -> None:
+        with errors.reported_as(errors.CommitError, f"cannot write {(where / name).path}"):
+            where.write(name, encoded.data)
+
+    await loop.to_worker(write)
 
 
-async def _read(path: str, parse: Callable[[str], Any]) -> Any:
+async def _read(directory: Path, names: Sequence[str], parse: Callable[[bytes, str], Any]) -> Any:
+    """Reads the first of some documents that is there."""
+
     def read() -> Any:
-        data = files.read_bytes(path)
-        if data is None:
-            raise errors.InvalidLayoutError(f"{path} is missing")
-        try:
-            return parse(data.decode())
-        except ValueError as error:
-            raise errors.InvalidLayoutError(f"{path} is damaged: {error}") from error
+        where = open_directory(directory)
+        for name in names:
+            path = (where / name).path
+            with errors.reported_as(errors.InvalidLayoutError, f"cannot read {path}"):
+                data = where.read(name)
+            if data is not None:
+                return parse(data, path)
+        raise errors.InvalidLayoutError(f"{(where / names[0]).path} is missing")
 
     return await loop.to_worker(read)
 
@@ -102,8 +107,7 @@ class JsonHandler:
                 "", f"JSON is loaded as it is: ask for None, not for {abstract_checkpointable!r}"
             )
         names = [self._filename] if self._filename else [_JSON_FILE, _OLDER_JSON_FILE]
-        paths = [os.path.join(directory, name) for name in names]
-        return _read(await loop.to_worker(_first_there, paths), json.loads)
+        return _read(directory, names, lambda data, path: parse_json(data, path, object))
 
     async def metadata(self, directory: Path) -> None:
         """Returns None, which is the abstract form of any JSON value."""
@@ -125,10 +129,6 @@ class MetricsHandler(JsonHandler):
 
     def __init__(self) -> None:
         super().__init__(_METRICS_FILE)
-
-
-def _first_there(paths: list[str]) -> str:
-    return next((path for path in paths if os.path.exists(path)), paths[0])
 
 
 def _explain(value: Any, error: Exception, where: str = "") -> str:
@@ -202,8 +202,9 @@ class ProtoHandler:
                 "", f"no class of protobuf messages, but {abstract_checkpointable!r}"
             )
         return _read(
-            os.path.join(directory, self._filename),
-            lambda text: _parse(text, abstract_checkpointable),
+            directory,
+            [self._filename],
+            lambda data, path: _parse(data, path, abstract_checkpointable),
         )
 
     async def metadata(self, directory: Path) -> None:
@@ -231,9 +232,10 @@ def _text_format() -> Any:
     return importlib.import_module("google.protobuf.text_format")
 
 
-def _parse(text: str, message: type[Any]) -> Any:
+def _parse(data: bytes, path: str, message: type[Any]) -> Any:
     text_format = _text_format()
-    try:
-        return text_format.Parse(text, message())
-    except text_format.ParseError as error:
-        raise ValueError(f"it is no {message.__name__}: {error}") from error
+    with damage_in(path):
+        try:
+            return text_format.Parse(data.decode(), message())
+        except text_format.ParseError as error:
+            raise ValueError(f"it is no {message.__name__}: {error}") from error

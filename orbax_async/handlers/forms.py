@@ -8,7 +8,7 @@ each leaf's type, shape, dtype and sharding.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._engine import transfer
-from orbax_async.handlers import leaves
+from orbax_async.handlers import kinds, leaves
 from orbax_async.handlers.leaves import Described, LeafForm
 from orbax_async.tree import schema, structure
 from orbax_async.tree.keypath import JaxKeyPath
@@ -187,39 +187,15 @@ def _find(
 
     What it depends on is None where that can't be told quickly.
     """
-    for kind in {type(value) for value in values} - _SIGNATURES.keys():
-        if issubclass(kind, (np.number, np.bool_)):
-            _SIGNATURES[kind] = type
-        elif issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer):
-            _SIGNATURES[kind] = _of_jax_array
-        else:
-            return None, None
+    for cls in {type(value) for value in values} - _SIGNATURES.keys():
+        _SIGNATURES[cls] = kinds.signature_of(cls)
     try:
         key = (treedef, settings, tuple([_SIGNATURES[type(value)](value) for value in values]))
         with _lock:
             return key, _forms.get(key)
     except (TypeError, ValueError, AttributeError):
-        return None, None  # a deleted array, or a definition that can't be hashed or compared
+        # A leaf that has no signature, or a definition that can't be hashed or compared.
+        return None, None
 
 
-def _of_jax_array(value: Any) -> Hashable:
-    if value.is_deleted():
-        raise ValueError
-    return value.aval, value.sharding
-
-
-def _of_numpy_array(value: np.ndarray[Any, Any]) -> Hashable:
-    return value.shape, value.dtype
-
-
-def _of_int(value: int) -> Hashable:
-    return int, value >= 2**63
-
-
-# By the exact type of a leaf, what of it its form depends on. Types of jax and of NumPy scalars
-# come in as they are met.
-_SIGNATURES: dict[type, Any] = {
-    np.ndarray: _of_numpy_array,
-    int: _of_int,
-    **{kind: type for kind in (bool, float, complex, str)},
-}
+_SIGNATURES: dict[type, Callable[[Any], Hashable]] = {}  # by the class of a leaf

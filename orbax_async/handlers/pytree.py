@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Awaitable, Hashable
+from collections.abc import Awaitable
 from typing import Any
 
 import anyio
@@ -18,13 +18,14 @@ import jax
 from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
-from orbax_async._commit.session import Session
+from orbax_async._commit.sessions import Session
 from orbax_async._engine import loop
-from orbax_async.handlers import additions, forms, leaves, ordering, storing, targets
+from orbax_async._layouts.table import layout_of
+from orbax_async._storage.openers import open_directory
+from orbax_async.handlers import forms, ordering, parts, read_plan, shardings, storing
 from orbax_async.handlers.forms import PreparedTree
-from orbax_async.handlers.reading import AbstractTree, Loading, ShardingFunction
+from orbax_async.handlers.read_plan import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.saving import Saving
-from orbax_async.handlers.stored import read_metadata
 from orbax_async.path import Path, PathAwaitingCreation
 from orbax_async.tree import structure
 from orbax_async.tree.selection import Select, Selection
@@ -93,7 +94,7 @@ class PyTreeHandler:
           checkpointable: a pytree, or what `flatten` made of it, or partial saves to be one.
         """
         if isinstance(checkpointable, Session):
-            return additions.put_together(directory, checkpointable)
+            return parts.put_together(directory, checkpointable)
         prepared = (
             checkpointable
             if isinstance(checkpointable, PreparedTree)
@@ -150,24 +151,18 @@ class PyTreeHandler:
         """
         selection = None if select is None else Selection(select)
         if isinstance(sharding, jax.sharding.Sharding):
-            sharding = targets.concrete("", sharding)
+            try:
+                sharding = shardings.concrete(sharding)
+            except ValueError as reason:
+                raise errors.AbstractLeafError("", str(reason)) from None
         elif sharding is not None and not callable(sharding):
             raise TypeError(
                 f"sharding must be a jax.sharding.Sharding or a function, not {sharding!r}"
             )
         if abstract is None:
-            return AbstractTree(None, [], selection, sharding)
+            return AbstractTree(None, (), selection, sharding)
         flat = structure.flatten(abstract)
-        wanted, refused = [], []
-        alike: dict[Hashable, targets.Wanted] = {}
-        for keys, leaf in flat.entries:
-            try:
-                wanted.append(targets.want(keys, leaf, alike))
-            except errors.LeafError as error:
-                refused.append(error)
-        if refused:
-            raise leaves.summary(refused)
-        return AbstractTree(flat, wanted, selection, sharding)
+        return AbstractTree(flat, read_plan.want(flat.entries), selection, sharding)
 
     async def load(
         self, directory: Path, abstract_checkpointable: Any | None = None
@@ -192,7 +187,13 @@ class PyTreeHandler:
 
     async def metadata(self, directory: Path) -> Any:
         """Returns the stored tree with each leaf's metadata, without reading array data."""
-        return await loop.to_worker(read_metadata, os.fspath(directory), self._options())
+        options = self._options()
+
+        def read() -> Any:
+            layout = layout_of(open_directory(os.fspath(directory)), options)
+            return read_plan.describe(layout.open_tree(), options)
+
+        return await loop.to_worker(read)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether every leaf of a tree can be stored."""

@@ -24,7 +24,7 @@ from orbax_async._trace import logger
 from orbax_async.handlers import builtin, stateful
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler, ProtoHandler
 from orbax_async.handlers.pytree import PyTreeHandler
-from orbax_async.handlers.reading import ShardingFunction
+from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.tree.selection import Select
 
 __all__ = ["Part", "for_loading", "for_saving", "state_for_loading"]

@@ -22,8 +22,9 @@ from orbax_async._engine.save_pipeline import (
     WritePlan,
     encoding_of,
 )
-from orbax_async._storage import files, ocdbt, zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage import array_store, files, zarr
+from orbax_async._storage.array_store import ArrayStore
+from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import ordering, storing
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.leaves import LeafForm
@@ -277,7 +278,7 @@ class Saving:
         if not self._processes.is_primary:
             return
         if self._is_divided and not self._is_part:
-            await loop.to_worker(ocdbt.merge_process_databases, path)
+            await loop.to_worker(array_store.merge_process_databases, open_directory(path))
             if saving.enable_post_merge_validation:
                 await loop.to_worker(self._validate, path)
         await loop.to_worker(self._write_documents, path)
@@ -295,11 +296,10 @@ class Saving:
             name = names.PROCESS_REPLICA_DATABASE if is_separate else names.PROCESS_DATABASE
             path = os.path.join(path, name.format(self._processes.index))
         return await loop.to_worker(
-            lambda: ArrayStore(
-                path,
+            lambda: ArrayStore.create(
+                open_directory(path),
                 ocdbt=saving.use_ocdbt,
                 zarr3=saving.use_zarr3,
-                create=True,
                 syncs=self._processes.are_several,
                 target_data_file_nbytes=saving.ocdbt_target_data_file_size,
             )
@@ -322,7 +322,7 @@ class Saving:
         saving = self._options.array.saving
         if not self._form.arrays:
             return
-        store = ArrayStore(path, ocdbt=saving.use_ocdbt, zarr3=saving.use_zarr3)
+        store = ArrayStore(open_directory(path), ocdbt=saving.use_ocdbt, zarr3=saving.use_zarr3)
         keys = store.list_keys()
         for leaf in self._plan.arrays.leaves:
             expected = [zarr.document_key(leaf.name, zarr3=saving.use_zarr3)]

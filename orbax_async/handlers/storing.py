@@ -16,10 +16,11 @@ import numpy as np
 from orbax_async import errors
 from orbax_async._engine import plan
 from orbax_async._storage import zarr
-from orbax_async.handlers import leaves
+from orbax_async.handlers import kinds, leaves
 from orbax_async.handlers.forms import PreparedTree
 from orbax_async.handlers.leaves import LeafForm
 from orbax_async.options import ArrayOptions
+from orbax_async.tree import schema
 
 __all__ = ["Stored", "choose"]
 
@@ -144,7 +145,8 @@ def _stored(leaf: LeafForm, options: _StorageOptions, limit: int | None) -> Stor
 
 
 def _is_numeric(leaf: LeafForm) -> bool:
-    return leaf.prng_impl is None and leaf.private.get("python_type") != "bytes"
+    entry = schema.Entry(leaf.keys, leaf.kind, leaf.name, private=leaf.private)
+    return leaf.prng_impl is None and kinds.of_stored(entry).may_be_cast
 
 
 def _cast(leaf: LeafForm, cast: np.dtype[Any]) -> tuple[np.dtype[Any], Mapping[str, Any]]:
@@ -156,7 +158,7 @@ def _cast(leaf: LeafForm, cast: np.dtype[Any]) -> tuple[np.dtype[Any], Mapping[s
             f"storage_options.dtype={cast.name} would drop the imaginary part of {own.name}; give "
             "the leaf a complex dtype by scoped_storage_options_creator"
         )
-    dtype, logical = leaves.disk_dtype(cast)
+    dtype, logical = kinds.disk_dtype(cast)
     private = dict(leaf.private)
     if own != cast:
         private.pop("weak_type", None)

@@ -31,14 +31,12 @@ from orbax_async.options._memory_options import (
     SerializationStatusCallback,
     TransferPriority,
 )
-from orbax_async.options._process_options import (
+from orbax_async.options._operation_options import (
     AsyncOptions,
+    CheckpointablesOptions,
     CheckpointingImpl,
     MultiprocessingOptions,
     PathwaysOptions,
-)
-from orbax_async.options._tree_options import (
-    CheckpointablesOptions,
     PyTreeMetadataOptions,
     PyTreeOptions,
 )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from orbax_async.options._checks import (
+from orbax_async.options._group import (
+    FROM_0,
+    FROM_1,
+    OptionGroup,
     each,
     flag,
     function,
     instance_of,
-    must_be,
     number,
+    option,
     optional,
-    whole,
 )
-from orbax_async.options._group import OptionGroup
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -26,7 +27,6 @@ class ArrayMetadataStore:
     """Stands for the `array_metadatas` files of a checkpoint; they are written where it is set."""
 
 
-@dataclass(kw_only=True)
 class ArrayOptions(OptionGroup):
     """How arrays are stored and loaded.
 
@@ -35,7 +35,6 @@ class ArrayOptions(OptionGroup):
       loading: options of loading.
     """
 
-    @dataclass(kw_only=True)
     class Saving(OptionGroup):
         """How arrays are stored.
 
@@ -69,7 +68,6 @@ class ArrayOptions(OptionGroup):
             returns `StorageOptions`, their fields that are not None win over `storage_options`.
         """
 
-        @dataclass(kw_only=True)
         class StorageOptions(OptionGroup):
             """How one array is stored.
 
@@ -81,10 +79,8 @@ class ArrayOptions(OptionGroup):
             """
 
             dtype: DTypeLike | None = None
-            chunk_byte_size: int | None = field(default=None, metadata=must_be(whole(at_least=1)))
-            shard_axes: tuple[int, ...] | None = field(
-                default=None, metadata=must_be(each(whole(at_least=0), tuple))
-            )
+            chunk_byte_size: int | None = option(default=None, check=FROM_1)
+            shard_axes: tuple[int, ...] | None = option(default=None, check=each(FROM_0, tuple))
 
         class ScopedStorageOptionsCreator(Protocol):
             """Chooses the `StorageOptions` of each leaf."""
@@ -95,34 +91,26 @@ class ArrayOptions(OptionGroup):
                 """Return options for a leaf, or None to leave it to `storage_options`."""
                 ...
 
-        storage_options: StorageOptions = field(default_factory=StorageOptions)
+        storage_options: StorageOptions = option(default_factory=StorageOptions)
         use_ocdbt: bool = True
         use_zarr3: bool = True
         use_compression: bool = True
-        compression_min_saving: float = field(default=0.1, metadata=must_be(number(at_least=0)))
-        ocdbt_target_data_file_size: int | None = field(
-            default=None, metadata=must_be(whole(at_least=0))
-        )
-        enable_pinned_host_transfer: bool | None = field(default=None, metadata=must_be(flag))
+        compression_min_saving: float = option(default=0.1, check=number(at_least=0))
+        ocdbt_target_data_file_size: int | None = option(default=None, check=FROM_0)
+        enable_pinned_host_transfer: bool | None = option(default=None, check=flag)
         enable_post_merge_validation: bool = True
-        use_replica_parallel: bool | None = field(default=None, metadata=must_be(flag))
-        min_slice_bytes_for_replica_parallel: int | None = field(
-            default=None, metadata=must_be(whole(at_least=0))
-        )
-        max_replicas_for_replica_parallel: int | None = field(
-            default=None, metadata=must_be(whole(at_least=1))
-        )
+        use_replica_parallel: bool | None = option(default=None, check=flag)
+        min_slice_bytes_for_replica_parallel: int | None = option(default=None, check=FROM_0)
+        max_replicas_for_replica_parallel: int | None = option(default=None, check=FROM_1)
         enable_replica_parallel_separate_folder: bool = False
         enable_write_sharding_file: bool = True
-        array_metadata_store: ArrayMetadataStore | None = field(
-            default=ArrayMetadataStore(),
-            metadata=must_be(optional(instance_of(ArrayMetadataStore))),
+        array_metadata_store: ArrayMetadataStore | None = option(
+            default=ArrayMetadataStore(), check=optional(instance_of(ArrayMetadataStore))
         )
-        scoped_storage_options_creator: ScopedStorageOptionsCreator | None = field(
-            default=None, metadata=must_be(function)
+        scoped_storage_options_creator: ScopedStorageOptionsCreator | None = option(
+            default=None, check=function
         )
 
-    @dataclass(kw_only=True)
     class Loading(OptionGroup):
         """How arrays are loaded.
 
@@ -135,7 +123,6 @@ class ArrayOptions(OptionGroup):
           load_and_broadcast_options: how that is done.
         """
 
-        @dataclass(kw_only=True)
         class LoadAndBroadcastOptions(OptionGroup):
             """How one replica reads for all.
 
@@ -147,25 +134,19 @@ class ArrayOptions(OptionGroup):
               broadcast_memory_scaling_factor: that share, as a fraction.
             """
 
-            replica_axis_index: int | None = field(
-                default=0, metadata=must_be(optional(whole(at_least=0)))
-            )
-            primary_replica_id: int | None = field(
-                default=0, metadata=must_be(optional(whole(at_least=0)))
-            )
-            broadcast_memory_limit_bytes: int | None = field(
-                default=None, metadata=must_be(whole(at_least=1))
-            )
-            broadcast_memory_scaling_factor: float | None = field(
-                default=0.75, metadata=must_be(optional(number(at_least=0)))
+            replica_axis_index: int | None = option(default=0, check=optional(FROM_0))
+            primary_replica_id: int | None = option(default=0, check=optional(FROM_0))
+            broadcast_memory_limit_bytes: int | None = option(default=None, check=FROM_1)
+            broadcast_memory_scaling_factor: float | None = option(
+                default=0.75, check=optional(number(at_least=0))
             )
 
         enable_padding_and_truncation: bool = False
         raise_array_data_missing_error: bool = True
         use_load_and_broadcast: bool = False
-        load_and_broadcast_options: LoadAndBroadcastOptions = field(
+        load_and_broadcast_options: LoadAndBroadcastOptions = option(
             default_factory=LoadAndBroadcastOptions
         )
 
-    saving: Saving = field(default_factory=Saving)
-    loading: Loading = field(default_factory=Loading)
+    saving: Saving = option(default_factory=Saving)
+    loading: Loading = option(default_factory=Loading)

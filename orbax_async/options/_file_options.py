@@ -5,20 +5,20 @@ from __future__ import annotations
 import enum
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from etils import epath
 
-from orbax_async.options._checks import (
+from orbax_async.options._group import (
+    FROM_0,
+    FROM_1,
+    OptionGroup,
     function,
     instance_of,
     member_of,
-    must_be,
     number,
-    whole,
+    option,
 )
-from orbax_async.options._group import OptionGroup
 
 
 class AtomicityMode(enum.StrEnum):
@@ -64,7 +64,6 @@ def _temporary_path_class(name: str, value: Any) -> type:
     return kind
 
 
-@dataclass(kw_only=True)
 class FileOptions(OptionGroup):
     """How checkpoint directories are made.
 
@@ -79,13 +78,12 @@ class FileOptions(OptionGroup):
         `AtomicityOptions.mode` decides.
     """
 
-    path_permission_mode: int | None = field(default=None, metadata=must_be(whole(at_least=0)))
-    path_class: Callable[..., Any] = field(default=epath.Path, metadata=must_be(function))
+    path_permission_mode: int | None = option(default=None, check=FROM_0)
+    path_class: Callable[..., Any] = option(default=epath.Path, check=function)
     skip_sync_file_validations: bool = False
-    temporary_path_class: Any = field(default=None, metadata=must_be(_temporary_path_class))
+    temporary_path_class: Any = option(default=None, check=_temporary_path_class)
 
 
-@dataclass(kw_only=True)
 class AtomicityOptions(OptionGroup):
     """How a save commits, and what a load accepts as committed.
 
@@ -95,13 +93,10 @@ class AtomicityOptions(OptionGroup):
         have no marker because they were renamed into place.
     """
 
-    mode: AtomicityMode = field(
-        default=AtomicityMode.AUTO, metadata=must_be(member_of(AtomicityMode))
-    )
+    mode: AtomicityMode = option(default=AtomicityMode.AUTO, check=member_of(AtomicityMode))
     allow_legacy_atomic_rename: bool = False
 
 
-@dataclass(kw_only=True)
 class DeletionOptions(OptionGroup):
     """How checkpoints are deleted.
 
@@ -109,7 +104,6 @@ class DeletionOptions(OptionGroup):
       gcs_deletion_options: what differs on Google Cloud Storage.
     """
 
-    @dataclass(kw_only=True)
     class GcsDeletionOptions(OptionGroup):
         """How checkpoints on Google Cloud Storage are deleted.
 
@@ -118,9 +112,9 @@ class DeletionOptions(OptionGroup):
             are moved for something else to remove; None deletes them at once.
         """
 
-        todelete_full_path: str | None = field(default=None, metadata=must_be(instance_of(str)))
+        todelete_full_path: str | None = option(default=None, check=instance_of(str))
 
-    gcs_deletion_options: GcsDeletionOptions = field(default_factory=GcsDeletionOptions)
+    gcs_deletion_options: GcsDeletionOptions = option(default_factory=GcsDeletionOptions)
 
 
 class CheckpointLayout(enum.Enum):
@@ -142,7 +136,6 @@ class CheckpointLayout(enum.Enum):
         return next((layout for layout in cls if layout.value == spelled), None)
 
 
-@dataclass(kw_only=True)
 class SafetensorsOptions(OptionGroup):
     """How safetensors files are read.
 
@@ -154,6 +147,6 @@ class SafetensorsOptions(OptionGroup):
       ignore_load_sharding: an option of older Orbax versions, which is refused when it is set.
     """
 
-    max_over_read_ratio: float | None = field(default=None, metadata=must_be(number(at_least=1)))
-    read_chunk_bytes: int | None = field(default=None, metadata=must_be(whole(at_least=1)))
+    max_over_read_ratio: float | None = option(default=None, check=number(at_least=1))
+    read_chunk_bytes: int | None = option(default=None, check=FROM_1)
     ignore_load_sharding: bool = False

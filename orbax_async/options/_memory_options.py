@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import enum
+import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from orbax_async.options._checks import (
+from orbax_async.options._group import (
+    FROM_1,
+    OptionGroup,
     function,
     instance_of,
-    must_be,
     number,
-    whole,
+    option,
 )
-from orbax_async.options._group import OptionGroup
-from orbax_async.options._memory_regulator import MemoryRegulator
+
+_GIB = 1024**3
+_LONGEST_INTEGRAL = 50.0
 
 
 class TransferPriority(enum.Enum):
@@ -95,7 +99,6 @@ class MemoryProfiler(Protocol):
         ...
 
 
-@dataclass(kw_only=True)
 class MemoryOptions(OptionGroup):
     """How much memory an operation may take beside the state itself. None means no limit.
 
@@ -157,14 +160,7 @@ class MemoryOptions(OptionGroup):
                     f"max_memory_limit_gib * target_ratio = {target:g}, "
                     f"not {self.min_memory_limit_gib!r}"
                 )
-            regulator = MemoryRegulator(
-                self.profiler,
-                max_memory_limit_gib=self.max_memory_limit_gib,
-                min_memory_limit_gib=self.min_memory_limit_gib,
-                target_ratio=self.target_ratio,
-                coefficients=(self.kp, self.ki, self.kd),
-            )
-            object.__setattr__(self, "_regulator", regulator)
+            object.__setattr__(self, "_regulator", MemoryRegulator(self))
 
         def __deepcopy__(self, memo: dict[int, Any]) -> MemoryOptions.RegulatorOptions:
             return self  # frozen, and its state is shared
@@ -174,17 +170,116 @@ class MemoryOptions(OptionGroup):
             """The controller itself, with its `current_limit_bytes`."""
             return self._regulator
 
-    write_concurrent_bytes: int | None = field(default=None, metadata=must_be(whole(at_least=1)))
-    read_concurrent_bytes: int | None = field(default=None, metadata=must_be(whole(at_least=1)))
-    transfer_concurrent_bytes: int | None = field(default=None, metadata=must_be(whole(at_least=1)))
-    regulator_options: RegulatorOptions | None = field(
-        default=None, metadata=must_be(instance_of(RegulatorOptions))
+    write_concurrent_bytes: int | None = option(default=None, check=FROM_1)
+    read_concurrent_bytes: int | None = option(default=None, check=FROM_1)
+    transfer_concurrent_bytes: int | None = option(default=None, check=FROM_1)
+    regulator_options: RegulatorOptions | None = option(
+        default=None, check=instance_of(RegulatorOptions)
     )
-    expected_surge_bytes: float | None = field(
-        default=None, metadata=must_be(number(at_least=0, may_be_infinite=True))
+    expected_surge_bytes: float | None = option(
+        default=None, check=number(at_least=0, may_be_infinite=True)
     )
-    is_prioritized_key_fn: Callable[[tuple[Any, ...]], Any] | None = field(
-        default=None, metadata=must_be(function)
+    is_prioritized_key_fn: Callable[[tuple[Any, ...]], Any] | None = option(
+        default=None, check=function
     )
     serialization_status_callback: SerializationStatusCallback | None = None
     deepcopy_host_arrays: bool = True
+
+
+class MemoryRegulator:
+    """The limit of transfers, and what the controller remembers of earlier saves.
+
+    Before each save the limit moves by a PID control of the distance between the peak that the
+    last save reached and the peak to aim at: a share of the host's memory. A peak above all memory
+    lowers it by at least the excess. An expected surge is taken off the limit, and given back by
+    the next save; while it lasts the limit never rises otherwise, and the controller learns
+    nothing. Readings that can't be are ignored. The arithmetic is that of Orbax.
+
+    Attributes:
+      current_limit_bytes: the limit of the last save, or the lowest one before the first.
+    """
+
+    def __init__(self, options: MemoryOptions.RegulatorOptions) -> None:
+        self._options = options
+        self._integral = 0.0
+        self._last_error = 0.0
+        self._last_surge = 0.0
+        self._lock = threading.Lock()
+        self._is_profiling = False
+        self.current_limit_bytes = int(options.min_memory_limit_gib * _GIB)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_lock": threading.Lock(), "_is_profiling": False})
+
+    def begin(self, expected_surge_bytes: float | None = None) -> tuple[int, Callable[[], None]]:
+        """Move the limit for one save, and begin to profile that save.
+
+        A save that begins while another is profiled takes the limit as it is, for a profiler
+        measures one at a time.
+
+        Args:
+          expected_surge_bytes: bytes to leave free; None asks the profiler.
+
+        Returns:
+          The limit in bytes, and what ends the profile.
+        """
+        with self._lock:
+            if self._is_profiling:
+                return self.current_limit_bytes, lambda: None
+            self._is_profiling = True
+        profiler = self._options.profiler
+        try:
+            surge = (
+                profiler.get_expected_surge_gib()
+                if expected_surge_bytes is None
+                else expected_surge_bytes / _GIB
+            )
+            limit = self._next(
+                self.current_limit_bytes / _GIB,
+                peak=profiler.peak_usage_bytes / _GIB,
+                total=profiler.total_memory_gib,
+                surge=surge,
+            )
+            self.current_limit_bytes = int(limit * _GIB)
+            profiler.profiler_start()
+        except BaseException:
+            self._is_profiling = False
+            raise
+        return self.current_limit_bytes, self._end
+
+    def _end(self) -> None:
+        try:
+            self._options.profiler.profiler_end()
+        finally:
+            self._is_profiling = False
+
+    def _next(self, limit: float, *, peak: float, total: float, surge: float) -> float:
+        """Return the next limit; everything is in GiB."""
+        if not (0 <= peak < math.inf and 0 <= total < math.inf and surge >= 0):
+            return limit
+        options = self._options
+        error = total * options.target_ratio - peak
+        change = (
+            options.kp * error
+            + options.ki * self._integral
+            + options.kd * (error - self._last_error)
+        )
+        if surge == 0:
+            reached = self._integral + error
+            self._integral = max(-_LONGEST_INTEGRAL, min(_LONGEST_INTEGRAL, reached))
+            self._last_error = error
+        else:
+            change = min(change, 0.0)
+        if peak > total:
+            change = min(change, total - peak)
+        wanted = limit + self._last_surge + change
+        chosen = self._clamped(wanted - surge)
+        self._last_surge = self._clamped(wanted) - chosen
+        return chosen
+
+    def _clamped(self, limit: float) -> float:
+        options = self._options
+        return max(options.min_memory_limit_gib, min(options.max_memory_limit_gib, limit))

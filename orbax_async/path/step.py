@@ -24,7 +24,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from orbax_async import _names as names
 from orbax_async import errors, multihost
-from orbax_async._storage import files
+from orbax_async._storage.directory import Entry
+from orbax_async._storage.json_documents import parse_json, read_json
+from orbax_async._storage.openers import open_directory
 from orbax_async.path.pathlike import Path, PathLike, absolute
 
 __all__ = [
@@ -114,14 +116,12 @@ class StepMetadata:
     @property
     def init_timestamp(self) -> datetime.datetime | None:
         """When the save began, in UTC; None if the step does not say."""
-        nsecs = self.init_timestamp_nsecs
-        return None if nsecs is None else _as_datetime(nsecs)
+        return _as_datetime(self.init_timestamp_nsecs)
 
     @property
     def commit_timestamp(self) -> datetime.datetime | None:
         """When the step was committed, in UTC; None if it does not say."""
-        nsecs = self.commit_timestamp_nsecs
-        return None if nsecs is None else _as_datetime(nsecs)
+        return _as_datetime(self.commit_timestamp_nsecs)
 
     @functools.cached_property
     def time(self) -> datetime.datetime:
@@ -129,10 +129,19 @@ class StepMetadata:
 
         Raises:
           StepNotFoundError: the step is gone.
-          InvalidLayoutError: it can't be read.
+          UnreadableError: it can't be read.
         """
-        nsecs = self._timestamp("commit_timestamp_nsecs")
-        return _as_datetime(self._changed_nsecs() if nsecs is None else nsecs)
+        committed = _as_datetime(self._timestamp("commit_timestamp_nsecs"))
+        if committed is not None:
+            return committed
+        with _reading(self._path):
+            status = open_directory(self._path).status(follow_links=True)
+        if status is None:
+            raise errors.StepNotFoundError(
+                f"step {self._step} is gone from {self._path}; it was there when the run's "
+                "directory was listed"
+            )
+        return datetime.datetime.fromtimestamp(status.modified_nsecs / 1e9, tz=datetime.UTC)
 
     @functools.cached_property
     def custom_metadata(self) -> dict[str, Any] | None:
@@ -147,63 +156,50 @@ class StepMetadata:
         Raises:
           InvalidLayoutError: it has, and they can't be read.
         """
-        path = os.path.join(self._path, names.METRICS, names.METRICS)
-        text = _read(path)
-        if text is None:
+        metrics = f"{names.METRICS}/{names.METRICS}"
+        directory = open_directory(self._path)
+        with _reading(self._path):
+            data = directory.read(metrics)
+        if data is None:
             return self._document.get("metrics") or None
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise errors.InvalidLayoutError(
-                f"the metrics of step {self._step} are damaged: {path} should be JSON: {error}"
-            ) from error
+        file = (directory / metrics).path
+        return parse_json(data, f"the file of the metrics of step {self._step} at {file}", object)
 
     @functools.cached_property
     def _document(self) -> dict[str, Any]:
-        text = _read(os.path.join(self._path, names.CHECKPOINT_METADATA))
-        document = None
-        with contextlib.suppress(ValueError):  # a damaged document counts as none, as in Orbax
-            document = json.loads(text or b"{}")
-        return document if isinstance(document, dict) else {}
+        try:
+            with _reading(self._path):
+                return read_json(open_directory(self._path), names.CHECKPOINT_METADATA) or {}
+        except errors.UnreadableError:
+            raise
+        except errors.InvalidLayoutError:  # a damaged document counts as none, as in Orbax
+            return {}
 
     def _timestamp(self, key: str) -> int | None:
         value = self._document.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
-    def _changed_nsecs(self) -> int:
-        try:
-            return os.stat(self._path).st_mtime_ns
-        except FileNotFoundError:
-            raise errors.StepNotFoundError(
-                f"step {self._step} is gone from {self._path}; it was there when the run's "
-                "directory was listed"
-            ) from None
-        except OSError as error:
-            raise _unreadable(self._path, error) from error
+
+def _as_datetime(nsecs: int | None) -> datetime.datetime | None:
+    return None if nsecs is None else datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
 
 
-def _as_datetime(nsecs: int) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
-
-
-def _read(path: str) -> bytes | None:
-    try:
-        return files.read_bytes(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _entries(base: str) -> list[os.DirEntry[str]]:
-    try:
-        return list(files.scan(base))
-    except OSError as error:
-        raise _unreadable(base, error) from error
-
-
-def _unreadable(path: str, error: OSError) -> errors.InvalidLayoutError:
-    return errors.InvalidLayoutError(
-        f"{path} can't be read: {error.strerror or error}. Check that it may be read"
+def _reading(path: str) -> contextlib.AbstractContextManager[None]:
+    return errors.reported_as(
+        errors.UnreadableError, f"cannot read {path}", "Check that this process may read it."
     )
+
+
+def _entries(base: str) -> list[Entry]:
+    with _reading(base):
+        return open_directory(base).entries()
+
+
+def _kind(path: str) -> str | None:
+    """Returns what lies at a path, or at what a link there leads to; None for nothing."""
+    with _reading(path):
+        status = open_directory(path).status(follow_links=True)
+    return None if status is None else status.kind
 
 
 @runtime_checkable
@@ -259,10 +255,10 @@ class _StandardNameFormat:
         """Returns an iterator over the steps in a directory, in ascending order."""
         base = absolute(base_path)
         if not self.single_host_load_and_broadcast:
-            return iter(self.select(_entries(base)))
+            return iter(self.select(base, _entries(base)))
 
         def say() -> str:
-            return json.dumps([found.step for found in self.select(_entries(base))])
+            return json.dumps([found.step for found in self.select(base, _entries(base))])
 
         heard = json.loads(multihost.tell("the steps of a run", say))
         return iter([self._at(base, step) for step in heard])
@@ -271,18 +267,18 @@ class _StandardNameFormat:
         """Returns one step, or raises StepNotFoundError."""
         base = absolute(base_path)
         found = self._at(base, as_step(step))
-        if os.path.isdir(found.path):
+        if _kind(found._path) == "directory":
             return found
         raise errors.StepNotFoundError(self._absence(base, found))
 
-    def select(self, entries: Iterable[os.DirEntry[str]]) -> list[StepMetadata]:
+    def select(self, base: str, entries: Iterable[Entry]) -> list[StepMetadata]:
         """Returns those of a directory's entries that are steps, in ascending order."""
-        found = []
-        for entry in entries:
-            # Only a link costs a look at the file it leads to.
-            if (match := self._pattern.fullmatch(entry.name)) and entry.is_dir():
-                found.append((int(match[1]), entry.path))
-        return [StepMetadata(step, path) for step, path in sorted(found)]
+        found = [
+            (int(match[1]), name)
+            for name, is_directory in entries
+            if is_directory and (match := self._pattern.fullmatch(name))
+        ]
+        return [StepMetadata(step, os.path.join(base, name)) for step, name in sorted(found)]
 
     def _at(self, base: str, step: int) -> StepMetadata:
         return StepMetadata(step, os.path.join(base, self.build_name(step)))
@@ -298,14 +294,14 @@ class _StandardNameFormat:
 
     def _absence(self, base: str, missing: StepMetadata) -> str:
         """Says why a step is not there: what was looked for, and what was found instead."""
-        name = missing.path.name
+        name = self.build_name(missing.step)
         what = f"no checkpoint of step {missing.step} under {base}"
-        if not os.path.isdir(base):
+        if _kind(base) != "directory":
             return f"{what}: that is no directory; give the directory of the run"
-        if os.path.lexists(missing.path):
-            return f"{what}: {name} is there, but is no directory"
         entries = _entries(base)
-        steps = [found.step for found in self.select(entries)]
+        if any(entry.name == name for entry in entries):
+            return f"{what}: {name} is there, but is no directory"
+        steps = [found.step for found in self.select(base, entries)]
         shown = ", ".join(map(str, steps[-_STEPS_SHOWN:]))
         has = f"the last steps there are {shown}" if steps else "there are no steps"
         other = re.compile(rf".*?(?<![0-9])0*{missing.step}")
@@ -342,12 +338,12 @@ class _CompositeNameFormat:
 
     def find_all(self, base_path: PathLike) -> Iterator[Any]:
         """Returns an iterator over the steps of any format, in ascending order, each once."""
-        entries: list[os.DirEntry[str]] | None = None
+        base, entries = absolute(base_path), None
         found: dict[int, Any] = {}
         for each in self.read_name_formats:
             if isinstance(each, _StandardNameFormat) and not each.single_host_load_and_broadcast:
-                entries = _entries(absolute(base_path)) if entries is None else entries
-                steps: Iterable[Any] = each.select(entries)
+                entries = _entries(base) if entries is None else entries
+                steps: Iterable[Any] = each.select(base, entries)
             else:
                 steps = each.find_all(base_path)
             for one in steps:

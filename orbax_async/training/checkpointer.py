@@ -13,17 +13,17 @@ from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._api import delete as deleting
-from orbax_async._api import layout
 from orbax_async._api import load as loading
 from orbax_async._api import metadata as describing
-from orbax_async._api.narrowing import Selects, Shardings
+from orbax_async._api.load import Selects, Shardings
 from orbax_async._api.older_names import older_method
 from orbax_async._engine import loop
+from orbax_async._layouts.orbax import check_name, commit_mode
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
-from orbax_async.handlers.reading import ShardingFunction
+from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.options import AtomicityMode
-from orbax_async.options._checks import flag
+from orbax_async.options._group import flag
 from orbax_async.path import Path, PathLike, pathlike
 from orbax_async.path.step import NameFormat, standard_name_format
 from orbax_async.training.queue import EntryLogger, SaveQueue
@@ -141,7 +141,7 @@ class Checkpointer:
         self._directory = RunDirectory(
             pathlike.absolute(directory, self._context.file.path_class),
             step_name_format or standard_name_format(),
-            needs_proof=layout.commit_mode(self._context) is AtomicityMode.COMMIT_FILE,
+            needs_proof=commit_mode(self._context) is AtomicityMode.COMMIT_FILE,
         )
         self._steps = Steps(self._directory)
         self._queue = SaveQueue(
@@ -370,7 +370,7 @@ class Checkpointer:
           ClosedError: the Checkpointer is closed.
           Exception: what `ocp.load_async` raises.
         """
-        layout.check_name(checkpointable_name, is_saved=True)
+        check_name(checkpointable_name, is_saved=True)
         return self._load(
             "load",
             step,

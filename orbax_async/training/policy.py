@@ -1,7 +1,7 @@
 """What all policies share: what they see of a step, and how they are checked, asked and explained.
 
 A policy is an object with one method, or a plain function of the same arguments. Those of this
-package are frozen dataclasses and both. Each field brings its own check (`must_be`).
+package are both.
 
 One policy may be made of several (`Several`). Which of them decided is told by name.
 """
@@ -12,9 +12,17 @@ import dataclasses
 import datetime
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import (
+    Any,
+    ClassVar,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    dataclass_transform,
+    runtime_checkable,
+)
 
-from orbax_async.options._checks import anything, flag
+from orbax_async.options._group import anything, flag, option, optional
 
 __all__ = ["CheckpointInfo", "Opinion", "Policy", "Several", "check", "decided", "judge", "named"]
 
@@ -48,18 +56,27 @@ class Opinion(NamedTuple):
     why: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(option,))
 class Policy:
-    """Applies the check of each field when a policy is made; a bool stands for a bool."""
+    """The base of policies: frozen dataclasses whose fields are checked when they are made.
+
+    A field declares its check as an option does. Where its default is None, None is taken as well,
+    and a bool stands for a bool.
+    """
+
+    def __init_subclass__(cls, *, kw_only: bool = False) -> None:
+        dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            usual = flag if isinstance(field.default, bool) else anything
-            value = field.metadata.get("check", usual)(field.name, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            check = field.metadata.get("check", anything)
+            if isinstance(field.default, bool):
+                check = flag
+            elif field.default is None:
+                check = optional(check)
+            object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
 
 
-@dataclasses.dataclass(frozen=True)
 class Several(Policy):
     """A policy made of others, each a policy or a plain function."""
 

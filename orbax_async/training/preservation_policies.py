@@ -15,15 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from orbax_async.options._checks import (
-    each,
-    function,
-    instance_of,
-    must_be,
-    number,
-    optional,
-    whole,
-)
+from orbax_async.options._group import FROM_0, FROM_1, each, function, instance_of, number, option
 from orbax_async.training import policy as shared
 from orbax_async.training.policy import CheckpointInfo, named
 
@@ -129,7 +121,6 @@ class _Policy(shared.Policy):
         return [verdict.is_kept for verdict in judge(self, checkpoints, context=context)]
 
 
-@dataclass(frozen=True)
 class PreserveAll(_Policy):
     """Keeps every checkpoint."""
 
@@ -138,7 +129,6 @@ class PreserveAll(_Policy):
         return [True] * len(checkpoints)
 
 
-@dataclass(frozen=True)
 class LatestN(_Policy):
     """Keeps the last checkpoints.
 
@@ -146,14 +136,13 @@ class LatestN(_Policy):
       n: how many; None for all.
     """
 
-    n: int | None = field(default=None, metadata=must_be(optional(whole(at_least=0))))
+    n: int | None = option(default=None, check=FROM_0)
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
         return _newest([True] * len(checkpoints), self.n)
 
 
-@dataclass(frozen=True)
 class EveryNSeconds(_Policy):
     """Keeps the first checkpoint, and each that comes some time after the last one kept.
 
@@ -161,7 +150,7 @@ class EveryNSeconds(_Policy):
       interval_secs: that time.
     """
 
-    interval_secs: float = field(metadata=must_be(number(at_least=0)))
+    interval_secs: float = option(check=number(at_least=0))
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
@@ -172,10 +161,9 @@ class EveryNSeconds(_Policy):
 def _interval(name: str, value: Any) -> Any:
     if value == 0:
         raise ValueError(f"{name} must not be 0.")
-    return whole(at_least=1)(name, value)
+    return FROM_1(name, value)
 
 
-@dataclass(frozen=True)
 class EveryNSteps(_Policy):
     """Keeps checkpoints at an interval of steps.
 
@@ -186,9 +174,9 @@ class EveryNSteps(_Policy):
       max_to_keep: how many of these to keep, the newest; None for all.
     """
 
-    interval_steps: int = field(metadata=must_be(_interval))
+    interval_steps: int = option(check=_interval)
     exact_interval: bool = True
-    max_to_keep: int | None = field(default=None, metadata=must_be(optional(whole(at_least=1))))
+    max_to_keep: int | None = option(default=None, check=FROM_1)
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
@@ -198,7 +186,6 @@ class EveryNSteps(_Policy):
         return _newest(_spaced(steps, self.interval_steps), self.max_to_keep)
 
 
-@dataclass(frozen=True)
 class EveryNStepsClosest(_Policy):
     """Keeps, for each multiple of an interval, the step closest to it; and the last one.
 
@@ -209,8 +196,8 @@ class EveryNStepsClosest(_Policy):
       max_to_keep: how many of these to keep, the newest; None for all.
     """
 
-    interval_steps: int = field(metadata=must_be(_interval))
-    max_to_keep: int | None = field(default=None, metadata=must_be(optional(whole(at_least=1))))
+    interval_steps: int = option(check=_interval)
+    max_to_keep: int | None = option(default=None, check=FROM_1)
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
@@ -225,12 +212,9 @@ class EveryNStepsClosest(_Policy):
 
 
 def _steps(name: str, value: Any) -> Any:
-    return (
-        value if isinstance(value, range) else frozenset(each(whole(at_least=0), set)(name, value))
-    )
+    return value if isinstance(value, range) else frozenset(each(FROM_0, set)(name, value))
 
 
-@dataclass(frozen=True)
 class CustomSteps(_Policy):
     """Keeps the steps of a collection.
 
@@ -238,15 +222,14 @@ class CustomSteps(_Policy):
       steps: the collection, such as a list, a set or a range.
     """
 
-    steps: Collection[int] = field(metadata=must_be(_steps))
+    steps: Collection[int] = option(check=_steps)
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
         return [checkpoint.step in self.steps for checkpoint in checkpoints]
 
 
-@dataclass(frozen=True, kw_only=True)
-class BestN(_Policy):
+class BestN(_Policy, kw_only=True):
     """Keeps the checkpoints with the best metrics; of equals, the later.
 
     As long as there are no more than `n` checkpoints, all are kept. A metric that is not a number
@@ -265,9 +248,9 @@ class BestN(_Policy):
         no metrics. If there are more than `n`, and `n` is not 0.
     """
 
-    get_metric_fn: Callable[[Any], Any] = field(repr=False, metadata=must_be(function))
+    get_metric_fn: Callable[[Any], Any] = field(repr=False, metadata={"check": function})
     reverse: bool = False
-    n: int | None = field(default=None, metadata=must_be(optional(whole(at_least=0))))
+    n: int | None = option(default=None, check=FROM_0)
     keep_checkpoints_without_metrics: bool = True
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
@@ -319,7 +302,6 @@ def _age(name: str, value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
 class LatestDuration(_Policy):
     """Keeps the first checkpoint that is not too old, and all that come after it.
 
@@ -327,7 +309,7 @@ class LatestDuration(_Policy):
       duration: how old it may be.
     """
 
-    duration: datetime.timedelta = field(metadata=must_be(_age))
+    duration: datetime.timedelta = option(check=_age)
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
@@ -340,7 +322,6 @@ class LatestDuration(_Policy):
         return kept
 
 
-@dataclass(frozen=True)
 class _Several(shared.Several, _Policy):
     _method = "should_preserve"
     _fate = "kept"
@@ -351,7 +332,6 @@ class _Several(shared.Several, _Policy):
         return self(checkpoints, context=context)
 
 
-@dataclass(frozen=True)
 class AnyPreservationPolicy(_Several):
     """Keeps what any of several policies keeps.
 
@@ -363,7 +343,6 @@ class AnyPreservationPolicy(_Several):
     _is_decisive = True
 
 
-@dataclass(frozen=True)
 class AllPreservationPolicy(_Several):
     """Keeps what all of several policies keep.
 

@@ -27,7 +27,7 @@ from orbax_async._engine import loop
 from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
-from orbax_async.options._checks import flag, whole
+from orbax_async.options._group import flag, whole
 from orbax_async.training import policy, preemption, retention
 from orbax_async.training import preservation_policies as keep
 from orbax_async.training.retirement import Retirement

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from typing import Any, TypeAlias
 
 from orbax_async.options import MultiprocessingOptions
-from orbax_async.options._checks import number
+from orbax_async.options._group import number
 from orbax_async.path.step import as_step
 from orbax_async.training import preservation_policies, save_decision_policies
 from orbax_async.training.policy import CheckpointInfo

@@ -27,6 +27,7 @@ import anyio
 
 from orbax_async import errors
 from orbax_async._engine import loop
+from orbax_async._storage.directory import Directory
 from orbax_async._trace import logger
 from orbax_async.training.steps import Promise, Step, Steps, promise
 
@@ -106,6 +107,7 @@ class Retirement:
         with self._lock:
             self._leaving = [each for each in self._leaving if id(each) not in ended]
         for each in leaving:
+            self._directory.leave(each)
             self._note_out_of_sight(each)
             _settle(each.gone)
 
@@ -155,7 +157,7 @@ class Retirement:
                         failures.append((each, error))
         return len(unread) < len(in_sight), failures
 
-    async def _empty(self, step: Step, hidden: str) -> None:
+    async def _empty(self, step: Step, hidden: Directory) -> None:
         """Removes a directory that is out of sight, a few files at a time."""
         for pause in (*_RETRY_SECS, None):
             try:
@@ -167,7 +169,7 @@ class Retirement:
                 if pause is None:
                     logger.warning(
                         "%s, an old step, can't be removed, and is left to a later time: %s",
-                        hidden,
+                        hidden.path,
                         error,
                     )
                     with self._lock:

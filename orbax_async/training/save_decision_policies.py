@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from orbax_async.options import MultiprocessingOptions
-from orbax_async.options._checks import must_be, number, optional, whole
+from orbax_async.options._group import FROM_1, number, option
 from orbax_async.training import policy as shared
 from orbax_async.training.policy import CheckpointInfo
 
@@ -126,7 +126,6 @@ class _Policy(shared.Policy):
         return decide(self, step, previous_steps, context=context).is_saved
 
 
-@dataclass(frozen=True)
 class FixedIntervalPolicy(_Policy):
     """Saves every step that is divisible by an interval.
 
@@ -134,7 +133,7 @@ class FixedIntervalPolicy(_Policy):
       interval: in steps; at least 1.
     """
 
-    interval: int = field(metadata=must_be(whole(at_least=1)))
+    interval: int = option(check=FROM_1)
 
     def should_save(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
         """Says whether to save."""
@@ -147,7 +146,6 @@ def _collection(name: str, value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
 class SpecificStepsPolicy(_Policy):
     """Saves the steps of a collection.
 
@@ -155,24 +153,21 @@ class SpecificStepsPolicy(_Policy):
       steps: the collection, such as a set or a range.
     """
 
-    steps: Container[int] = field(metadata=must_be(_collection))
+    steps: Container[int] = option(check=_collection)
 
     def should_save(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
         """Says whether to save."""
         return step.step in self.steps
 
 
-@dataclass(frozen=True, kw_only=True)
-class ContinuousCheckpointingPolicy(_Policy):
+class ContinuousCheckpointingPolicy(_Policy, kw_only=True):
     """Saves as often as it can: whenever no save is running.
 
     Attributes:
       minimum_interval_secs: how long after the last checkpoint the next one comes at the earliest.
     """
 
-    minimum_interval_secs: float | None = field(
-        default=None, metadata=must_be(optional(number(at_least=0)))
-    )
+    minimum_interval_secs: float | None = option(default=None, check=number(at_least=0))
 
     def should_save(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
         """Says whether to save."""
@@ -184,7 +179,6 @@ class ContinuousCheckpointingPolicy(_Policy):
         return step.time - previous_steps[-1].time >= interval
 
 
-@dataclass(frozen=True)
 class InitialSavePolicy(_Policy):
     """Saves when the run has no checkpoint yet."""
 
@@ -193,7 +187,6 @@ class InitialSavePolicy(_Policy):
         return not previous_steps
 
 
-@dataclass(frozen=True)
 class PreemptionCheckpointingPolicy(_Policy):
     """Saves when the job is about to be preempted."""
 
@@ -202,7 +195,6 @@ class PreemptionCheckpointingPolicy(_Policy):
         return context.reached_preemption
 
 
-@dataclass(frozen=True)
 class _Several(shared.Several, _Policy):
     _method = "should_save"
     _fate = "saved"
@@ -213,7 +205,6 @@ class _Several(shared.Several, _Policy):
         return decide(self, step, previous_steps, context=context).is_saved
 
 
-@dataclass(frozen=True)
 class AnySavePolicy(_Several):
     """Saves when one of several policies does; the first that does ends the asking.
 
@@ -227,7 +218,6 @@ class AnySavePolicy(_Several):
     _may_be_empty = True
 
 
-@dataclass(frozen=True)
 class AllSavePolicy(_Several):
     """Saves when every one of several policies does; the first that does not ends the asking.
 

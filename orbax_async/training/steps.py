@@ -4,7 +4,7 @@ A step is one `Step` from the call that saves it until its last file is removed.
 what `save` was given; once it is committed, what its documents say. The queue of saves and the
 removal of old steps note on it how far it has come.
 
-All calls of the file system that a run needs are those of `RunDirectory`. They block.
+All looks at the run's directory, and all changes there, are those of `RunDirectory`. They block.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from typing import Any, TypeAlias, TypeVar
 from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._api import metadata as described
-from orbax_async._commit import atomicity
+from orbax_async._commit import leftovers
 from orbax_async._response import AsyncResponse
-from orbax_async._storage import files
+from orbax_async._storage.directory import Directory, Status
+from orbax_async._storage.json_documents import damage_in, read_json
+from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
 from orbax_async.path import Path, PathLike
 from orbax_async.path.step import NameFormat, StepMetadata, as_step
@@ -55,18 +57,23 @@ def promise() -> Promise:
     return made
 
 
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False, kw_only=True)
 class CheckpointMetadata(described.CheckpointMetadata[T]):
     """What is known of one step of a run.
 
-    Args:
+    Attributes:
       step: its number.
+      metrics: the metrics that the user gave to `save`; None if there are none.
       path: its directory.
       metadata: the abstract form of what it holds; None where that was not asked for.
       init_timestamp_nsecs: when the save began, in nanoseconds since the epoch.
       commit_timestamp_nsecs: when it was committed.
       custom_metadata: what the user gave to `save`.
-      metrics: the metrics that the user gave to `save`.
+      nbytes: the bytes of all its files; None where they were not counted.
     """
+
+    step: int
+    metrics: Any
 
     def __init__(
         self,
@@ -86,8 +93,7 @@ class CheckpointMetadata(described.CheckpointMetadata[T]):
             commit_timestamp_nsecs=commit_timestamp_nsecs,
             custom_metadata=custom_metadata,
         )
-        self._step = as_step(step)
-        self._metrics = metrics
+        vars(self).update(step=as_step(step), metrics=metrics)
 
     def __repr__(self) -> str:
         return (
@@ -95,16 +101,6 @@ class CheckpointMetadata(described.CheckpointMetadata[T]):
             f"commit_timestamp={self.commit_timestamp}, custom_metadata={self.custom_metadata}, "
             f"metrics={self.metrics})"
         )
-
-    @property
-    def step(self) -> int:
-        """The step's number."""
-        return self._step
-
-    @property
-    def metrics(self) -> Any:
-        """The metrics that the user gave to `save`; None if there are none."""
-        return self._metrics
 
     @property
     def time(self) -> datetime.datetime:
@@ -156,11 +152,9 @@ class Step(StepMetadata, CheckpointMetadata[None]):
     response: AsyncResponse[bool] | None = None
     is_withdrawn = False
 
-    hidden: str | None = None
+    hidden: Directory | None = None
     out_of_sight: Promise
     gone: Promise
-
-    _nbytes = None  # of the base: nobody has counted
 
     def __init__(
         self,
@@ -174,11 +168,16 @@ class Step(StepMetadata, CheckpointMetadata[None]):
         # Not the second base's: two thousand paths and times would be made and never looked at.
         StepMetadata.__init__(self, step, path)
         if time is not None:
-            self.time, self.metrics, self.custom_metadata = time, metrics, custom_metadata
+            vars(self).update(time=time, metrics=metrics, custom_metadata=custom_metadata)
             self.may_write, self.ended = promise(), promise()
 
     def __repr__(self) -> str:
         return f"<checkpoint of step {self.step} at {self._path}>"
+
+    @property
+    def directory(self) -> Directory:
+        """Where it lies."""
+        return open_directory(self._path)
 
     @property
     def commit_timestamp_nsecs(self) -> int:
@@ -193,14 +192,14 @@ class Step(StepMetadata, CheckpointMetadata[None]):
 
     def read_documents(self) -> None:
         """Has a step that is committed say what its documents say, and reads what policies ask."""
-        del self.time, self.metrics, self.custom_metadata
-        for name in ("time", "metrics"):
+        for name in ("time", "metrics", "custom_metadata"):
+            vars(self).pop(name, None)
             with contextlib.suppress(errors.CheckpointError):  # raised again for who asks
                 getattr(self, name)
 
 
 class RunDirectory:
-    """Where a run's steps lie. Every method that looks at it, or changes it, blocks.
+    """Where a run's steps lie.
 
     Args:
       path: the directory.
@@ -218,6 +217,8 @@ class RunDirectory:
                 f"{name_format!r} has not"
             )
         self.path = path
+        self._directory = open_directory(path)
+        self._metadata = self._directory / names.ROOT_METADATA_DIRECTORY
         self._name_format = name_format
         self._needs_proof = needs_proof
 
@@ -227,8 +228,10 @@ class RunDirectory:
         Raises:
           CommitError: it can't be made; there is a file, or a parent can't be written to.
         """
-        with _reported(f"cannot create the run's directory {self.path}"):
-            os.makedirs(self.path, exist_ok=True)
+        problem = f"cannot create the run's directory {self.path}"
+        advice = "Check that the path is right and writable."
+        with errors.reported_as(errors.CommitError, problem, advice):
+            _make_with_parents(self._directory)
 
     # Its steps.
 
@@ -240,7 +243,7 @@ class RunDirectory:
         """Lists the steps, in ascending order.
 
         Raises:
-          InvalidLayoutError: the directory can't be read.
+          UnreadableError: the directory can't be read.
         """
         found = [self._as_step(each) for each in self._name_format.find_all(Path(self.path))]
         return sorted(filter(self._is_committed, found), key=lambda each: each.step)
@@ -250,12 +253,13 @@ class RunDirectory:
 
         Raises:
           StepNotFoundError: it is not there.
+          UnreadableError: it can't be looked at.
         """
         if step < 0:
             raise errors.StepNotFoundError(f"no checkpoint of step {step}: no step is negative")
         try:
             found = self._as_step(self._name_format.find_step(Path(self.path), step))
-        except errors.StepNotFoundError:
+        except errors.CheckpointError:
             raise
         except (ValueError, FileNotFoundError) as error:  # a name format of the user, or of Orbax
             raise errors.StepNotFoundError(f"no checkpoint of step {step}: {error}") from error
@@ -267,8 +271,12 @@ class RunDirectory:
         return found
 
     def has(self, step: Step) -> bool:
-        """Says whether a step is still where it was found."""
-        return os.path.isdir(step._path)
+        """Says whether a step is still where it was found; raises UnreadableError."""
+        status = _look(step)
+        return status is not None and status.kind == "directory"
+
+    def _is_committed(self, step: Step) -> bool:
+        return not self._needs_proof or _look(step, names.COMMIT_MARKER) is not None
 
     def _as_step(self, found: Any) -> Step:
         if isinstance(found, StepMetadata):
@@ -276,40 +284,44 @@ class RunDirectory:
         path = getattr(found, "path", None)
         return Step(found.step, self.path_of(found.step) if path is None else path)
 
-    def _is_committed(self, step: Step) -> bool:
-        proof = os.path.join(step._path, names.COMMIT_MARKER)
-        return not self._needs_proof or os.path.exists(proof)
-
-    # Removing a step: it is renamed, that is made durable, and then its files go.
+    # Removing a step: it is renamed, that is made durable, and then its files go. Each of these
+    # raises OSError, and is tried again by its caller.
 
     def hide(self, step: Step) -> None:
-        """Gives a step a temporary name, which no reader takes for one; raises OSError."""
-        hidden = atomicity.temporary_path(step._path)
-        with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
-            os.rename(step._path, hidden)
+        """Gives a step a temporary name, which no reader takes for one."""
+        hidden = leftovers.temporary(step.directory)
+        leftovers.look_after(hidden.path)
+        try:
+            with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+                step.directory.rename(hidden)
+        except OSError:
+            leftovers.leave(hidden.path)
+            raise
         step.hidden = hidden
 
     def show(self, step: Step) -> None:
-        """Undoes `hide`; raises OSError."""
-        os.rename(str(step.hidden), step._path)
+        """Undoes `hide`."""
+        assert step.hidden is not None
+        step.hidden.rename(step.directory)
+        self.leave(step)
         step.hidden = None
 
     def sync(self) -> None:
-        """Makes the names of the steps durable; raises OSError."""
-        files.fsync_directory(self.path)
+        """Makes the names of the steps durable."""
+        self._directory.sync([""])
 
-    def removal(self, hidden: str) -> Iterator[None]:
-        """Removes what is hidden, one entry at a time; what is gone is fine. Raises OSError."""
-        for directory, folders, inside in os.walk(hidden, topdown=False, onerror=_unless_gone):
-            paths = [os.path.join(directory, name) for name in inside]
-            links = filter(os.path.islink, [os.path.join(directory, name) for name in folders])
-            for path in [*paths, *links]:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-                yield
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(directory)
+    def removal(self, hidden: Directory) -> Iterator[None]:
+        """Removes what is hidden, a file at a time; what is gone is fine."""
+        for name in hidden.walk()[0]:
+            hidden.remove(name)
             yield
+        hidden.remove()  # its directories, and whatever else there may be
+        yield
+
+    def leave(self, step: Step) -> None:
+        """Leaves what there is of a hidden step to any later sweep."""
+        if step.hidden is not None:
+            leftovers.leave(step.hidden.path)
 
     def clean(self) -> None:
         """Removes unfinished saves, but for those of processes that are alive.
@@ -319,13 +331,15 @@ class RunDirectory:
         Raises:
           CommitError: something can't be removed.
         """
-        with _reported(f"cannot clean up {self.path}"):
-            removed = atomicity.sweep(self.path)
-            for entry in list(files.scan(self.path)):
-                is_ours = names.OWNED_TEMPORARY.fullmatch(entry.name)
-                if names.TEMPORARY_MARK in entry.name and not is_ours and not entry.is_symlink():
-                    atomicity.discard(entry.path)
-                    removed.append(entry.path)
+        with errors.reported_as(errors.CommitError, f"cannot clean up {self.path}"):
+            removed = leftovers.sweep(self.path)
+            for name, _ in self._directory.entries():
+                if names.TEMPORARY_MARK not in name or names.OWNED_TEMPORARY.fullmatch(name):
+                    continue
+                status = self._directory.status(name)
+                if status is not None and status.kind != "link":
+                    leftovers.discard(self._directory / name)
+                    removed.append((self._directory / name).path)
         for path in removed:
             logger.info("removed %s, which was never finished", path)
 
@@ -337,20 +351,13 @@ class RunDirectory:
         Raises:
           InvalidLayoutError: the document is damaged, or can't be read.
         """
-        for name in (names.ROOT_METADATA, names.OLDER_ROOT_METADATA):
-            path = os.path.join(self.path, names.ROOT_METADATA_DIRECTORY, name)
-            try:
-                data = files.read_bytes(path)
-                if data is not None:
-                    return dict(json.loads(data).get("custom_metadata") or {})
-            except OSError as error:
-                raise errors.InvalidLayoutError(
-                    f"the metadata of the run can't be read: {path}: {error.strerror or error}"
-                ) from error
-            except (ValueError, TypeError, AttributeError) as error:
-                raise errors.InvalidLayoutError(
-                    f"the metadata of the run is damaged: {path} should be a JSON document: {error}"
-                ) from error
+        for name in _ROOT_DOCUMENTS:
+            file = (self._metadata / name).path
+            problem = f"cannot read the metadata of the run, {file}"
+            with errors.reported_as(errors.UnreadableError, problem), damage_in(file):
+                document = read_json(self._metadata, name)
+                if document is not None:
+                    return dict(document.get("custom_metadata") or {})
         return {}
 
     def write_root_metadata(self, custom_metadata: dict[str, Any]) -> None:
@@ -359,50 +366,42 @@ class RunDirectory:
         Raises:
           CommitError: it can't be written.
         """
-        folder = os.path.join(self.path, names.ROOT_METADATA_DIRECTORY)
-        path = os.path.join(folder, names.ROOT_METADATA)
-        if os.path.exists(path) or os.path.exists(os.path.join(folder, names.OLDER_ROOT_METADATA)):
-            return
+        metadata, name = self._metadata, names.ROOT_METADATA
         document = {"internal_metadata": {}, "custom_metadata": custom_metadata}
-        unfinished = f"{path}.{uuid.uuid4().hex}"
-        try:
-            with _reported(f"cannot write {path}"):
-                files.write_bytes(unfinished, json.dumps(document).encode())
-                files.fsync_file(unfinished)
-                _rename_unless_there(unfinished, path)
-                files.fsync_directory(folder)
-                files.fsync_directory(self.path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(unfinished)
+        unfinished = f"{name}.{uuid.uuid4().hex}"
+        with errors.reported_as(errors.CommitError, f"cannot write {(metadata / name).path}"):
+            if any(metadata.status(each) is not None for each in _ROOT_DOCUMENTS):
+                return
+            try:
+                metadata.write(unfinished, json.dumps(document).encode())
+                metadata.sync([unfinished])
+                with contextlib.suppress(FileExistsError):  # another process was quicker
+                    metadata.link(unfinished, metadata, name)
+                metadata.sync([""])
+                self._directory.sync([""])
+            finally:
+                with contextlib.suppress(OSError):
+                    metadata.remove(unfinished)
 
 
-@contextlib.contextmanager
-def _reported(problem: str) -> Iterator[None]:
-    """Turns an OSError into a CommitError."""
+_ROOT_DOCUMENTS = (names.ROOT_METADATA, names.OLDER_ROOT_METADATA)
+
+
+def _look(step: Step, name: str = "") -> Status | None:
+    with errors.reported_as(errors.UnreadableError, f"cannot look at {step.path}"):
+        return step.directory.status(name, follow_links=True)
+
+
+def _make_with_parents(directory: Directory) -> None:
     try:
-        yield
-    except errors.CheckpointError:
-        raise
-    except OSError as error:
-        raise errors.CommitError(
-            f"{problem}: {error.strerror or error}. Check that the path is right and writable."
-        ) from error
-
-
-def _unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
-def _rename_unless_there(unfinished: str, path: str) -> None:
-    try:
-        os.link(unfinished, path)
+        directory.make()
+    except FileNotFoundError:
+        _make_with_parents(directory.parent)
+        _make_with_parents(directory)
     except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        if not os.path.exists(path):
-            os.rename(unfinished, path)
+        status = directory.status(follow_links=True)
+        if status is None or status.kind != "directory":
+            raise
 
 
 class Steps:

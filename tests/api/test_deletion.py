@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from watched_directory import Crash, Crashed, Fault, before, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._commit import atomicity, removal
-from orbax_async._storage import files
+from orbax_async._commit import removal
+from orbax_async._storage.openers import opened_by
 
 RECORD = "_CHECKPOINT_DELETION"
 
@@ -37,37 +39,18 @@ def held(path: Path) -> list[str]:
     return names
 
 
-class Stop(Exception):
-    """Where a deletion is interrupted."""
+INTERRUPTED = {
+    "record": (1, on("remove", path="*/other")),
+    "tree": (2, on("write", path="*/.orbax-delete-*")),
+    "metadata": (1, on("remove", path=f"*/{RECORD}")),
+}
 
 
-STEPS = [
-    (removal, "_replace", 0),
-    (files, "remove_tree", 0),
-    (removal, "_replace", 1),
-    (os, "unlink", 0),
-]
-
-
-@pytest.fixture(params=range(1, len(STEPS)), ids=["record", "tree", "metadata"])
-def interrupted(
-    request: pytest.FixtureRequest, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+@pytest.fixture(params=INTERRUPTED.values(), ids=INTERRUPTED)
+def interrupted(request: pytest.FixtureRequest, path: Path) -> Path:
     """A checkpoint whose deletion of `other` has stopped after the step named."""
-    module, name, skip = STEPS[request.param]
-    original = getattr(module, name)
-    calls = []
-
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        if len(calls) > skip:
-            raise Stop
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, stop)
-        with pytest.raises(Stop):
-            ocp.delete(path, checkpointable_name="other")
+    with opened_by(watched(Crash(*request.param))), pytest.raises(Crashed):
+        ocp.delete(path, checkpointable_name="other")
     assert (path / RECORD).is_file()
     return path
 
@@ -98,19 +81,16 @@ async def test_deleting_can_be_awaited(path: Path) -> None:
     assert await ocp.delete_async(path, missing_ok=True) is False
 
 
-def test_a_checkpoint_goes_out_of_sight_in_one_step(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_goes_out_of_sight_in_one_step(path: Path) -> None:
     """I4: when the first file is removed, no reader finds a checkpoint any more."""
     seen = []
-    original = atomicity.discard
 
-    def look(retired: str) -> None:
-        seen.append((path.exists(), ocp.is_orbax_checkpoint(retired), os.listdir(path.parent)))
-        original(retired)
+    def look() -> None:
+        (hidden,) = path.parent.iterdir()
+        seen.append((path.exists(), ocp.is_orbax_checkpoint(hidden), os.listdir(path.parent)))
 
-    monkeypatch.setattr(atomicity, "discard", look)
-    ocp.delete(path)
+    with opened_by(watched(before(on("remove"), look))):
+        ocp.delete(path)
     ((is_there, is_checkpoint, beside),) = seen
     assert not is_there
     assert not is_checkpoint
@@ -119,15 +99,12 @@ def test_a_checkpoint_goes_out_of_sight_in_one_step(
 
 @pytest.mark.leaves_temporaries
 def test_a_deletion_that_fails_half_way_says_what_is_left(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path,
 ) -> None:
     """What could not be removed is named; the checkpoint is out of sight nevertheless."""
-
-    def refuse(_: str) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(files, "remove_tree", refuse)
-    with pytest.raises(errors.CommitError, match=r"is deleted, but what it held, now at .*-new"):
+    fault = Fault(errno.EACCES, on("remove"))
+    deleted = r"is deleted, but what it held, now at .*-new"
+    with opened_by(watched(fault)), pytest.raises(errors.CommitError, match=deleted):
         ocp.delete(path)
     assert not path.exists()
 
@@ -236,18 +213,12 @@ def test_b12_4_the_whole_can_be_deleted_instead(interrupted: Path) -> None:
     assert not interrupted.exists()
 
 
-def test_before_the_record_nothing_has_happened(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_before_the_record_nothing_has_happened(path: Path) -> None:
     """A deletion that can't be recorded changes nothing, and says why."""
-
-    def refuse(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "fsync_file", refuse)
-        with pytest.raises(errors.CommitError, match=r"_CHECKPOINT_DELETION.*No space"):
-            ocp.delete(path, checkpointable_name="other")
+    fault = Fault(errno.ENOSPC, on("sync"))
+    said = r"_CHECKPOINT_DELETION.*No space"
+    with opened_by(watched(fault)), pytest.raises(errors.CommitError, match=said):
+        ocp.delete(path, checkpointable_name="other")
     assert held(path) == ["other", "state", "third"]
     assert not [name for name in os.listdir(path) if "delet" in name.lower()]
 

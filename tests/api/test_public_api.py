@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import importlib
 import inspect
 import operator
@@ -37,12 +38,13 @@ def test_both_doors_of_a_verb_take_the_same(verb: str) -> None:
 
 def test_checkpoint_metadata_is_that_of_orbax() -> None:
     """Its properties are read-only, and it is subscriptable."""
+    found = ocp.CheckpointMetadata[dict](epath.Path("/x"), metadata={"a": 1})
     for name, value in vars(v1.CheckpointMetadata).items():
         if isinstance(value, property):
-            assert isinstance(vars(ocp.CheckpointMetadata)[name], property), name
-    found = ocp.CheckpointMetadata[dict](epath.Path("/x"), metadata={"a": 1})
-    with pytest.raises(AttributeError):
-        found.metadata = {}  # type: ignore[misc]
+            before = getattr(found, name)
+            with pytest.raises(AttributeError):
+                setattr(found, name, {})
+            assert getattr(found, name) is before
     assert found.commit_timestamp is None
 
 
@@ -88,6 +90,7 @@ BUILTINS = {
     "TreeMismatchError": ValueError,
     "UnknownCheckpointableError": KeyError,
     "UnknownTensorError": (ValueError, KeyError),
+    "UnreadableError": (ValueError, OSError),
     "UnsupportedLeafError": ValueError,
     "UnsupportedOptionError": NotImplementedError,
     "WriteError": OSError,
@@ -147,6 +150,38 @@ def test_a_group_of_errors_becomes_the_first_leaf_error() -> None:
     assert first.others == (second,)
     with pytest.raises(OSError, match="alone"), errors.ungrouped():
         raise ExceptionGroup("all", [OSError("alone")])
+
+
+def test_an_os_error_is_reported_as_one_of_ours() -> None:
+    """The message names the problem, the cause, the file once, and what to do; ours pass."""
+    reported_as = errors.reported_as
+    with (
+        pytest.raises(errors.CommitError) as caught,
+        reported_as(errors.CommitError, "cannot publish /run/5", "Make room."),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", "/run/5.tmp/d/0")
+    assert str(caught.value) == (
+        "cannot publish /run/5: No space left on device (/run/5.tmp/d/0). Make room."
+    )
+    assert isinstance(caught.value.__cause__, OSError)
+    for raised, message in {
+        OSError(
+            errno.EACCES, "Permission denied", "/run/5"
+        ): "cannot open /run/5: Permission denied",
+        OSError("as it is"): "cannot open /run/5: as it is",
+    }.items():
+        with (
+            pytest.raises(errors.InvalidLayoutError, match=f"^{message}$"),
+            reported_as(errors.InvalidLayoutError, "cannot open /run/5"),
+        ):
+            raise raised
+    own = errors.DestinationExistsError("there already")
+    with (
+        pytest.raises(errors.DestinationExistsError) as caught_own,
+        reported_as(errors.CommitError, "cannot publish"),
+    ):
+        raise own
+    assert caught_own.value is own
 
 
 # Documentation.

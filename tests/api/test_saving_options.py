@@ -18,9 +18,11 @@ from jax.sharding import PartitionSpec as P
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._engine import plan
-from orbax_async._storage import ocdbt, zarr
+from orbax_async._storage import array_store, zarr
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.direct import DirectReader
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.directory import Directory
+from orbax_async._storage.local import LocalDirectory
 from orbax_async.handlers import forms, saving
 from orbax_async.options import CheckpointingImpl
 
@@ -37,7 +39,7 @@ def with_saving(**options: Any) -> ocp.Context:
 
 def values(path: Path) -> dict[str, bytes]:
     """Returns every value of a state's store."""
-    store = ArrayStore(str(path / "state"), ocdbt=True, zarr3=True)
+    store = ArrayStore(LocalDirectory(str(path / "state")), ocdbt=True, zarr3=True)
     keys = sorted(store.list_keys())
     return {
         key: bytes(value or b"") for key, value in zip(keys, store.read_many(keys), strict=True)
@@ -472,7 +474,7 @@ def test_shared_writes_go_to_a_folder_of_their_own(mixed: dict[str, Any], tmp_pa
     ]
     found = {}
     for folder in ("ocdbt.process_0", "ocdbt.process_replica_0"):
-        keys = ArrayStore(str(state / folder), ocdbt=True, zarr3=True).list_keys()
+        keys = ArrayStore(LocalDirectory(str(state / folder)), ocdbt=True, zarr3=True).list_keys()
         found[folder] = {key.split("/")[0] for key in keys}
     assert found == {
         "ocdbt.process_0": {"split", "odd", "host"},
@@ -517,15 +519,15 @@ def test_validation_finds_what_a_merge_has_lost(
     missing: str, mixed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`enable_post_merge_validation`: a merged database that lacks a key is never committed."""
-    merge = ocdbt.merge_process_databases
+    merge = array_store.merge_process_databases
 
-    def lossy(directory: str) -> int:
+    def lossy(directory: Directory) -> int:
         count = merge(directory)
-        base = {"driver": "ocdbt", "base": f"{Path(directory).as_uri()}/"}
+        base = {"driver": "ocdbt", "base": directory.kvstore()}
         del ts.KvStore.open(base).result()[missing]
         return count
 
-    monkeypatch.setattr(ocdbt, "merge_process_databases", lossy)
+    monkeypatch.setattr(array_store, "merge_process_databases", lossy)
     leaf = missing.split("/")[0]
     with (
         with_saving(enable_replica_parallel_separate_folder=True),

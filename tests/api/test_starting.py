@@ -16,7 +16,7 @@ from held_saves import STATE
 import orbax_async as ocp
 from orbax_async import _operation as operation
 from orbax_async import errors
-from orbax_async._commit import finalize
+from orbax_async._commit import sequence
 from orbax_async._engine import loop
 from orbax_async.options import TransferPriority
 from orbax_async.training import Checkpointer
@@ -103,7 +103,7 @@ def exiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def leave(*_: Any, **__: Any) -> None:
         sys.exit(3)
 
-    monkeypatch.setattr(finalize, "write_root_documents", leave)
+    monkeypatch.setattr(sequence.Save, "_complete", leave)
     yield
 
 

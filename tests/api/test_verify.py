@@ -24,6 +24,7 @@ import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._engine import plan
 from orbax_async._storage.direct import DirectReader
+from orbax_async._storage.local import LocalDirectory
 from orbax_async.tree.keypath import Key
 from orbax_async.tree.selection import Selection, pattern_of
 
@@ -90,7 +91,7 @@ def location(directory: Path, key: str) -> tuple[Path, int, int]:
     """Where a value lies: its file, offset and length."""
     if not (directory / "manifest.ocdbt").exists():
         return directory / key, 0, (directory / key).stat().st_size
-    entry = DirectReader(str(directory))._entries[key]
+    entry = DirectReader(LocalDirectory(str(directory)))._entries[key]
     assert isinstance(entry, str), "it lies in a node of the index"
     _, base, path, offset, nbytes = entry.split(":")
     return directory / base / path.replace("%2F", "/"), int(offset), int(nbytes)

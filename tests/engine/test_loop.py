@@ -543,12 +543,12 @@ def test_i11_a_failure_that_nobody_asked_for_is_told_at_exit(tmp_path: Path) -> 
     """A background failure reaches stderr when the script ends without waiting."""
     ended = run_script(
         """
-        from orbax_async._commit import finalize
+        from orbax_async._commit import sequence
 
         def full(*_):
             raise ocp.errors.CommitError("the disk is full")
 
-        finalize.sync_files = full
+        sequence.Save._sync = full
         response = ocp.save_async(folder / "checkpoint", {"a": np.arange(3)})
         """,
         tmp_path,

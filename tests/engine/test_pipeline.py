@@ -24,9 +24,9 @@ import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._engine import load_pipeline, save_pipeline
 from orbax_async._engine.transfer import Piece
-from orbax_async._storage import zarr
-from orbax_async._storage.kvstore import ArrayStore
-from orbax_async.handlers import pytree, reading, saving
+from orbax_async._storage import codecs
+from orbax_async._storage.array_store import ArrayStore
+from orbax_async.handlers import pytree, read_plan, saving
 
 
 class Watched:
@@ -68,7 +68,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             seen.loads.append(self)
 
     monkeypatch.setattr(saving, "SavePipeline", Saving)
-    monkeypatch.setattr(reading, "LoadPipeline", Loading)
+    monkeypatch.setattr(read_plan, "LoadPipeline", Loading)
     return seen
 
 
@@ -531,7 +531,7 @@ def test_the_disk_gets_something_to_do_soon(
     told: list[str] = []
 
     def tell(store: ArrayStore) -> None:
-        told.append(store.directory)
+        told.append(store.directory.path)
         original(store)
 
     original = ArrayStore.start_writeback
@@ -556,7 +556,7 @@ def test_one_worker_at_a_time_waits_for_a_busy_disk(
         nonlocal now, most
         now += 1
         most = max(most, now)
-        seen.update(os.listdir(os.path.join(store.directory, "d")))
+        seen.update(os.listdir(os.path.join(store.directory.path, "d")))
         time.sleep(0.05)  # for another batch to come along
         now -= 1
 
@@ -581,7 +581,7 @@ def test_a_sample_tells_what_compression_saves(kind: str) -> None:
         "tokens": rng.integers(0, 50_000, normal.size, dtype=np.int32),
     }[kind]
     whole = 1 - len(zlib.compress(array.tobytes(), 1)) / array.nbytes
-    assert zarr.compression_saving(array) == pytest.approx(whole, abs=0.02)
+    assert codecs.compression_saving(array) == pytest.approx(whole, abs=0.02)
 
 
 @given(st.one_of(st.binary(max_size=64), st.sampled_from([4095, 4096, 4097, 65535, 65536])))
@@ -589,7 +589,7 @@ def test_what_is_stored_is_a_gzip_member(content: bytes | int) -> None:
     """Any reader of gzip finds the bytes of a small array again, and one flipped bit of them."""
     if isinstance(content, int):
         content = np.random.default_rng(content).bytes(content)
-    member = zarr.encode_stored(np.frombuffer(content, np.uint8))
+    member = codecs.encode_stored(np.frombuffer(content, np.uint8))
     assert gzip.decompress(member) == content
     if content:
         damaged = bytearray(member)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from orbax_async._engine import plan
-from orbax_async.handlers import leaves
+from orbax_async.handlers import shardings
 
 
 @st.composite
@@ -239,7 +239,7 @@ def test_b5_6_replica_parallel_pieces_are_those_of_orbax(
 ) -> None:
     """Replicas divide the first axis that their number divides, as far as the options allow."""
     sharding = NamedSharding(mesh8, PartitionSpec(*spec))
-    leaf = plan.LeafSpec(0, shape, 4, leaves.shards_of(sharding, shape))
+    leaf = plan.LeafSpec(0, shape, 4, shardings.shards_of(sharding, shape))
     assert plan.write_shape(leaf, policy) == piece
     assert len(plan.plan_writes([leaf], process=0, policy=policy)) == count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import logging
@@ -320,31 +321,58 @@ def test_a_handler_made_of_others(tmp_path: Path) -> None:
     assert text == {"k": "v"}
 
 
-@pytest.mark.parametrize("order", ["save", "load"])
-def test_the_global_registry_begins_with_the_built_in_handlers(order: str) -> None:
+BUILT_IN = [
+    ("ProtoHandler", None),
+    ("JsonHandler", None),
+    ("StatefulCheckpointableHandler", None),
+    ("MetricsHandler", "metrics"),
+    ("PyTreeHandler", None),
+    ("PyTreeHandler", "state"),
+]
+
+
+def in_new_process(program: str) -> Any:
+    """Returns what a program leaves in `registry`, as names of classes and of checkpointables."""
+    end = "print([(each.__name__, name) for each, name in registry.get_all_entries()])"
+    code = f"{textwrap.dedent(program)}\n{end}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return ast.literal_eval(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "ocp.handlers.global_registry()",
+        "ocp.Context().checkpointables.registry",
+        "ocp.options.CheckpointablesOptions.create_with_handlers().registry",
+    ],
+)
+def test_the_global_registry_begins_with_the_built_in_handlers(first: str) -> None:
     """However it is reached first, in a new process: they are there, in Orbax's order."""
-    first = {
-        "save": "ocp.handlers.global_registry()",
-        "load": "ocp.options.CheckpointablesOptions.create_with_handlers().registry",
-    }[order]
-    program = f"""
-        import orbax_async as ocp
-        registry = {first}
-        print([(each.__name__, name) for each, name in registry.get_all_entries()])
+    assert in_new_process(f"import orbax_async as ocp; registry = {first}") == BUILT_IN
+
+
+def test_what_is_registered_before_them_comes_after_the_built_in_handlers() -> None:
+    """Below the public names nobody imports the built-in handlers; they join what is there then."""
+    begin = """
+    from orbax_async.context import Context
+    from orbax_async.options import CheckpointablesOptions
+    from orbax_async.registration import global_registry, register_handler
+
+    class Early:
+        async def save(self, directory, checkpointable): ...
+        async def load(self, directory, abstract_checkpointable=None): ...
+
+    register_handler(Early)
+    made = CheckpointablesOptions.create_with_handlers(state=Early)
+    context = Context(checkpointables_options=made)
+    registry = global_registry()
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == str(
-        [
-            ("ProtoHandler", None),
-            ("JsonHandler", None),
-            ("StatefulCheckpointableHandler", None),
-            ("MetricsHandler", "metrics"),
-            ("PyTreeHandler", None),
-            ("PyTreeHandler", "state"),
-        ]
-    )
+    assert in_new_process(begin) == [("Early", None)]
+    begin += "\n    import orbax_async.handlers"
+    assert in_new_process(begin) == [*BUILT_IN, ("Early", None)]
+    begin += "\n    registry = context.checkpointables.registry"
+    assert in_new_process(begin) == [*BUILT_IN[:-1], ("Early", None), ("Early", "state")]
 
 
 def test_the_default_registry_is_read_only() -> None:

@@ -23,6 +23,7 @@ from tensors import LARGE, TENSORS, load, same, sds
 import orbax_async as ocp
 from orbax_async._engine import load_pipeline, plan
 from orbax_async._storage import safetensors, zarr
+from orbax_async._storage.local import LocalDirectory
 
 
 @pytest.fixture
@@ -133,8 +134,10 @@ def reader(
     path: Path, ratio: float | None = None, chunk: int | None = None
 ) -> safetensors.TensorReader:
     """What reads the tensors of a file, under options."""
-    tensors = safetensors.read_headers(str(path)).tensors
-    return safetensors.TensorReader(tensors, max_over_read_ratio=ratio, read_chunk_nbytes=chunk)
+    contents = safetensors.read_headers(LocalDirectory(str(path)))
+    return safetensors.TensorReader(
+        contents.directory, contents.tensors, max_over_read_ratio=ratio, read_chunk_nbytes=chunk
+    )
 
 
 def box_of(

@@ -21,7 +21,7 @@ import two_process_worker as worker
 from tensor_files import write
 
 import orbax_async as ocp
-from orbax_async._commit import atomicity
+from orbax_async._commit import leftovers
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECS = 60  # far above what any scenario takes, and below every wait that has no end
@@ -318,9 +318,10 @@ def test_processes_that_name_different_paths(failed: Outcome) -> None:
 def test_a_commit_that_fails_fails_on_both(failed: Outcome) -> None:
     """When the primary can't publish, the others don't take the save for committed."""
     primary, other = (report["no commit"] for report in failed.reports)
-    assert primary["error"] == "OSError"
+    assert primary["error"] == "CommitError"
     assert other["error"] == "MultihostError"
-    assert "process 0 failed: OSError: [Errno 28] No space left" in other["text"]
+    assert "process 0 failed: CommitError: cannot publish" in other["text"]
+    assert "No space left on device" in other["text"]
     for report in (primary, other):
         assert report["left"] == ["good"] and report["next"]
 
@@ -408,5 +409,5 @@ def test_a_killed_coordinator_leaves_no_half_checkpoint(tmp_path: Path) -> None:
     assert outcome.returncodes[1] <= 0
     loaded = ocp.load(outcome.folder / "good", {"w": np.ndarray})["w"]
     np.testing.assert_array_equal(loaded, np.arange(16))
-    atomicity.sweep(str(outcome.folder))
+    leftovers.sweep(str(outcome.folder))
     assert os.listdir(outcome.folder) == ["good"]

@@ -185,7 +185,7 @@ def saves(index: int, folder: Path) -> Report:
     import jax
 
     import orbax_async as ocp
-    from orbax_async._storage.kvstore import ArrayStore
+    from orbax_async._storage.array_store import ArrayStore
 
     report: Report = {}
     if index == 0:
@@ -419,7 +419,7 @@ def run(index: int, folder: Path) -> Report:
 def failures(index: int, folder: Path) -> Report:
     """Fails in many ways, on one process at a time; each failure must end the save on both."""
     import orbax_async as ocp
-    from orbax_async._commit import atomicity
+    from orbax_async._commit.rename import NameChange
     from orbax_async._engine.save_pipeline import SavePipeline
 
     report: Report = {}
@@ -470,7 +470,7 @@ def failures(index: int, folder: Path) -> Report:
         bad = small(0) | {"x": object() if is_here else 1}
         both(f"refused on {culprit}", functools.partial(ocp.save, folder / "bad", bad))
         both(f"cancelled on {culprit}", functools.partial(cancel, culprit))
-    fails = functools.partial(with_full_disk, atomicity, "publish")
+    fails = functools.partial(with_full_disk, NameChange, "make")
     both("no commit", fails if index == 0 else save_bad)
 
     hasty = ocp.Context()

@@ -15,7 +15,7 @@ from held_saves import STATE, Gate, with_async
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._api import writing
+from orbax_async._commit import sequence
 
 before_commit = held_saves.before_commit
 at_commit = held_saves.at_commit
@@ -112,13 +112,13 @@ def test_b8_7_directories_are_created_in_the_background(
 ) -> None:
     """By default `save_async` returns with nothing on disk; in the end one directory is there."""
     opened = threading.Event()
-    original = writing.Save._create_directories
+    original = sequence.Save._begin
 
-    def held(self: writing.Save) -> None:
+    def held(self: sequence.Save) -> None:
         opened.wait(30)
         original(self)
 
-    monkeypatch.setattr(writing.Save, "_create_directories", held)
+    monkeypatch.setattr(sequence.Save, "_begin", held)
     response = ocp.save_async(tmp_path / "checkpoint", STATE)
     assert os.listdir(tmp_path) == []
     opened.set()

@@ -62,7 +62,7 @@ def test_the_attributes_are_those_of_orbax() -> None:
     for name in names:
         ours, theirs = getattr(Context(), name), getattr(ocp.Context(), name)
         assert type(ours).__qualname__ == type(theirs).__qualname__, name
-    assert {name for name in dir(Context) if not name.startswith("_")} == set(names)
+    assert {name for name in dir(Context()) if not name.startswith("_")} == set(names)
 
 
 def test_the_older_names_read_the_same_groups() -> None:

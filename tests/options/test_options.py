@@ -362,7 +362,7 @@ def _callback() -> None:
 
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.deepcopy, lambda group: pickle.loads(pickle.dumps(group)), OptionGroup.copied],
+    [copy.deepcopy, lambda group: pickle.loads(pickle.dumps(group)), OptionGroup._copied],
     ids=["deepcopy", "pickle", "copied"],
 )
 @each_group

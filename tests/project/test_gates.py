@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "orbax_async"
 TESTS = ROOT / "tests"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PUBLIC_NAMES = PACKAGE / "_api" / "public.py"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A path with an underscored part is private; ``__init__`` is not such a part.
 PUBLIC = [p for p in SOURCES if not re.search(r"(^|/)_(?!_init__)", str(p.relative_to(PACKAGE)))]
@@ -65,6 +66,22 @@ STRAYS = {
     "uvloop.new_event_loop": "import uvloop\nuvloop.new_event_loop()\n",
     "uvloop.run": "import uvloop\nuvloop.run(None)\n",
 }
+# What reaches for files without a `Directory`: functions of `os` and `os.path`, methods of paths.
+FILE_FUNCTIONS = {
+    *("access", "chmod", "fdatasync", "fsync", "fwalk", "link", "listdir", "lstat", "makedirs"),
+    *("mkdir", "open", "readlink", "remove", "removedirs", "rename", "renames", "replace", "rmdir"),
+    *("scandir", "stat", "statvfs", "symlink", "sync", "truncate", "unlink", "utime", "walk"),
+    *("exists", "getmtime", "getsize", "isdir", "isfile", "islink", "lexists", "samefile"),
+}
+FILE_METHODS = {
+    *("exists", "glob", "is_dir", "is_file", "is_symlink", "iterdir", "lstat", "mkdir", "rmdir"),
+    *("read_bytes", "read_text", "rglob", "unlink", "write_bytes", "write_text"),
+}
+FILE_MODULES = {"fcntl", "shutil", "tempfile"}
+# The directories themselves, and what looks at a process in /proc.
+REACHES_FOR_FILES = ("_storage/", "_commit/leftovers.py")
+# Rooms that do so still.
+REACHES_FOR_FILES += ("_api/", "handlers/", "path/step.py", "training/")
 # Methods of a loop that start a thread, or drive a loop that someone else owns.
 LOOP_METHODS = {"run_forever", "run_in_executor", "run_until_complete"}
 
@@ -135,6 +152,49 @@ def test_loops_are_driven_by_the_loop_room_alone(path: Path) -> None:
     assert not names & LOOP_METHODS
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=_ids)
+def test_files_are_reached_through_directories(path: Path) -> None:
+    """No other room opens, lists, moves or removes files by itself, and none looks for them."""
+    if path.relative_to(PACKAGE).as_posix().startswith(REACHES_FOR_FILES):
+        return
+    assert not _file_calls(path.read_text("utf-8"))
+
+
+def _file_calls(source: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=aliases):
+                found += [alias.name for alias in aliases if alias.name in FILE_MODULES]
+            case ast.ImportFrom(module=str(module), names=aliases):
+                of_os = module in ("os", "os.path", "pathlib")
+                found += [a.name for a in aliases if of_os or module in FILE_MODULES]
+            case ast.Attribute(value=ast.Name("os"), attr=name) if name in FILE_FUNCTIONS:
+                found.append(f"os.{name}")
+            case ast.Attribute(value=ast.Attribute(attr="path"), attr=name) if (
+                name in FILE_FUNCTIONS
+            ):
+                found.append(f"os.path.{name}")
+            case ast.Call(func=ast.Attribute(attr=name)) if name in FILE_METHODS:
+                found.append(f".{name}()")
+            case ast.Call(func=ast.Name("open")):
+                found.append("open()")
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("open('x')", "os.open('x', 0)", "os.path.exists('x')", "path.read_text()"),
+        *("import shutil", "from os import rename", "from os.path import isdir"),
+        *("from shutil import rmtree", "from pathlib import Path", "(a / 'b').mkdir()"),
+    ],
+)
+def test_the_search_for_files_that_are_reached_for_finds_them(source: str) -> None:
+    """The test above would fail."""
+    assert _file_calls(source)
+
+
 def test_mypy_is_strict_and_excuses_nothing_of_ours() -> None:
     """Strict mode is on, covers the package, and no override loosens it."""
     mypy = PYPROJECT["tool"]["mypy"]
@@ -199,18 +259,30 @@ def test_all_is_sorted_and_true(path: Path) -> None:
 
 
 def test_public_names_are_reexported_by_their_own_name() -> None:
-    """``orbax_async/__init__.py`` says ``X as X`` for ``__all__``, and finds each where it says."""
+    """``X as X``: modules for type checkers alone, the rest where the package takes it from."""
     package = importlib.import_module("orbax_async")
-    reexported = {}
-    for node in ast.walk(_parsed(PACKAGE / "__init__.py")):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orbax_async"):
-            for alias in node.names:
-                assert alias.asname == alias.name, f"line {node.lineno}: {alias.name}"
-                reexported[alias.name] = f"{node.module}."[len("orbax_async.") : -1]
-    assert set(package.__all__) == reexported.keys() == set(dir(package))
-    assert {name: home for name, home in reexported.items() if home} == package._HOMES
+    public = importlib.import_module("orbax_async._api.public")
+    shown = _reexported(PACKAGE / "__init__.py")
+    modules, names = {name for name in shown if name != "*"}, _reexported(PUBLIC_NAMES)
+    assert set(package.__all__) == modules | names == set(dir(package))
+    assert len(package.__all__) == len(modules) + len(names)
+    assert shown - modules == {"*"}
+    for name in package.__all__:
+        home = importlib.import_module(f"orbax_async.{name}") if name in modules else None
+        assert getattr(package, name) is (home or getattr(public, name)), name
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = package.no_such_name
+
+
+def _reexported(path: Path) -> set[str]:
+    """Returns the names that a module takes from others of the package, each by its own name."""
+    found = set()
+    for node in ast.walk(_parsed(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orbax_async"):
+            for alias in node.names:
+                assert alias.name == "*" or alias.asname == alias.name, f"line {node.lineno}"
+                found.add(alias.name)
+    return found
 
 
 def test_the_import_leaves_the_engine_alone() -> None:
@@ -222,6 +294,22 @@ def test_the_import_leaves_the_engine_alone() -> None:
     modules = done.stdout.split()
     assert "orbax_async" in modules
     assert not {"jax", "tensorstore", "anyio", "orbax_async._engine"} & set(modules)
+
+
+def test_each_module_can_be_the_first() -> None:
+    """No module needs another one of the package to have been imported before it."""
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
+    program = f"""
+        import importlib, os, anyio, jax.experimental.multihost_utils, tensorstore, uvloop
+        for name in {[name.removesuffix(".__init__") for name in modules]}:
+            if os.fork() == 0:
+                importlib.import_module(name)
+                os._exit(0)
+            assert os.wait()[1] == 0, name
+    """
+    program = textwrap.dedent(program)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -25,7 +25,7 @@ from orbax.checkpoint import v1
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._storage import zarr
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.array_store import ArrayStore
 
 # I9 and I12: failures of a leaf.
 

@@ -19,9 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._engine import load_pipeline
-from orbax_async._storage import direct, zarr
+from orbax_async._storage import codecs, direct, zarr
+from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.direct import DirectReader
-from orbax_async._storage.kvstore import ArrayStore
+from orbax_async._storage.local import LocalDirectory
 
 LARGE = np.random.default_rng(0).standard_normal((3072, 1024), np.float32)  # 12 MiB: three blocks
 
@@ -56,7 +57,7 @@ def test_the_index_lists_every_value(
     }
     database(tmp_path, values, max_decoded_node_bytes=node_bytes)
     keys = [*values, "absent", "läyer1"]
-    found = DirectReader(str(tmp_path)).values(keys)
+    found = DirectReader(LocalDirectory(str(tmp_path))).values(keys)
     assert [None if value is None else bytes(value) for value in found] == [
         values.get(key) for key in keys
     ]
@@ -66,7 +67,7 @@ def test_an_empty_database_has_no_values(tmp_path: Path) -> None:
     """A database from which everything was deleted is one without values."""
     store = database(tmp_path, {"a": b"x"})
     store["a"] = None
-    assert DirectReader(str(tmp_path)).values(["a"]) == [None]
+    assert DirectReader(LocalDirectory(str(tmp_path))).values(["a"]) == [None]
 
 
 def test_values_that_are_cut_off_are_told(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_values_that_are_cut_off_are_told(tmp_path: Path) -> None:
     (file,) = (each for each in (tmp_path / "d").iterdir() if each.stat().st_size >= 500)
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(ValueError, match="300 bytes found, 500 expected"):
-        DirectReader(str(tmp_path)).values(["a"])
+        DirectReader(LocalDirectory(str(tmp_path))).values(["a"])
 
 
 @st.composite
@@ -97,10 +98,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @settings(max_examples=max(60, settings().max_examples), deadline=None)
-@given(drawn=regions(), codecs=st.sampled_from([(), ("crc32c",)]), data=st.data())
+@given(drawn=regions(), tail=st.sampled_from([(), ("crc32c",)]), data=st.data())
 def test_any_region_of_any_chunks_is_read(
     drawn: tuple[list[int], list[int], list[tuple[int, int]]],
-    codecs: tuple[str, ...],
+    tail: tuple[str, ...],
     data: st.DataObject,
     folders: Path,
 ) -> None:
@@ -124,7 +125,7 @@ def test_any_region_of_any_chunks_is_read(
                 "shape": shape,
                 "data_type": "int16",
                 "chunk_grid": grid,
-                "codecs": [little, *({"name": name} for name in codecs)],
+                "codecs": [little, *({"name": name} for name in tail)],
             },
             "store_data_equal_to_fill_value": True,
         },
@@ -140,14 +141,14 @@ def test_any_region_of_any_chunks_is_read(
         ):
             at = zip(index, chunk_shape, strict=True)
             chunk = padded[tuple(slice(i * side, (i + 1) * side) for i, side in at)]
-            sums = zarr.block_checksums(np.ascontiguousarray(chunk))
+            sums = codecs.block_checksums(np.ascontiguousarray(chunk))
             store[zarr.checksums_key("x", index)] = sums
     document = zarr.parse_document(store.read("x/zarr.json").result().value)
     layout = zarr.raw_layout(document)
     assert layout is not None
     target = np.full([stop - start for start, stop in box], -1, np.int16)
-    is_read = DirectReader(str(directory)).read_region("x", layout, box, target)
-    assert is_read == (with_sums or not codecs)
+    is_read = DirectReader(LocalDirectory(str(directory))).read_region("x", layout, box, target)
+    assert is_read == (with_sums or not tail)
     expected = array[tuple(slice(start, stop) for start, stop in box)]
     assert np.array_equal(target, expected if is_read else np.full_like(target, -1))
 
@@ -164,10 +165,10 @@ def flip(directory: Path, offset: int) -> None:
 @pytest.mark.parametrize("beyond", [-4097, -4096, -1, 0, 1, 4095, 4096, 5000])
 def test_i12_a_chunk_has_the_checksum_of_each_of_its_blocks(blocks: int, beyond: int) -> None:
     """What is computed of a whole chunk is what a reader computes block by block."""
-    size, block = blocks * zarr.CHECKSUM_BLOCK + beyond, zarr.CHECKSUM_BLOCK
+    size, block = blocks * codecs.CHECKSUM_BLOCK + beyond, codecs.CHECKSUM_BLOCK
     data = np.random.default_rng(0).integers(0, 256, max(size, 0), np.uint8)
-    expected = [zarr.checksum(data[start : start + block]) for start in range(0, size, block)]
-    assert np.frombuffer(zarr.block_checksums(data), "<u4").tolist() == expected
+    expected = [codecs.checksum(data[start : start + block]) for start in range(0, size, block)]
+    assert np.frombuffer(codecs.block_checksums(data), "<u4").tolist() == expected
 
 
 @pytest.mark.parametrize("offset", [0, 4_000_000, (12 << 20) - 1])
@@ -185,7 +186,7 @@ def test_i12_a_part_of_a_chunk_is_verified_and_no_more_is_read(
     """Rows of a chunk are verified by the blocks that they touch; damage elsewhere is not met."""
     ocp.save(tmp_path / "checkpoint", {"w": LARGE})
     flip(tmp_path / "checkpoint" / "state", (12 << 20) - 1)
-    reader = DirectReader(str(tmp_path / "checkpoint" / "state"))
+    reader = DirectReader(LocalDirectory(str(tmp_path / "checkpoint" / "state")))
     layout = zarr.RawLayout((3072, 1024), True, True)
     read: list[int] = []
     original = direct.read_into
@@ -217,7 +218,7 @@ def test_i1_resharding_reads_each_byte_once(
     assert loaded.sharding == sharding
     assert np.array_equal(loaded, LARGE)
     # Rows of several devices may share a block of checksums, which each then reads.
-    assert LARGE.nbytes <= sum(read) <= LARGE.nbytes + 8 * zarr.CHECKSUM_BLOCK
+    assert LARGE.nbytes <= sum(read) <= LARGE.nbytes + 8 * codecs.CHECKSUM_BLOCK
 
 
 def test_large_raw_arrays_are_loaded_without_tensorstore(

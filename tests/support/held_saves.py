@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
+from watched_directory import Fault, before, on, watched
 
 import orbax_async as ocp
-from orbax_async import errors
-from orbax_async._api import writing
-from orbax_async._commit import finalize
+from orbax_async._commit import sequence
+from orbax_async._storage.openers import opened_by
 from orbax_async.handlers.pytree import PyTreeHandler
 
 STATE = {"a": np.arange(1000), "b": 1}
@@ -41,30 +42,28 @@ class Gate:
 def before_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """Holds every save when its data is written and nothing is durable yet."""
     gate = Gate()
-    original = writing.Save._make_durable
+    original = sequence.Save._make_durable
 
-    async def held(self: writing.Save) -> None:
+    async def held(self: sequence.Save) -> None:
         await gate.wait()
         await original(self)
 
-    monkeypatch.setattr(writing.Save, "_make_durable", held)
+    monkeypatch.setattr(sequence.Save, "_make_durable", held)
     yield gate
     gate.open()
 
 
 @pytest.fixture
-def at_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """Holds every save once it has passed its commit point."""
+def at_commit() -> Iterator[Gate]:
+    """Holds a save once it has passed its commit point, when it takes its name."""
     gate = Gate()
-    original = writing.Save._publish
 
-    def held(self: writing.Save) -> str | None:
+    def hold() -> None:
         gate.reached.set()
         gate.opened.wait(30)
-        return original(self)
 
-    monkeypatch.setattr(writing.Save, "_publish", held)
-    yield gate
+    with opened_by(watched(before(on("rename", "exchange"), hold))):
+        yield gate
     gate.open()
 
 
@@ -84,13 +83,10 @@ def before_staging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+def failing() -> Iterator[None]:
     """Makes every save fail when it should become durable."""
-
-    def fail(*_: Any) -> None:
-        raise errors.CommitError("the disk is full")
-
-    monkeypatch.setattr(finalize, "sync_files", fail)
+    with opened_by(watched(Fault(errno.ENOSPC, on("sync"), times=None))):
+        yield
 
 
 def with_async(**asynchronous: Any) -> ocp.Context:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import orbax_async as ocp
-from orbax_async._storage import files
+from orbax_async._storage.local import LocalDirectory
 
 ROOT = Path(ocp.__file__).parent.parent
 FIRST: dict[str, Any] = {
@@ -66,15 +66,15 @@ class Held:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self._may_go = threading.Event(), threading.Event()
         self._may_go.set()
-        walk = files.walk
+        walk = LocalDirectory.walk
 
-        def held(root: str) -> Any:
-            if "c.partial_save" in root:
+        def held(directory: LocalDirectory) -> Any:
+            if "c.partial_save" in directory.path:
                 self.reached.set()
                 self._may_go.wait(30)
-            return walk(root)
+            return walk(directory)
 
-        monkeypatch.setattr(files, "walk", held)
+        monkeypatch.setattr(LocalDirectory, "walk", held)
 
     def close(self) -> None:
         """Stops the next."""

@@ -11,7 +11,8 @@ from runs import state, steps
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._commit import atomicity
+from orbax_async._commit import leftovers
+from orbax_async._storage.local import LocalDirectory
 from orbax_async.training import Checkpointer
 from orbax_async.training import save_decision_policies as when
 
@@ -56,10 +57,10 @@ def test_older_runs_describe_themselves_too(run: Path) -> None:
 @pytest.mark.leaves_temporaries
 def test_leftovers_are_cleaned_up_on_demand(run: Path) -> None:
     """B13.19: unfinished saves go, but those of processes that are alive; steps stay."""
-    living = atomicity.temporary_path(str(run / "9"))
+    living = leftovers.temporary_path(str(run / "9"))
     for name in ("7", "8.orbax-checkpoint-tmp", "08", "foo"):
         (run / name).mkdir(parents=True)
-    os.mkdir(living)
+    held = leftovers.make_held(LocalDirectory(living), b"")
     with Checkpointer(run) as checkpointer:
         assert steps(checkpointer) == [7]
         assert (run / "8.orbax-checkpoint-tmp").exists()
@@ -67,6 +68,7 @@ def test_leftovers_are_cleaned_up_on_demand(run: Path) -> None:
         assert steps(checkpointer) == [7]
     left = {path.name for path in run.iterdir()}
     assert left == {"7", "08", "foo", Path(living).name}
+    held.release()
 
 
 def test_a_run_lies_in_a_directory(tmp_path: Path) -> None:

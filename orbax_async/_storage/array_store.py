@@ -1,4 +1,4 @@
-"""Key-value stores that hold a checkpointable's arrays: one OCDBT database, or plain files.
+"""Stores of arrays: an OCDBT database or plain files, as TensorStore sees a directory.
 
 A store belongs to one operation: its TensorStore context, with its caches and thread limits, is
 made for that operation and dropped with it, so that nothing stays pinned in memory.
@@ -9,20 +9,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import tensorstore as ts
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._storage import files, zarr
+from orbax_async._storage import zarr
 from orbax_async._storage.direct import DirectReader
+from orbax_async._storage.directory import Capability, Directory, sizes
 from orbax_async._storage.safetensors import TensorReader
 
-__all__ = ["ArrayStore"]
+__all__ = ["ArrayStore", "holds_ocdbt", "merge_process_databases", "read_index", "shared_context"]
 
 _COPY_THREADS = max(2, min(8, os.cpu_count() or 2))
 # For raw arrays a thread only computes a CRC-32C, quicker than any disk writes; a second one would
@@ -44,8 +44,7 @@ _OCDBT_CONFIG = {
     "version_tree_arity_log2": 4,
     "compression": {"id": "zstd"},
 }
-
-
+_MERGED_CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 _LARGE_FILE_NBYTES = 8 << 20
 
 _used_by: int | None = None
@@ -65,53 +64,70 @@ def _check_process() -> None:
 
 
 class ArrayStore:
-    """The arrays below one directory, by stored name."""
+    """The arrays below one directory, by stored name.
+
+    Args:
+      directory: where they lie.
+      ocdbt: whether that is an OCDBT database.
+      zarr3: which version of zarr.
+      direct: what reads values without TensorStore, where something does already.
+    """
 
     def __init__(
         self,
-        directory: str,
+        directory: Directory,
         *,
         ocdbt: bool,
         zarr3: bool,
-        create: bool = False,
-        syncs: bool = False,
-        target_data_file_nbytes: int | None = None,
         direct: DirectReader | TensorReader | None = None,
     ) -> None:
         _check_process()
-        base = pathlib.Path(os.path.abspath(directory)).as_uri() + "/"
         self.directory = directory
         self.zarr3 = zarr3
         self.is_ocdbt = ocdbt
-        # What is written may be left to the commit to sync, but not what other machines write.
-        self._context = ts.Context({**_CONTEXT, "file_io_sync": syncs})
-        self._spec: dict[str, Any]
-        if ocdbt:
-            self._spec = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#nodes"}
-            if create:
-                self._spec |= {"config": _OCDBT_CONFIG, "assume_config": True}
-            if target_data_file_nbytes is not None:
-                self._spec["target_data_file_size"] = target_data_file_nbytes
-        else:
-            self._spec = {"driver": "file", "path": os.path.abspath(directory) + "/"}
-        self._creates = create
         self._given = direct
+        self._is_new = False
+        self._context = _context()
+        self._spec = directory.kvstore()
+        if ocdbt:
+            self._spec = {"driver": "ocdbt", "base": self._spec, "cache_pool": "cache_pool#nodes"}
         self._seen: set[str] = set()
+
+    @classmethod
+    def create(
+        cls,
+        directory: Directory,
+        *,
+        ocdbt: bool,
+        zarr3: bool,
+        syncs: bool = False,
+        target_data_file_nbytes: int | None = None,
+    ) -> Self:
+        """Returns a store to write to.
+
+        Args:
+          directory: where to; it need not be there.
+          ocdbt: whether to write an OCDBT database.
+          zarr3: which version of zarr.
+          syncs: whether TensorStore syncs what it writes. A commit syncs what is written on its own
+            machine, but not what others write.
+          target_data_file_nbytes: how large a data file of a database becomes; None for as large
+            as can be.
+        """
+        store = cls(directory, ocdbt=ocdbt, zarr3=zarr3)
+        store._is_new = True
+        store._context = _context(syncs=syncs)
+        if ocdbt:
+            store._spec |= {"config": _OCDBT_CONFIG, "assume_config": True}
+            if target_data_file_nbytes is not None:
+                store._spec["target_data_file_size"] = target_data_file_nbytes
+        return store
 
     @functools.cached_property
     def _kvstore(self) -> ts.KvStore:
         return ts.KvStore.open(self._spec, context=self._context).result()
 
-    @functools.cached_property
-    def direct(self) -> DirectReader | TensorReader | None:
-        """What reads values without TensorStore; None where nothing does."""
-        if self._given is not None:
-            return self._given
-        return DirectReader(self.directory) if self.is_ocdbt and not self._creates else None
-
-    def forgo_direct(self) -> None:
-        """Leaves all reading to TensorStore, which needs only the nodes on the way to a value."""
-        self.direct = None
+    # Writing.
 
     def begin(self) -> ts.Transaction:
         """Starts a transaction; on OCDBT it is atomic, on files it only groups the writes."""
@@ -152,15 +168,31 @@ class ArrayStore:
         """
         if not self.is_ocdbt:
             return
+        data = self.directory / names.OCDBT_DATA
         with contextlib.suppress(OSError):  # for the commit's syncs to tell
-            for entry in files.scan(os.path.join(self.directory, names.OCDBT_DATA)):
-                if entry.name in self._seen:
+            for name, _ in data.entries():
+                if name in self._seen:
                     continue
-                self._seen.add(entry.name)
+                self._seen.add(name)
                 # One that is still being written has another name, and may be gone from there.
                 with contextlib.suppress(FileNotFoundError):
-                    if entry.stat().st_size >= _LARGE_FILE_NBYTES:
-                        files.start_writeback(entry.path)
+                    found = data.status(name)
+                    if found is not None and found.nbytes >= _LARGE_FILE_NBYTES:
+                        data.start_writeback(name)
+
+    # Reading.
+
+    @functools.cached_property
+    def direct(self) -> DirectReader | TensorReader | None:
+        """What reads values without TensorStore; None where nothing does."""
+        if self._given is not None:
+            return self._given
+        is_read_directly = self.is_ocdbt and not self._is_new
+        return _direct_reader(self.directory) if is_read_directly else None
+
+    def forgo_direct(self) -> None:
+        """Leaves all reading to TensorStore, which needs only the nodes on the way to a value."""
+        self.direct = None
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | memoryview | None]:
         """Reads whole values, None for each key that is absent; all reads are under way at once."""
@@ -171,10 +203,10 @@ class ArrayStore:
         return [result.value if result.state == "value" else None for result in results]
 
     def sizes(self) -> dict[str, int]:
-        """Returns the bytes of each value by key, without reading any."""
+        """Returns the bytes of each value by key, as far as they are known without reading any."""
         if self.direct is not None:
             return self.direct.sizes()
-        return files.sizes(self.directory)
+        return {} if self.is_ocdbt else sizes(self.directory)
 
     def open_array(
         self,
@@ -205,6 +237,16 @@ class ArrayStore:
         return {key.decode() for key in self._kvstore.list().result()}
 
 
+@functools.cache
+def shared_context() -> ts.Context:
+    """Returns what the stores of this process share: connections, and what lies in memory."""
+    return ts.Context()
+
+
+def _context(*, syncs: bool = False) -> ts.Context:
+    return ts.Context({**_CONTEXT, "file_io_sync": syncs}, parent=shared_context())
+
+
 def _prefix(name: str) -> str:
     return f"{name}/" if name else ""
 
@@ -227,12 +269,55 @@ def _array_spec(document: bytes) -> ts.Spec:
     return ts.Spec({**_unplaced(parsed), **copies})
 
 
-def read_index(directory: str) -> DirectReader | None:
-    """Starts to read where the values of `directory` lie, if it is an OCDBT database."""
+# Databases.
+
+
+def holds_ocdbt(directory: Directory) -> bool:
+    """Says whether a directory is an OCDBT database."""
+    manifest = directory.status(names.OCDBT_MANIFEST, follow_links=True)
+    return manifest is not None and manifest.kind == "file"
+
+
+def read_index(directory: Directory) -> DirectReader | None:
+    """Starts to read where the values of a database lie, where they can be read from there."""
     _check_process()
-    return DirectReader(directory) if holds_ocdbt(directory) else None
+    return _direct_reader(directory) if holds_ocdbt(directory) else None
 
 
-def holds_ocdbt(directory: str) -> bool:
-    """Says whether `directory` is an OCDBT database."""
-    return os.path.isfile(os.path.join(directory, names.OCDBT_MANIFEST))
+def _direct_reader(directory: Directory) -> DirectReader | None:
+    return DirectReader(directory) if directory.can(Capability.MAP) else None
+
+
+def merge_process_databases(directory: Directory) -> int:
+    """Merges the databases that several processes wrote below a directory, in one atomic commit.
+
+    Each process writes `ocdbt.process_<i>/`. The merged database, in the directory itself, refers
+    to their data files: no array byte is copied, and the files must stay where they are.
+
+    Returns:
+      How many databases were merged.
+    """
+    prefix = names.PROCESS_DATABASE.format("")
+    databases = [
+        directory / entry.name
+        for entry in directory.entries()
+        if entry.name.startswith(prefix) and holds_ocdbt(directory / entry.name)
+    ]
+    if not databases:
+        return 0
+    context = _context()  # copying by reference needs one for source and target
+    target = ts.KvStore.open(
+        {"driver": "ocdbt", "base": directory.kvstore(), "config": _MERGED_CONFIG},
+        context=context,
+    ).result()
+    transaction = ts.Transaction(atomic=True)
+    pending = [
+        ts.KvStore.open({"driver": "ocdbt", "base": each.kvstore()}, context=context)
+        .result()
+        .experimental_copy_range_to(target.with_transaction(transaction))
+        for each in databases
+    ]
+    for copied in pending:
+        copied.result()
+    transaction.future.result()  # begins the commit, without the GIL that commit_async holds
+    return len(databases)

@@ -1,0 +1,284 @@
+"""The sequence of a save, whatever commits it: from the first value captured to the last sync.
+
+Rules
+  I4, I5, as `commit_protocol` has them: durable, then visible, then durably visible.
+  I15  However it ends, nothing is held afterwards, and nothing of it left that is not visible.
+
+Theory of operation
+  1. The primary process makes the directory (`Commit.begin`) and waits until it may depend on what
+     is there (`claim`). Handlers capture meanwhile, and write when the directory is there.
+  2. The checkpoint's own documents are written, if they may be there by now (`complete`).
+  3. Every file is synced, several at once, then every directory, the deepest first: an entry is
+     durable only once its directory is.
+  4. This is the commit point: what was asked to stop before it leaves nothing, what fails after it
+     is already committed.
+  5. The checkpoint is made visible (`publish`), and what it has replaced is removed.
+  6. What dead owners have left beside it is swept, in the background.
+
+  With several processes each syncs what it wrote before it says that it has written; the primary
+  alone takes the other steps. Meanwhile it renews the sign that its directory is in use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import anyio
+
+from orbax_async import _names as names
+from orbax_async import errors
+from orbax_async._commit import leftovers
+from orbax_async._commit.commit_protocol import Commit
+from orbax_async._commit.leftovers import Held
+from orbax_async._engine import loop
+from orbax_async._operation import Operation
+from orbax_async._trace import logger
+from orbax_async.path import Path, PathAwaitingCreation
+
+__all__ = ["Save", "checkpoint_document"]
+
+_SYNCS_AT_ONCE = 4
+_SWEEP_GRACE_SECS = 1.0
+_CLAIM_SECS = 0.02  # between two looks whether another process has finished
+_CLAIM_LIMIT_SECS = 1200.0  # where the operation has no limit of its own
+_CLAIM_SHARE = 0.8  # of the operation's limit: it ends before that, and says who is waited for
+_RENEW_SECS = 10.0
+
+
+class _Awaited:
+    """A directory that handlers may write to once it is there."""
+
+    def __init__(self, path: Path, created: anyio.Event) -> None:
+        self._path = path
+        self._created = created
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def __truediv__(self, other: Any) -> _Awaited:
+        if not isinstance(other, (str, os.PathLike)):
+            raise TypeError(f"Expected PathLike, got {type(other)}.")
+        return _Awaited(self._path / other, self._created)
+
+    async def await_creation(self) -> Path:
+        await self._created.wait()
+        return self._path
+
+
+def checkpoint_document(
+    handlers: Mapping[str, str],
+    *,
+    init_nsecs: int,
+    commit_nsecs: int | None,
+    custom_metadata: Mapping[str, Any] | None,
+) -> bytes:
+    """Returns the `_CHECKPOINT_METADATA` document."""
+    return json.dumps(
+        {
+            "item_handlers": dict(handlers),
+            "metrics": {},
+            "performance_metrics": {},
+            "init_timestamp_nsecs": init_nsecs,
+            "commit_timestamp_nsecs": commit_nsecs,
+            "custom_metadata": dict(custom_metadata or {}),
+        }
+    ).encode()
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Save:
+    """One save.
+
+    Attributes:
+      operation: its options, processes and recorder, and its place in the queue for the path.
+      final: where to.
+      commit: where it writes until it is committed, and how it is.
+      handlers: by the name of each checkpointable what the metadata call its handler.
+      write: has all handlers capture and write; it is given the directory, which is still to be.
+      custom_metadata: the user's.
+      inherit: returns when what is saved was begun, and custom metadata that comes with it; asked
+        once the directory is claimed.
+    """
+
+    operation: Operation
+    final: str
+    commit: Commit
+    handlers: Mapping[str, str]
+    write: Callable[[PathAwaitingCreation], Awaitable[None]]
+    custom_metadata: dict[str, Any]
+    inherit: Callable[[], tuple[int, dict[str, Any]]] | None = None
+
+    def __post_init__(self) -> None:
+        self._begun_nsecs = time.time_ns()
+        self._documents: dict[str, bytes] = {}
+        self._renewed_secs = time.monotonic()
+
+    async def run(self, when_committed: Callable[[], Awaitable[None]] | None = None) -> None:
+        """The whole operation; leaves nothing behind unless it commits."""
+        options, processes = self.operation.context.asynchronous, self.operation.processes
+        try:
+            async with processes.together():
+                with errors.ungrouped():
+                    async with anyio.create_task_group() as group:
+                        group.start_soon(self._renew)
+                        await self._write()
+                        await self._commit()
+                        group.cancel_scope.cancel()
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await self.operation.end_background()
+                await loop.to_worker(self._undo, error)
+            raise
+        if when_committed is not None:
+            with anyio.CancelScope(shield=True):
+                await when_committed()
+        if options.post_finalization_callback is not None and self.commit.makes_checkpoint:
+            await loop.to_worker(options.post_finalization_callback)
+
+    # Writing.
+
+    async def _write(self) -> None:
+        where = await self._agree_on_paths()
+        created = anyio.Event()
+        directory = _Awaited(Path(where), created)
+        if not self.operation.context.asynchronous.create_directories_asynchronously:
+            await self._create(created)
+        async with anyio.create_task_group() as group:
+            if not created.is_set():
+                group.start_soon(self._create, created)
+            await self.write(directory)
+
+    async def _agree_on_paths(self) -> str:
+        processes = self.operation.processes
+        own = json.dumps([self.final, self.commit.directory.path])
+        final, directory = json.loads(await processes.broadcast("paths", own))
+        if final != self.final:
+            raise errors.MultihostError(
+                f"Directory path mismatch in multi-process save: {final} on process "
+                f"{processes.primary}, {self.final} on process {processes.index}"
+            )
+        return str(directory)
+
+    async def _create(self, created: anyio.Event) -> None:
+        if self.operation.path_lock is not None:
+            await self.operation.path_lock.acquire()
+        if self.operation.processes.is_primary:
+            with self.operation.recorder.span("create"):
+                await loop.to_worker(self._begin)
+                await self._claim()
+        await self.operation.processes.broadcast("directory created")
+        created.set()
+
+    def _begin(self) -> None:
+        mode = self.operation.context.file.path_permission_mode
+        self.commit.begin(list(self.handlers), mode=mode)
+
+    async def _claim(self) -> None:
+        limit_secs = self.operation.context.asynchronous.timeout_secs
+        limit_secs = _CLAIM_LIMIT_SECS if limit_secs is None else _CLAIM_SHARE * limit_secs
+        began = time.monotonic()
+        while (holder := await loop.to_worker(self.commit.claim)) is not None:
+            if time.monotonic() - began > limit_secs:
+                raise errors.OperationTimeoutError(
+                    f"{self.operation.cancel_switch.label} has waited for {limit_secs:g} s: "
+                    f"{holder}. Wait for that to end, or end it, and try again."
+                )
+            await anyio.sleep(_CLAIM_SECS)
+
+    async def _renew(self) -> None:
+        while self.operation.processes.is_primary:
+            await anyio.sleep(_RENEW_SECS)
+            await loop.to_worker(self._renew_now)
+
+    def _renew_now(self) -> None:
+        if time.monotonic() - self._renewed_secs >= _RENEW_SECS:
+            self._renewed_secs = time.monotonic()
+            self.commit.renew()
+
+    # Committing.
+
+    async def _commit(self) -> None:
+        processes, switch = self.operation.processes, self.operation.cancel_switch
+        await processes.gather("written")  # by handlers that write on every process
+        if not processes.is_primary:
+            switch.pass_commit_point()
+            await processes.gather("ready to commit")
+            await processes.broadcast("committed")
+            return
+        await self._make_durable()
+        await processes.gather("ready to commit")
+        switch.pass_commit_point()
+        processes.decide()
+        with anyio.CancelScope(shield=True), self.operation.recorder.span("publish"):
+            replaced = await loop.to_worker(self._publish)
+            try:
+                await processes.broadcast("committed")
+            finally:
+                if replaced is not None:
+                    await loop.to_worker(replaced.dispose)
+        loop.spawn(self._sweep, label="sweep", exit_grace_secs=_SWEEP_GRACE_SECS, is_told_of=False)
+
+    async def _make_durable(self) -> None:
+        files, directories = await loop.to_worker(self._complete)
+        with self.operation.recorder.span("sync"):
+            share = max(1, -(-len(files) // _SYNCS_AT_ONCE))
+            async with anyio.create_task_group() as group:
+                for start in range(0, len(files), share):
+                    group.start_soon(loop.to_worker, self._sync, files[start : start + share])
+            await loop.to_worker(self._sync, directories)
+
+    def _complete(self) -> tuple[list[str], list[str]]:
+        """Makes the documents, and returns all files and directories."""
+        with self.operation.recorder.span("documents"):
+            begun_nsecs, custom_metadata = self._begun_nsecs, self.custom_metadata
+            if self.inherit is not None:
+                begun_nsecs, custom_metadata = self.inherit()
+            document = checkpoint_document(
+                self.handlers,
+                init_nsecs=begun_nsecs,
+                commit_nsecs=time.time_ns(),
+                custom_metadata=custom_metadata,
+            )
+            proof = f"Checkpoint commit was successful to {self.final}".encode()
+            self._documents = {names.CHECKPOINT_METADATA: document, names.COMMIT_MARKER: proof}
+            self.commit.complete(self._documents)
+        return self.commit.directory.walk()
+
+    def _sync(self, written: list[str]) -> None:
+        problem = f"cannot make what was written for {self.final} durable"
+        with errors.reported_as(errors.CommitError, problem):
+            for name in written:
+                self.commit.directory.sync([name])
+                self._renew_now()  # the loop's own turn may be late: syncs keep all workers
+
+    def _publish(self) -> Held | None:
+        return self.commit.publish(self._documents)
+
+    def _undo(self, failure: BaseException) -> None:
+        """Leaves everything as it was."""
+        if not self.operation.processes.is_primary:
+            return
+        try:
+            self.commit.undo()
+        except OSError as error:
+            where = self.commit.directory.path
+            logger.warning("%s could not be removed: %s", where, error)
+            failure.add_note(f"{where} could not be removed, and is left to a later save: {error}")
+        finally:
+            self.commit.release()
+
+    async def _sweep(self) -> None:
+        parent = os.path.dirname(self.final)
+        try:
+            swept = await loop.to_worker(leftovers.sweep, parent)
+        except OSError as error:
+            logger.warning("leftovers beside %s could not be swept: %s", self.final, error)
+        else:
+            for path in swept:
+                logger.info("removed %s, left by a process that has died", path)

@@ -1,0 +1,115 @@
+"""What a power cut may leave of local files: all that was synced, and of the rest anything.
+
+A model of a file system of POSIX: the data of a file last once the file was synced, a name lasts
+once its directory was synced, and a directory that is renamed keeps its old name until then.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from watched_directory import Call
+
+Tree = dict[str, "bytes | None"]
+"""What lies below a root by relative path: the bytes of a file, None for a directory."""
+
+
+class PowerCuts:
+    """A watcher that knows what is durable below a root; what is there at first is.
+
+    It has to see every sync. To forget nothing, it keeps the files that it knows open: `close`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._data: dict[int, bytes] = {}
+        self._entries: dict[int, dict[str, int]] = {}
+        self._open: dict[int, int] = {}  # by inode, which nothing else takes meanwhile
+        for directory, _, files in os.walk(root):
+            for each in (directory, *(os.path.join(directory, name) for name in files)):
+                self._sync(each)
+
+    def __call__(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        result = proceed()
+        if call.verb == "sync" and Path(call.path).is_relative_to(self._root):
+            self._sync(call.path)
+        return result
+
+    def close(self) -> None:
+        """Lets go of what was there."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def _sync(self, path: str) -> None:
+        inode = self._inode(path)
+        if os.path.isdir(path):
+            self._entries[inode] = self._present(path)
+        else:
+            self._data[inode] = Path(path).read_bytes()
+
+    def _present(self, path: str) -> dict[str, int]:
+        return {name: self._inode(os.path.join(path, name)) for name in sorted(os.listdir(path))}
+
+    def _inode(self, path: str) -> int:
+        descriptor = os.open(path, os.O_RDONLY)
+        inode = os.fstat(descriptor).st_ino
+        if self._open.setdefault(inode, descriptor) != descriptor:
+            os.close(descriptor)
+        return inode
+
+    def states(self) -> Iterator[tuple[str, Tree]]:
+        """Yields what may be there after a cut that comes now, with words for it.
+
+        Nothing that isn't synced; the names without their data; the names of a single directory;
+        and everything.
+        """
+        now = {}
+        for directory, _, _ in os.walk(self._root):
+            now[self._inode(directory)] = self._present(directory)
+        yield "only what is synced", self._tree(self._entries)
+        yield "all names, no data", self._tree(self._entries | now)
+        for inode, names in now.items():
+            if names != self._entries.get(inode, {}):
+                title = f"the names in {os.readlink(f'/proc/self/fd/{self._open[inode]}')}"
+                yield title, self._tree({**self._entries, inode: names})
+        data = {
+            inode: Path(directory, name).read_bytes()
+            for directory, _, files in os.walk(self._root)
+            for name in files
+            for inode in [self._inode(os.path.join(directory, name))]
+        }
+        yield "everything", self._tree(self._entries | now, self._data | data)
+
+    def _tree(
+        self, entries: dict[int, dict[str, int]], data: dict[int, bytes] | None = None
+    ) -> Tree:
+        known = self._data if data is None else data
+        tree: Tree = {}
+
+        def fill(inode: int, prefix: str) -> None:
+            for name, each in entries.get(inode, {}).items():
+                path = prefix + name
+                if stat.S_ISDIR(os.fstat(self._open[each]).st_mode):
+                    tree[path] = None
+                    fill(each, f"{path}/")
+                else:
+                    tree[path] = known.get(each, b"")
+
+        fill(self._inode(str(self._root)), "")
+        return tree
+
+
+def lay_out(tree: Tree, folder: Path) -> Path:
+    """Writes what a cut has left to a new folder, and returns that."""
+    folder.mkdir(parents=True)
+    for name, data in tree.items():
+        if data is None:
+            (folder / name).mkdir()
+        else:
+            (folder / name).write_bytes(data)
+    return folder

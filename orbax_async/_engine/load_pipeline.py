@@ -28,15 +28,10 @@ import tensorstore as ts
 from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.budget import BatchSlots, ByteBudget
+from orbax_async._engine.capture import Piece
+from orbax_async._engine.host_memory import aligned_empty, lies_on_host
+from orbax_async._engine.place import free_nbytes, place, send
 from orbax_async._engine.plan import ReadRequest
-from orbax_async._engine.transfer import (
-    Piece,
-    aligned_empty,
-    free_nbytes,
-    lies_on_host,
-    place,
-    send,
-)
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._trace import Recorder
@@ -132,11 +127,13 @@ class _ReadPipeline:
             for leaf, read in reads.items()
             for region in read.regions
         ]
-        self._requests_left = dict(Counter([request.leaf for request in requests]))
-        limit = read_budget.statistics().limit_nbytes
-        self._batches = list(plan.batches(requests, min(limit or _BATCH_NBYTES, _BATCH_NBYTES)))
+        limit = read_budget.limit_nbytes or _BATCH_NBYTES
+        self._batches = list(plan.batches(requests, min(limit, _BATCH_NBYTES)))
+        # A leaf counts as done with the batch that has the last of it.
+        last = {each.leaf: index for index, batch in enumerate(self._batches) for each in batch}
+        self._leaf_counts = Counter(last.values())
         self.nbytes = sum([request.nbytes for request in requests])
-        self._recorder.add(leaves_planned=len(self._requests_left), bytes_planned=self.nbytes)
+        self._recorder.add(leaves_planned=len(last), bytes_planned=self.nbytes)
 
     async def run(self) -> None:
         """Reads everything; the first failure cancels the rest."""
@@ -149,8 +146,7 @@ class _ReadPipeline:
                     if request.nbytes > _PART_NBYTES:
                         await self._read_in_parts(request)
                 await loop.to_worker(self._take, index, batch, nbytes)
-            done = _count_off(self._requests_left, batch)
-            self._recorder.add(leaves_written=done, bytes_written=nbytes)
+            self._recorder.add(leaves_written=self._leaf_counts[index], bytes_written=nbytes)
 
         with errors.ungrouped():
             async with anyio.create_task_group() as group:
@@ -171,7 +167,7 @@ class _ReadPipeline:
         were_read: list[bool] = []
 
         async def read_part(part: plan.Box) -> None:
-            into = target[_within(part, box)]
+            into = target[plan.within(part, box)]
             with _naming(entry):
                 were_read.append(await loop.to_worker(self._read_raw, entry.name, read, part, into))
 
@@ -311,7 +307,7 @@ class LoadPipeline(_ReadPipeline):
                 wheres.append(read.sharding)
                 continue
             for box, devices in region.parts:
-                piece = array if box == region.box else array[_within(box, region.box)]
+                piece = array if box == region.box else array[plan.within(box, region.box)]
                 leaves += [request.leaf] * len(devices)
                 pieces += [_filled_up(piece, read.piece_shape)] * len(devices)
                 wheres += [read.device_shardings[device] for device in devices]
@@ -413,22 +409,8 @@ def _filled_up(array: np.ndarray[Any, Any], shape: tuple[int, ...] | None) -> np
     return target
 
 
-def _count_off(left: dict[int, int], batch: Sequence[ReadRequest]) -> int:
-    """Counts the requests of a batch as done; returns how many leaves have none left."""
-    done = 0
-    for request in batch:
-        left[request.leaf] -= 1
-        done += not left[request.leaf]
-    return done
-
-
 def _slices(box: plan.Box) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
-
-
-def _within(box: plan.Box, outer: plan.Box) -> tuple[slice, ...]:
-    pairs = zip(box, outer, strict=True)
-    return tuple(slice(start - origin, stop - origin) for (start, stop), (origin, _) in pairs)
 
 
 _DAMAGE = (

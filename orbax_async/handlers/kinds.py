@@ -20,7 +20,6 @@ reason, and the caller names the leaf.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,9 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbax_async import arrays, errors
+from orbax_async._engine.leaf import Leaf
 from orbax_async._storage import zarr
 from orbax_async.handlers import shardings
 from orbax_async.tree import keypath, schema, structure
+from orbax_async.tree.keypath import KeyPath
 
 __all__ = [
     "SKIPPED",
@@ -51,27 +52,8 @@ __all__ = [
 ]
 
 _UINT8 = np.dtype(np.uint8)
-_NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
-
-class Encoded(NamedTuple):
-    """What is stored of one leaf.
-
-    Attributes:
-      value_type: what the tree's document calls it; see `schema.Entry.kind`.
-      value: its array, its text, or None.
-      dtype: of an array, on disk.
-      private: what only we record; see `schema.Entry.private`.
-      prng_impl: of typed PRNG keys, the name of their implementation.
-      is_mutable: whether the caller could change the array in place.
-    """
-
-    value_type: str
-    value: jax.Array | np.ndarray[Any, Any] | str | None
-    dtype: np.dtype[Any] = _UINT8
-    private: Mapping[str, Any] = _NOTHING
-    prng_impl: str | None = None
-    is_mutable: bool = False
+Encoded = tuple[Leaf, Any]  # with its array, its text, or None
 
 
 class Request(NamedTuple):
@@ -139,7 +121,7 @@ class Kind:
     may_be_cast: bool = False
     is_on_devices: bool = False
 
-    def encode(self, value: Any) -> Encoded | None:
+    def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
         """Returns what is stored of a value of `types`; None if it is of another kind.
 
         Raises:
@@ -148,12 +130,14 @@ class Kind:
         """
         raise NotImplementedError
 
-    def encoded(self, array: np.ndarray[Any, Any], *, is_mutable: bool = False) -> Encoded:
+    def encoded(
+        self, keys: KeyPath, array: np.ndarray[Any, Any], value_type: str | None = None
+    ) -> Encoded:
         """Returns what is stored of a value, given as an array."""
         dtype, logical = disk_dtype(array.dtype)
         recorded = {"python_type": self.python_type, "logical_dtype": logical}
         private = {name: text for name, text in recorded.items() if text}
-        return Encoded(self.value_type, array, dtype, private, is_mutable=is_mutable)
+        return Leaf(keys, value_type or self.value_type, array.shape, dtype, private=private), array
 
     def signature(self, value: Any) -> Hashable:
         """Returns quickly all on which `encode` depends but the values.
@@ -201,9 +185,9 @@ class _Nothing(Kind):
     types = (type(None), tuple, list, Mapping)
     value_type = "None"
 
-    def encode(self, value: Any) -> Encoded | None:
+    def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
         name = structure.empty_kind(value)
-        return None if name is None else Encoded(name, None)
+        return None if name is None else (Leaf(keys, name), None)
 
     def want(self, leaf: Any) -> Request | None:
         return SKIPPED if leaf is ... or structure.empty_kind(leaf) is not None else None
@@ -218,8 +202,13 @@ class _Text(Kind):
     types = (str,)
     value_type = schema.STRING
 
-    def encode(self, value: str) -> Encoded:
-        return Encoded(self.value_type, str(value))
+    def encode(self, keys: KeyPath, value: str) -> Encoded:
+        leaf = Leaf(keys, self.value_type)
+        if "~" in leaf.name:
+            raise ValueError(
+                "a string's key can't hold '~', which readers take for an escape; rename it"
+            )
+        return leaf, str(value)
 
     def signature(self, value: str) -> Hashable:
         return str
@@ -232,8 +221,8 @@ class _Bytes(Kind):
     types = (bytes,)
     python_type = "bytes"
 
-    def encode(self, value: bytes) -> Encoded:
-        return self.encoded(np.frombuffer(value, np.uint8))
+    def encode(self, keys: KeyPath, value: bytes) -> Encoded:
+        return self.encoded(keys, np.frombuffer(value, np.uint8))
 
     def signature(self, value: bytes) -> Hashable:
         return bytes, len(value)
@@ -254,13 +243,13 @@ class _Number(Kind):
         self.value_type = value_type
         self.python_type = python_type
 
-    def encode(self, value: Any) -> Encoded:
+    def encode(self, keys: KeyPath, value: Any) -> Encoded:
         number = self.types[0](value)
         if self.types != (int,):
-            return self.encoded(np.asarray(number))
+            return self.encoded(keys, np.asarray(number))
         if not -(2**63) <= number < 2**64:
             raise ValueError(f"the int {value} is outside of int64 and uint64")
-        return self.encoded(np.asarray(number, np.uint64 if number >= 2**63 else np.int64))
+        return self.encoded(keys, np.asarray(number, np.uint64 if number >= 2**63 else np.int64))
 
     def signature(self, value: Any) -> Hashable:
         return type(value), self.types == (int,) and value >= 2**63
@@ -285,10 +274,10 @@ class _NumpyScalar(_Number):
     def __init__(self) -> None:
         super().__init__(np.generic, schema.NUMPY_ARRAY, "numpy_scalar")
 
-    def encode(self, value: np.generic) -> Encoded:
-        encoded = self.encoded(np.asarray(value))
+    def encode(self, keys: KeyPath, value: np.generic) -> Encoded:
         # np.float64 is a float, and Orbax takes it for one.
-        return encoded._replace(value_type=schema.SCALAR) if isinstance(value, float) else encoded
+        value_type = schema.SCALAR if isinstance(value, float) else self.value_type
+        return self.encoded(keys, np.asarray(value), value_type)
 
     def signature(self, value: np.generic) -> Hashable:
         if not isinstance(value, (np.number, np.bool_)):  # others have more than a type
@@ -306,15 +295,17 @@ class _NumpyArray(Kind):
     types = (np.ndarray,)
     may_be_cast = True
 
-    def encode(self, value: np.ndarray[Any, Any]) -> Encoded:
+    def encode(self, keys: KeyPath, value: np.ndarray[Any, Any]) -> Encoded:
         if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
             raise ValueError(
                 "a masked array would lose its mask; save `.data` and `.mask`, or `.filled()`"
             )
         array = np.asarray(value)
         if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and not np.little_endian):
-            return self.encoded(array.astype(array.dtype.newbyteorder("<")))
-        return self.encoded(array, is_mutable=True)
+            return self.encoded(keys, array.astype(array.dtype.newbyteorder("<")))
+        leaf, array = self.encoded(keys, array)
+        leaf.is_mutable = True
+        return leaf, array
 
     def signature(self, value: np.ndarray[Any, Any]) -> Hashable:
         if type(value) is not np.ndarray:
@@ -339,7 +330,7 @@ class _JaxArray(Kind):
     may_be_cast = True
     is_on_devices = True
 
-    def encode(self, value: Any) -> Encoded | None:
+    def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
         if isinstance(value, jax.ShapeDtypeStruct):
             return None
         if isinstance(value, jax.core.Tracer):
@@ -352,9 +343,9 @@ class _JaxArray(Kind):
                 "donated or deleted before the save. Save before that, or save the array that "
                 "replaced it."
             )
-        is_weak = not value.shape and value.weak_type
-        dtype, private = _recorded(value.dtype, value.sharding, is_weak)
-        return Encoded(self.value_type, value, dtype, private)
+        shape, sharding = value.shape, value.sharding
+        dtype, private = _recorded(value.dtype, sharding, not shape and value.weak_type)
+        return Leaf(keys, self.value_type, shape, dtype, sharding, private=private), value
 
     def signature(self, value: Any) -> Hashable:
         if value.is_deleted():
@@ -399,13 +390,14 @@ class _RandomKeys(_JaxArray):
     types = (jax.Array,)
     python_type = "key"  # `LeafRecord.prng_impl` tells instead
 
-    def encode(self, value: Any) -> Encoded | None:
+    def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
         if not is_prng_key(value):
             return None
-        if value.is_deleted():
-            return super().encode(value)
-        encoded = super().encode(jax.random.key_data(value))
-        return encoded and encoded._replace(prng_impl=str(jax.random.key_impl(value)))
+        data = value if value.is_deleted() else jax.random.key_data(value)
+        encoded = super().encode(keys, data)
+        if encoded is not None:
+            encoded[0].prng_impl = str(jax.random.key_impl(value))
+        return encoded
 
     def want(self, leaf: Any) -> Request | None:
         return super().want(leaf) if is_prng_key(leaf) else None
@@ -459,7 +451,7 @@ def _of_class(table: tuple[Kind, ...], cls: Any) -> tuple[Kind, ...]:
     return tuple(kind for kind in table if issubclass(cls, kind.types))
 
 
-def encode(value: Any) -> Encoded:
+def encode(keys: KeyPath, value: Any) -> Encoded:
     """Returns what is stored of a leaf, or of an empty node.
 
     Raises:
@@ -468,7 +460,7 @@ def encode(value: Any) -> Encoded:
     """
     cls: Any = type(value)
     for kind in _of_class(TABLE, cls):
-        encoded = kind.encode(value)
+        encoded = kind.encode(keys, value)
         if encoded is not None:
             return encoded
     raise ValueError(

@@ -1,120 +1,49 @@
-"""The leaves of a state: what is known of each but its values, and which are refused."""
+"""The leaves of a state: what each is, and which trees of them are refused."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._engine import plan
-from orbax_async.handlers import kinds, shardings
-from orbax_async.tree import keypath, schema
+from orbax_async._engine.leaf import Leaf
+from orbax_async.handlers import kinds
+from orbax_async.tree import keypath
 from orbax_async.tree.keypath import KeyPath
 
 __all__ = [
     "Described",
-    "LeafForm",
     "describe",
     "describe_all",
     "summary",
 ]
 
 
-_UINT8 = np.dtype(np.uint8)
 _DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.ARRAY_METADATAS}
 
 
-@dataclasses.dataclass(slots=True)
-class LeafForm:
-    """What is known of a leaf, or of an empty node, apart from its values.
-
-    Attributes:
-      keys: where it is in the tree.
-      kind: as `schema.Entry.kind`.
-      shape: the global shape of its array; None where it is not stored as one.
-      dtype: the dtype on disk.
-      sharding: of a jax array.
-      is_mutable: whether the caller could change its array in place.
-      prng_impl: of typed PRNG keys, the name of their implementation.
-      private: what only we record.
-      name: the name under which it is stored.
-    """
-
-    keys: KeyPath
-    kind: str
-    shape: tuple[int, ...] | None = None
-    dtype: np.dtype[Any] = _UINT8
-    sharding: jax.sharding.Sharding | None = None
-    is_mutable: bool = False
-    prng_impl: str | None = None
-    private: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        self.name = keypath.stored_name(self.keys)
-
-    @property
-    def label(self) -> str:
-        """Its key path, for messages."""
-        return keypath.label(self.keys)
-
-    @property
-    def has_value(self) -> bool:
-        """Whether it is a leaf, not an empty node."""
-        return self.shape is not None or self.kind == schema.STRING
-
-    def shards(self, host_process: int) -> tuple[plan.ShardSpec, ...]:
-        """Returns each device's part of its array; host arrays belong to `host_process`."""
-        assert self.shape is not None
-        if self.sharding is not None:
-            return shardings.shards_of(self.sharding, self.shape)
-        return (plan.ShardSpec(-1, host_process, plan.whole(self.shape)),)
-
-
-Described = tuple[LeafForm, Any]  # with its array, its text, or None
+Described = tuple[Leaf, Any]  # with its array, its text, or None
 
 
 def describe(keys: KeyPath, value: Any) -> Described:
     """Describes one leaf or empty node.
 
     Returns:
-      Its form, and its value as it is stored: a jax or NumPy array, a str, or None.
+      What it is, and its value as it is stored: a jax or NumPy array, a str, or None.
 
     Raises:
       UnsupportedLeafError: a checkpoint can't hold it.
       StagingError: it is a jax array whose buffer is gone.
     """
     try:
-        encoded = kinds.encode(value)
+        return kinds.encode(keys, value)
     except ValueError as reason:
         raise errors.UnsupportedLeafError(keypath.label(keys), str(reason)) from None
     except RuntimeError as reason:
         raise errors.StagingError(keypath.label(keys), str(reason)) from None
-    array = encoded.value
-    if array is None or isinstance(array, str):
-        leaf = LeafForm(keys, encoded.value_type)
-        if leaf.has_value and "~" in leaf.name:
-            raise errors.UnsupportedLeafError(
-                leaf.label,
-                "a string's key can't hold '~', which readers take for an escape; rename it",
-            )
-        return leaf, array
-    form = LeafForm(
-        keys,
-        encoded.value_type,
-        array.shape,
-        encoded.dtype,
-        array.sharding if isinstance(array, jax.Array) else None,
-        encoded.is_mutable,
-        encoded.prng_impl,
-        encoded.private,
-    )
-    return form, array
 
 
 def describe_all(
@@ -170,8 +99,8 @@ def _check_shared(label: str, array: jax.Array) -> None:
         )
 
 
-def _check_names(forms: list[LeafForm], *, as_files: bool) -> None:
-    by_name: dict[str, LeafForm] = {}
+def _check_names(forms: list[Leaf], *, as_files: bool) -> None:
+    by_name: dict[str, Leaf] = {}
     for leaf in forms:
         if not leaf.has_value:
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
 from orbax_async import _names as names
@@ -24,18 +24,19 @@ from orbax_async._storage.directory import Directory
 from orbax_async._storage.json_documents import damage_in, read_json
 from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import leaves
-from orbax_async.handlers.forms import TreeForm
+from orbax_async.handlers.pytree import PyTreeHandler
+from orbax_async.handlers.write_plan import WritePlan
 from orbax_async.path import PathAwaitingCreation
 from orbax_async.tree import keypath, merging, schema
 
-__all__ = ["check_part", "put_together"]
+__all__ = ["PartsHandler", "check_part"]
 
 _DATABASES = names.PROCESS_DATABASE.format("")
 _DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.ARRAY_METADATAS}
 _ADVICE = "Remove that partial save and make it again."
 
 
-def check_part(form: TreeForm, options: ambient.Context, parts: Sequence[Directory]) -> None:
+def check_part(plan: WritePlan, parts: Sequence[Directory]) -> None:
     """Raises if a tree can't be added to those of earlier partial saves; blocks.
 
     Raises:
@@ -44,8 +45,7 @@ def check_part(form: TreeForm, options: ambient.Context, parts: Sequence[Directo
       PartialSaveError: they are stored in another format.
       InvalidLayoutError: a document of theirs is damaged.
     """
-    trees = _read_trees(parts)
-    saving = options.array.saving
+    trees, saving = _read_trees(parts), plan.saving
     for part, tree in trees:
         for name, theirs, ours in (
             ("use_ocdbt", tree.uses_ocdbt, saving.use_ocdbt),
@@ -59,8 +59,7 @@ def check_part(form: TreeForm, options: ambient.Context, parts: Sequence[Directo
     taken = merging.Taken(as_files=not saving.use_ocdbt)
     for _, tree in trees:
         taken.add(tree.entries)
-    entries = [schema.Entry(leaf.keys, leaf.kind, leaf.name) for leaf in form.leaves]
-    _refuse(taken, entries, is_new=True)
+    _refuse(taken, [leaf.entry() for leaf in plan.leaves], is_new=True)
 
 
 def _refuse(taken: merging.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
@@ -122,7 +121,17 @@ def _read_trees(parts: Sequence[Directory]) -> list[tuple[Directory, schema.Tree
     return trees
 
 
-async def put_together(directory: PathAwaitingCreation, session: Session) -> None:
+class PartsHandler(PyTreeHandler):
+    """Saves all partial saves of a session as one tree."""
+
+    async def save(
+        self, directory: PathAwaitingCreation, checkpointable: Session
+    ) -> Awaitable[None]:
+        """Captures nothing, and returns what writes the tree."""
+        return _put_together(directory, checkpointable)
+
+
+async def _put_together(directory: PathAwaitingCreation, session: Session) -> None:
     """Writes the tree of all parts of a session that is claimed once there is the directory.
 
     Raises:

@@ -18,9 +18,9 @@ import numpy as np
 from orbax_async import _operation as operation
 from orbax_async import arrays, errors
 from orbax_async import context as ambient
-from orbax_async._engine import loop, plan, transfer
+from orbax_async._engine import loop, place, plan
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
-from orbax_async._layouts.protocol import StoredTree
+from orbax_async._layouts.protocol import StoredTree, reading
 from orbax_async._layouts.table import layout_of
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
@@ -29,11 +29,10 @@ from orbax_async._trace import logger
 from orbax_async.handlers import kinds, leaves, shardings
 from orbax_async.handlers.kinds import LeafRecord, Request
 from orbax_async.tree import keypath, schema, structure
-from orbax_async.tree.keypath import KeyPath
-from orbax_async.tree.selection import Selection
+from orbax_async.tree.selection import Select, Selection
 from orbax_async.tree.structure import FlatTree
 
-__all__ = ["AbstractTree", "Loading", "ShardingFunction", "describe", "want"]
+__all__ = ["AbstractTree", "Loading", "ShardingFunction", "describe", "understand"]
 
 ShardingFunction = Callable[
     [tuple[Any, ...], tuple[int, ...], np.dtype[Any]], jax.sharding.Sharding | None
@@ -57,16 +56,27 @@ class AbstractTree:
     sharding: jax.sharding.Sharding | ShardingFunction | None = None
 
 
-def want(entries: Iterable[tuple[KeyPath, Any]]) -> list[Request]:
-    """Understands the leaves of an abstract tree; those that are the same share a request.
-
-    Raises:
-      AbstractLeafError: nothing can be loaded as some of them; they are all named.
-    """
-    alike: dict[Hashable, Request] = {}  # also by themselves
+def understand(
+    abstract: Any,
+    select: Select | None = None,
+    sharding: jax.sharding.Sharding | ShardingFunction | None = None,
+) -> AbstractTree:
+    """Understands an abstract tree; see `PyTreeHandler.read_abstract`."""
+    selection = None if select is None else Selection(select)
+    if isinstance(sharding, jax.sharding.Sharding):
+        try:
+            sharding = shardings.concrete(sharding)
+        except ValueError as reason:
+            raise errors.AbstractLeafError("", str(reason)) from None
+    elif sharding is not None and not callable(sharding):
+        raise TypeError(f"sharding must be a jax.sharding.Sharding or a function, not {sharding!r}")
+    if abstract is None:
+        return AbstractTree(None, (), selection, sharding)
+    flat = structure.flatten(abstract)
+    alike: dict[Hashable, Request] = {}  # by what makes leaves alike, and by themselves
     requests: list[Request] = []
     refused: list[errors.LeafError] = []
-    for keys, leaf in entries:
+    for keys, leaf in flat.entries:
         key = None
         if type(leaf) is jax.ShapeDtypeStruct or isinstance(leaf, jax.Array):
             key = (leaf.shape, leaf.dtype, leaf.sharding, getattr(leaf, "weak_type", False))
@@ -83,7 +93,7 @@ def want(entries: Iterable[tuple[KeyPath, Any]]) -> list[Request]:
         requests.append(request)
     if refused:
         raise leaves.summary(refused)
-    return requests
+    return AbstractTree(flat, requests, selection, sharding)
 
 
 class Loading:
@@ -319,7 +329,7 @@ class Loading:
             if sharding is None:
                 (array,) = pieces
             else:
-                array = transfer.assemble(shape, sharding, pieces)
+                array = place.assemble(shape, sharding, pieces)
             return kind.decode(array, record, request)
 
         return LeafPlan(read, finish)
@@ -418,7 +428,9 @@ def describe(stored: StoredTree, options: ambient.Context) -> Any:
 def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
     """Returns the bytes that each array takes on disk, where the store's index tells."""
     sizes = dict.fromkeys(array_names, 0)
-    for key, nbytes in store.sizes().items():
+    with reading(store.directory.path):
+        stored = store.sizes().items()
+    for key, nbytes in stored:
         name = zarr.array_of(key, array_names, zarr3=store.zarr3)
         if name is not None:
             sizes[name] += nbytes

@@ -15,14 +15,13 @@ from orbax_async import errors, multihost
 from orbax_async._api import delete as deleting
 from orbax_async._api import load as loading
 from orbax_async._api import metadata as describing
+from orbax_async._api.deprecated import older_method
 from orbax_async._api.load import Selects, Shardings
-from orbax_async._api.older_names import older_method
 from orbax_async._engine import loop
-from orbax_async._layouts.orbax import check_name, commit_mode
+from orbax_async._layouts.orbax import check_name, writes_in_place
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
 from orbax_async.handlers.read_plan import ShardingFunction
-from orbax_async.options import AtomicityMode
 from orbax_async.options._group import flag
 from orbax_async.path import Path, PathLike, pathlike
 from orbax_async.path.step import NameFormat, standard_name_format
@@ -141,7 +140,7 @@ class Checkpointer:
         self._directory = RunDirectory(
             pathlike.absolute(directory, self._context.file.path_class),
             step_name_format or standard_name_format(),
-            needs_proof=commit_mode(self._context) is AtomicityMode.COMMIT_FILE,
+            needs_proof=writes_in_place(self._context),
         )
         self._steps = Steps(self._directory)
         self._queue = SaveQueue(

@@ -14,7 +14,9 @@ import pytest
 
 import orbax_async as ocp
 from orbax_async import errors
+from orbax_async._engine.leaf import Leaf
 from orbax_async.handlers import kinds
+from orbax_async.tree.keypath import Key, KeyPath
 
 
 class FractionKind(kinds.Kind):
@@ -23,8 +25,8 @@ class FractionKind(kinds.Kind):
     types = (Fraction,)
     python_type = "fraction"
 
-    def encode(self, value: Fraction) -> kinds.Encoded:
-        return self.encoded(np.array([value.numerator, value.denominator], np.int64))
+    def encode(self, keys: KeyPath, value: Fraction) -> kinds.Encoded:
+        return self.encoded(keys, np.array([value.numerator, value.denominator], np.int64))
 
     def decode(self, stored: Any, record: kinds.LeafRecord, request: kinds.Request) -> Fraction:
         return Fraction(*stored.tolist())
@@ -36,8 +38,8 @@ class DateKind(kinds.Kind):
     types = (datetime.date,)
     value_type = "string"
 
-    def encode(self, value: datetime.date) -> kinds.Encoded:
-        return kinds.Encoded(self.value_type, value.isoformat())
+    def encode(self, keys: KeyPath, value: datetime.date) -> kinds.Encoded:
+        return Leaf(keys, self.value_type), value.isoformat()
 
     def decode(
         self, stored: Any, record: kinds.LeafRecord, request: kinds.Request
@@ -125,7 +127,8 @@ def test_the_first_entry_that_fits_is_taken(
     tmp_path: Path, value: Any, value_type: str, reported: Any, loaded: type
 ) -> None:
     """NumPy's float64 is a float, a bool is an int, a NumPy string a str."""
-    assert kinds.encode(value).value_type == value_type
+    leaf, _ = kinds.encode((Key("x", False),), value)
+    assert leaf.kind == value_type
     ocp.save(tmp_path / "c", {"x": value})
     again = ocp.load(tmp_path / "c")["x"]
     assert again == value and type(again) is loaded
@@ -136,8 +139,9 @@ def test_the_first_entry_that_fits_is_taken(
 
 def test_keys_are_found_among_jax_arrays(tmp_path: Path) -> None:
     """What `encode` records of typed keys is their implementation."""
-    encoded = kinds.encode(jax.random.key(3, impl="rbg"))
-    assert encoded.prng_impl == "rbg" and encoded.dtype == np.uint32
-    assert kinds.encode(jnp.arange(3)).prng_impl is None
+    leaf, array = kinds.encode((), jax.random.key(3, impl="rbg"))
+    assert leaf.prng_impl == "rbg" and leaf.dtype == array.dtype == np.uint32
+    leaf, _ = kinds.encode((), jnp.arange(3))
+    assert leaf.prng_impl is None
     assert kinds.want(jax.random.key(3)).kind is kinds.RANDOM_KEYS
     assert kinds.want(jax.Array).kind is kinds.JAX_ARRAY

@@ -487,8 +487,8 @@ class Steps:
                 self._known.pop(number, None)
 
     def put_back(self, number: int) -> None:
-        """Adds a step that was dropped, if it is still there."""
-        with contextlib.suppress(errors.StepNotFoundError):
+        """Adds a step that was dropped, if it is still there, as far as that can be seen."""
+        with contextlib.suppress(errors.StepNotFoundError, errors.UnreadableError):
             self.add(self.directory.find(number))
 
     def follow(self, numbers: Iterable[int]) -> None:
@@ -511,9 +511,14 @@ class Steps:
                 if self._is_given_up(found.step):
                     continue  # just now; `find` tells of it
                 self._readers[found.step] += 1
-            if self.directory.has(found):
-                return found, functools.partial(self._release, found.step)
-            self._release(found.step)  # it has gone just now
+            release = functools.partial(self._release, found.step)
+            try:
+                if self.directory.has(found):
+                    return found, release
+            except BaseException:
+                release()
+                raise
+            release()  # it has gone just now
 
     def _release(self, number: int) -> None:
         with self._lock:

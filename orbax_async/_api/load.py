@@ -16,7 +16,7 @@ from orbax_async._layouts.orbax import check_name
 from orbax_async._layouts.protocol import Checkpointable, Layout
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async.handlers import resolve, tiers
+from orbax_async.handlers import choose, phases
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.path import Path, PathLike
@@ -124,7 +124,7 @@ def load_async(
         if isinstance(abstract_state, CheckpointMetadata):
             abstract_state = abstract_state.metadata
         registry = operation.context.checkpointables.registry
-        part = resolve.state_for_loading(
+        part = choose.state_for_loading(
             checkpointable_name, abstract_state, registry, select=select, sharding=sharding
         )
 
@@ -217,8 +217,8 @@ def load_checkpointables_async(
         def resolved(stored: dict[str, Checkpointable]) -> list[_Found]:
             parts = {}
             for name, each in stored.items():
-                with tiers.naming(name):
-                    parts[name] = resolve.for_loading(
+                with phases.naming(name):
+                    parts[name] = choose.for_loading(
                         name,
                         wanted.get(name),
                         registry,
@@ -251,16 +251,16 @@ def _wanted(abstract: Any) -> dict[str, Any]:
     return dict(abstract)
 
 
-_Found = tuple[resolve.Part, Path]
+_Found = tuple[choose.Part, Path]
 """What to load, and where it lies."""
 
 
 async def _load(found: list[_Found], operation: Operation) -> dict[str, Any]:
     """Runs both phases of all that is to be loaded."""
     operation.expect(part.name or "" for part, _ in found)
-    seconds = await tiers.first(
+    seconds = await phases.first(
         [
-            tiers.Tier(
+            phases.Phase(
                 part.name or "",
                 functools.partial(part.handler.load, directory, part.value),
                 part.code("load"),
@@ -269,7 +269,7 @@ async def _load(found: list[_Found], operation: Operation) -> dict[str, Any]:
         ],
         when_done=operation.release_caller,
     )
-    return await tiers.second(seconds)
+    return await phases.second(seconds)
 
 
 def _options_of_reading(select: Any, sharding: Any) -> dict[str, Any]:
@@ -290,8 +290,8 @@ def _kept(given: Any) -> Any:
 
 
 def _subset(
-    parts: dict[str, resolve.Part], abstracts: Mapping[str, Any], options: Mapping[str, Any]
-) -> dict[str, resolve.Part]:
+    parts: dict[str, choose.Part], abstracts: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, choose.Part]:
     """Returns what is to be loaded, pytrees without the leaves that are not selected.
 
     Raises:

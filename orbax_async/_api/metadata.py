@@ -16,7 +16,7 @@ from orbax_async._layouts.protocol import Checkpointable, Details, Layout
 from orbax_async._operation import Operation, starting
 from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
-from orbax_async.handlers import foreign, resolve, tiers
+from orbax_async.handlers import choose, phases, user_code
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike, pathlike
 from orbax_async.tree import AbstractLeaf, PyTreeOf
@@ -175,7 +175,7 @@ async def _abstract(operation: Operation, name: str, stored: Checkpointable) -> 
     path = stored.directory.path
     try:
         part = await loop.to_worker(
-            lambda: resolve.for_loading(
+            lambda: choose.for_loading(
                 name,
                 None,
                 operation.context.checkpointables.registry,
@@ -188,11 +188,11 @@ async def _abstract(operation: Operation, name: str, stored: Checkpointable) -> 
         logger.info("%s has no metadata: %s", path, error)
         return None
     code = part.code("metadata")
-    with tiers.naming(name):
+    with phases.naming(name):
         if isinstance(part.handler, PyTreeHandler):
             return await part.handler.metadata(Path(path))
         try:
-            return await foreign.awaited(part.handler.metadata(Path(path)), str(code))
+            return await user_code.awaited(part.handler.metadata(Path(path)), str(code))
         except Exception as error:
             logger.warning("%s has no metadata: %s", path, error, exc_info=error)
             return None

@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import anyio
 
-from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import leftovers
 from orbax_async._engine import loop
@@ -76,6 +75,8 @@ class Reader:
                     result = await read(found)
                     if await loop.to_worker(self._look) == self._identity:
                         return result
+                except errors.CommitError:
+                    raise  # what an overwrite has set aside can't be put back
                 except Exception as error:
                     if self._is_settled and await loop.to_worker(self._look) == self._identity:
                         raise
@@ -92,7 +93,7 @@ class Reader:
     def _find(self, find: Callable[[Layout], Found], may_be_damaged: bool) -> Found:
         with reading(self.directory.path):
             self._is_settled = not leftovers.settle(self.directory.path)
-            self._identity = self._look()
+            self._identity = self.directory.status(follow_links=True)
             options = self._operation.context
             return find(
                 table.find_checkpoint(self.directory, options, may_be_damaged=may_be_damaged)
@@ -100,7 +101,5 @@ class Reader:
 
     def _look(self) -> Hashable:
         """Returns what tells a checkpoint from the one before it at the same path."""
-        # The directory may be a link, and then only what lies in it changes.
         with reading(self.directory.path):
-            found = [self.directory.status(name) for name in ("", names.CHECKPOINT_METADATA)]
-        return tuple(status and status.identity for status in found)
+            return self.directory.status(follow_links=True)

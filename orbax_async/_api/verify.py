@@ -18,7 +18,7 @@ from orbax_async._response import AsyncResponse
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.zarr import ArrayDocument
-from orbax_async.handlers import builtin
+from orbax_async.handlers.choose import TYPESTRS
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike
@@ -29,8 +29,8 @@ __all__ = ["Damage", "VerificationReport", "verify", "verify_async"]
 
 _REGION_NBYTES = 8 << 20  # of small chunks that are read together
 _SHOWN = 20
-_DOCUMENTS = {builtin.TYPESTRS[kind]: kind for kind in (JsonHandler, MetricsHandler)}
-_TREES = (builtin.TYPESTRS[PyTreeHandler],)
+_DOCUMENTS = {TYPESTRS[kind]: kind for kind in (JsonHandler, MetricsHandler)}
+_TREES = (TYPESTRS[PyTreeHandler],)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,9 @@ async def _inspect_document(
 ) -> None:
     try:
         await (await handler.load(Path(directory.path)))
-    except (errors.InvalidLayoutError, OSError) as error:
+    except errors.UnreadableError as error:
+        findings.damage.append(Damage(name, "", directory.path, str(error), ""))
+    except errors.InvalidLayoutError as error:
         path, _, problem = str(error).partition(" is ")
         problem = f"it is {problem}" if problem else path
         findings.damage.append(Damage(name, "", path, problem, COPY_AGAIN))
@@ -212,11 +214,14 @@ class _Inspection:
         """Checks the documents; returns what checks the arrays. Blocks."""
         options = self._operation.context
         layout = table.layout_of(self._directory, options)
-        self._add(*layout.find_damage())
+        damage: list[Damage] = []
         try:
+            damage += layout.find_damage()
             stored = layout.open_tree()
-        except (errors.InvalidLayoutError, OSError):
+        except errors.InvalidLayoutError as error:
+            self._add(*damage or [Damage.of(self._directory.path, error, COPY_AGAIN)])
             return None
+        self._add(*damage)
         entries = [entry for entry in stored.entries if not entry.is_empty]
         self._findings.leaves += len(entries)
         self._check_strings(stored, [each for each in entries if each.kind == schema.STRING])
@@ -240,7 +245,7 @@ class _Inspection:
         except errors.LeafError:
             for entry in texts:
                 self._attempt(entry.keys, stored.strings, [entry])
-        except (errors.InvalidLayoutError, OSError) as error:
+        except errors.InvalidLayoutError as error:
             file = (self._directory / names.STRINGS).path
             hint = f"{COPY_AGAIN} All leaves that are no strings load without it."
             self._add(Damage.of(file, error, hint))

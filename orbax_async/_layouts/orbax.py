@@ -33,7 +33,7 @@ from orbax_async.options._file_options import mode_of_temporary_path
 from orbax_async.tree import keypath, rich, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["OrbaxLayout", "check_name", "commit_mode"]
+__all__ = ["OrbaxLayout", "check_name", "writes_in_place"]
 
 T = TypeVar("T")
 
@@ -41,7 +41,6 @@ T = TypeVar("T")
 class OrbaxLayout(Layout):
     """What Orbax and this library write."""
 
-    name = "orbax"
     what = "Orbax checkpoints"
 
     @functools.cached_property
@@ -94,10 +93,13 @@ class OrbaxLayout(Layout):
 
     def problem(self) -> str | None:
         """Returns why no checkpoint can be loaded from here, as the end of a sentence."""
-        is_in_place = commit_mode(self.options) is AtomicityMode.COMMIT_FILE
-        needs_proof = is_in_place and not self.options.atomicity.allow_legacy_atomic_rename
         problem = self._missing()
-        if problem is None and needs_proof and names.COMMIT_MARKER not in self.inside:
+        if (
+            problem is None
+            and names.COMMIT_MARKER not in self.inside
+            and writes_in_place(self.options)
+            and not self.options.atomicity.allow_legacy_atomic_rename
+        ):
             return (
                 f"it has no {names.COMMIT_MARKER}, which atomicity.mode = 'commit_file' asks for: "
                 "its save has not finished, or has renamed it into place. Set "
@@ -142,8 +144,7 @@ class OrbaxLayout(Layout):
         """Says whether it is a checkpoint, or what a save of Orbax in place has left of one."""
         if self._missing() is None:
             return True
-        is_in_place = commit_mode(self.options) is AtomicityMode.COMMIT_FILE
-        is_left = is_in_place and names.COMMIT_MARKER not in self.inside
+        is_left = writes_in_place(self.options) and names.COMMIT_MARKER not in self.inside
         return is_left and self.directory.read(names.CHECKPOINT_MARKER) == b""
 
     # What it says of itself.
@@ -473,19 +474,19 @@ def check_name(name: Any, *, is_saved: bool) -> None:
         )
 
 
-def commit_mode(options: ambient.Context) -> AtomicityMode:
-    """Returns how checkpoints are committed, and recognized as such, under some options.
+def writes_in_place(options: ambient.Context) -> bool:
+    """Says whether checkpoints are committed, and known, by a marker, under some options.
 
     Raises:
       ValueError: the older option and the newer one ask for different things.
     """
     mode, older = options.atomicity.mode, options.file.temporary_path_class
-    if older is None:
-        return mode
-    older_mode = mode_of_temporary_path(older)
-    if mode not in (AtomicityMode.AUTO, older_mode):
-        raise ValueError(
-            f"file.temporary_path_class asks for {older_mode!r}, and atomicity.mode for {mode!r}; "
-            "leave out the former, which is deprecated"
-        )
-    return older_mode
+    if older is not None:
+        older_mode = mode_of_temporary_path(older)
+        if mode not in (AtomicityMode.AUTO, older_mode):
+            raise ValueError(
+                f"file.temporary_path_class asks for {older_mode!r}, and atomicity.mode for "
+                f"{mode!r}; leave out the former, which is deprecated"
+            )
+        mode = older_mode
+    return mode is AtomicityMode.COMMIT_FILE

@@ -7,6 +7,7 @@ else; a layout overrides what differs in its own. Every method blocks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
@@ -96,13 +97,11 @@ class Layout:
     """One way in which a checkpoint can lie, looked for in one directory.
 
     Attributes:
-      name: what asks for it, as `context.checkpoint_layout`.
       what: what its checkpoints consist of, for messages: "safetensors files".
       directory: where it is looked for; there may be nothing of the kind.
       options: those of the operation.
     """
 
-    name: ClassVar[str]
     what: ClassVar[str]
 
     def __init__(self, directory: Directory, options: ambient.Context) -> None:
@@ -182,7 +181,6 @@ class StoredTree:
     Attributes:
       directory: where it lies.
       entries: its leaves and empty nodes.
-      arrays: the leaves that are stored as arrays.
       may_be_asked_in_part: whether an abstract tree may leave out leaves.
       lies_plainly: whether elements lie as they are, so that any box of them is read alone.
       mismatch: the error where an abstract tree does not match.
@@ -200,7 +198,11 @@ class StoredTree:
     def __init__(self, directory: Directory, entries: Sequence[schema.Entry]) -> None:
         self.directory = directory
         self.entries = entries
-        self.arrays = [each for each in entries if not each.is_empty and each.kind != schema.STRING]
+
+    @functools.cached_property
+    def arrays(self) -> list[schema.Entry]:
+        """The leaves that are stored as arrays."""
+        return [each for each in self.entries if not each.is_empty and each.kind != schema.STRING]
 
     def open_store(self) -> ArrayStore:
         """Opens the store of its arrays."""

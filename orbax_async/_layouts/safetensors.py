@@ -26,7 +26,6 @@ __all__ = ["SafetensorsLayout"]
 class SafetensorsLayout(Layout):
     """Safetensors files."""
 
-    name = "safetensors"
     what = "safetensors files"
 
     @property
@@ -60,7 +59,9 @@ class SafetensorsLayout(Layout):
 
     def find_damage(self) -> Iterator[Damage]:
         """Yields each file that is damaged; where all are whole, what is wrong between them."""
-        for path, problem in safetensors.find_damage(self.directory):
+        with reading(self.directory.path):
+            found = safetensors.find_damage(self.directory)
+        for path, problem in found:
             hint = f"{COPY_AGAIN} Nothing can be loaded from here without it."
             yield Damage.of(path, problem, hint)
 

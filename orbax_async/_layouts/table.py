@@ -6,7 +6,7 @@ there, and where none is, the first, which then tells what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from orbax_async import context as ambient
 from orbax_async import errors
@@ -18,16 +18,17 @@ from orbax_async.options import CheckpointLayout
 
 __all__ = ["TABLE", "find_checkpoint", "layout_of"]
 
-TABLE: Sequence[type[Layout]] = (OrbaxLayout, SafetensorsLayout)
+TABLE: Mapping[str, type[Layout]] = {"orbax": OrbaxLayout, "safetensors": SafetensorsLayout}
+"""Each under the name by which `context.checkpoint_layout` asks for it."""
 
 
 def layout_of(directory: Directory, options: ambient.Context) -> Layout:
     """Returns the layout under which a directory is read, whatever lies there; blocks."""
-    found = [layout(directory, options) for layout in TABLE]
     asked = options.checkpoint_layout
-    if asked is CheckpointLayout.AUTO:
-        return next((layout for layout in found if layout.is_there), found[0])
-    return next(layout for layout in found if layout.name == asked.value)
+    if asked is not CheckpointLayout.AUTO:
+        return TABLE[asked.value](directory, options)
+    first, *others = (layout(directory, options) for layout in TABLE.values())
+    return next((layout for layout in (first, *others) if layout.is_there), first)
 
 
 def find_checkpoint(
@@ -47,18 +48,18 @@ def find_checkpoint(
     problem = layout.problem()
     if problem is None or (may_be_damaged and layout.is_damaged):
         return layout
-    others = [other(directory, options) for other in TABLE if other is not type(layout)]
-    kind = layout.name.capitalize()
+    name = next(name for name, each in TABLE.items() if each is type(layout))
+    others = {each: TABLE[each](directory, options) for each in TABLE if each != name}
     if options.checkpoint_layout is CheckpointLayout.AUTO:
-        missing = "".join(f"there are no {other.what}; " for other in others if not other.is_there)
+        missing = [f"there are no {each.what}; " for each in others.values() if not each.is_there]
         raise errors.InvalidLayoutError(
-            f"Could not auto-detect the layout of the checkpoint at {directory.path}: {missing}"
-            f"and as an {kind} checkpoint: {problem}"
+            f"Could not auto-detect the layout of the checkpoint at {directory.path}: "
+            f"{''.join(missing)}and as an {name.capitalize()} checkpoint: {problem}"
         )
-    for other in others:
-        if other.is_there:
-            problem += f" It holds {other.what}: set context.checkpoint_layout = {other.name!r}."
+    for other, found in others.items():
+        if found.is_there:
+            problem += f" It holds {found.what}: set context.checkpoint_layout = {other!r}."
     raise errors.InvalidLayoutError(
-        f"Could not recognize the checkpoint at {directory.path} as a valid {kind} checkpoint: "
-        f"{problem}"
+        f"Could not recognize the checkpoint at {directory.path} as a valid {name.capitalize()} "
+        f"checkpoint: {problem}"
     )

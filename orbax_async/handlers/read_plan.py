@@ -20,7 +20,7 @@ from orbax_async import arrays, errors
 from orbax_async import context as ambient
 from orbax_async._engine import loop, place, plan
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
-from orbax_async._layouts.protocol import StoredTree
+from orbax_async._layouts.protocol import StoredTree, reading
 from orbax_async._layouts.table import layout_of
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
@@ -426,7 +426,9 @@ def describe(stored: StoredTree, options: ambient.Context) -> Any:
 def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
     """Returns the bytes that each array takes on disk, where the store's index tells."""
     sizes = dict.fromkeys(array_names, 0)
-    for key, nbytes in store.sizes().items():
+    with reading(store.directory.path):
+        stored = store.sizes().items()
+    for key, nbytes in stored:
         name = zarr.array_of(key, array_names, zarr3=store.zarr3)
         if name is not None:
             sizes[name] += nbytes

@@ -12,8 +12,8 @@ from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async._api import load as loading
 from orbax_async._api import metadata as describing
+from orbax_async._api.deprecated import older_method
 from orbax_async._api.load import Selects, Shardings
-from orbax_async._api.older_names import older_method
 from orbax_async._layouts.orbax import check_name
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger

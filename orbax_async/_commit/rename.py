@@ -219,27 +219,27 @@ class RenameCommit:
         """Takes the destination's name; see `Commit.publish`."""
         if self._check is not None:
             self._check()  # what is there may have come after the first look, or without one
-        old = self._hold_old()
-        try:
-            change = NameChange(self.directory, self.final, old)
-            self._make_visible(change)
-            if old is not None and not change.is_exchange:
-                with contextlib.suppress(OSError):  # then a sweep finds it where it lies
-                    old.hide(self.final)
-        except BaseException:
-            if old is not None:
-                old.release()
-            raise
+        with errors.reported_as(errors.CommitError, self._problem):
+            old = self._hold_old()
+            try:
+                change = NameChange(self.directory, self.final, old)
+                self._make_visible(change)
+                if old is not None and not change.is_exchange:
+                    with contextlib.suppress(OSError):  # then a sweep finds it where it lies
+                        old.hide(self.final)
+            except BaseException:
+                if old is not None:
+                    old.release()
+                raise
         self.release()
         return old
 
     def _make_visible(self, change: NameChange) -> None:
-        with errors.reported_as(errors.CommitError, self._problem):
-            self._prepare_to_publish()
-            try:
-                change.make()
-            finally:
-                self._is_published = change.is_made
+        self._prepare_to_publish()
+        try:
+            change.make()
+        finally:
+            self._is_published = change.is_made
 
     def _prepare_to_publish(self) -> None:
         self._check_is_own()

@@ -21,6 +21,7 @@ Theory of operation
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -126,12 +127,8 @@ class Save:
         options, processes = self.operation.context.asynchronous, self.operation.processes
         try:
             async with processes.together():
-                with errors.ungrouped():
-                    async with anyio.create_task_group() as group:
-                        group.start_soon(self._renew)
-                        await self._write()
-                        await self._commit()
-                        group.cancel_scope.cancel()
+                await self._until_ready()
+                await self._commit()
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 await self.operation.end_background()
@@ -142,6 +139,22 @@ class Save:
                 await when_committed()
         if options.post_finalization_callback is not None and self.commit.makes_checkpoint:
             await loop.to_worker(options.post_finalization_callback)
+
+    async def _until_ready(self) -> None:
+        """Has all written, and durable; shows meanwhile that the save is alive."""
+        processes = self.operation.processes
+        with errors.ungrouped():
+            async with anyio.create_task_group() as group:
+                if processes.is_primary:
+                    group.start_soon(self._renew)
+                await self._write()
+                await processes.gather("written")  # by handlers that write on every process
+                if processes.is_primary:
+                    await self._make_durable()
+                else:
+                    self.operation.cancel_switch.pass_commit_point()
+                await processes.gather("ready to commit")
+                group.cancel_scope.cancel()
 
     # Writing.
 
@@ -198,7 +211,7 @@ class Save:
             await anyio.sleep(_CLAIM_SECS)
 
     async def _renew(self) -> None:
-        while self.operation.processes.is_primary:
+        while True:
             await anyio.sleep(_RENEW_SECS)
             await loop.to_worker(self._renew_now)
 
@@ -210,16 +223,11 @@ class Save:
     # Committing.
 
     async def _commit(self) -> None:
-        processes, switch = self.operation.processes, self.operation.cancel_switch
-        await processes.gather("written")  # by handlers that write on every process
+        processes = self.operation.processes
         if not processes.is_primary:
-            switch.pass_commit_point()
-            await processes.gather("ready to commit")
             await processes.broadcast("committed")
             return
-        await self._make_durable()
-        await processes.gather("ready to commit")
-        switch.pass_commit_point()
+        self.operation.cancel_switch.pass_commit_point()
         processes.decide()
         with anyio.CancelScope(shield=True), self.operation.recorder.span("publish"):
             replaced = await loop.to_worker(self._publish)
@@ -254,11 +262,15 @@ class Save:
             proof = f"Checkpoint commit was successful to {self.final}".encode()
             self._documents = {names.CHECKPOINT_METADATA: document, names.COMMIT_MARKER: proof}
             self.commit.complete(self._documents)
-        return self.commit.directory.walk()
+        with self._reporting_sync():
+            return self.commit.directory.walk()
+
+    def _reporting_sync(self) -> contextlib.AbstractContextManager[None]:
+        problem = f"cannot make what was written for {self.final} durable"
+        return errors.reported_as(errors.CommitError, problem)
 
     def _sync(self, written: list[str]) -> None:
-        problem = f"cannot make what was written for {self.final} durable"
-        with errors.reported_as(errors.CommitError, problem):
+        with self._reporting_sync():
             for name in written:
                 self.commit.directory.sync([name])
                 self._renew_now()  # the loop's own turn may be late: syncs keep all workers

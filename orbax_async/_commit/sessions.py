@@ -237,7 +237,8 @@ class PartCommit(RenameCommit):
             nsecs=max(time.time_ns(), last + 1),
             serial=uuid.uuid4().hex,
         )
-        self._make_visible(NameChange(self.directory, session.directory / name))
+        with errors.reported_as(errors.CommitError, self._problem):
+            self._make_visible(NameChange(self.directory, session.directory / name))
         self.release()
         return None
 
@@ -283,20 +284,20 @@ class WholeCommit(RenameCommit):
         assert parts is not None
         first = NameChange(self.directory, session.directory, parts)
         second = NameChange(session.directory, session.final)
-        self._make_visible(first)
-        try:
-            with errors.reported_as(errors.CommitError, self._problem):
+        with errors.reported_as(errors.CommitError, self._problem):
+            self._make_visible(first)
+            try:
                 self._check_nothing_came(parts.directory)
                 if not first.is_exchange:
                     parts.hide(session.directory)  # else it would come back to that name
                 if session.final.status() is not None:
                     raise appeared(session.final)
                 second.make()
-        except BaseException as error:
-            if not second.is_made:
-                first.take_back(error)
-                self._is_published = first.is_made
-            raise
+            except BaseException as error:
+                if not second.is_made:
+                    first.take_back(error)
+                    self._is_published = first.is_made
+                raise
         self.release()
         return parts
 

@@ -17,9 +17,10 @@ from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._engine import loop
+from orbax_async._layouts.table import layout_of
+from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import read_plan, write_plan
 from orbax_async.handlers.read_plan import AbstractTree, Loading, ShardingFunction
-from orbax_async.handlers.stored import read_metadata
 from orbax_async.handlers.tree_writer import TreeWriter
 from orbax_async.handlers.write_plan import PreparedTree
 from orbax_async.path import Path, PathAwaitingCreation
@@ -152,7 +153,13 @@ class PyTreeHandler:
 
     async def metadata(self, directory: Path) -> Any:
         """Returns the stored tree with each leaf's metadata, without reading array data."""
-        return await loop.to_worker(read_metadata, os.fspath(directory), self._options())
+        options = self._options()
+
+        def read() -> Any:
+            layout = layout_of(open_directory(os.fspath(directory)), options)
+            return read_plan.describe(layout.open_tree(), options)
+
+        return await loop.to_worker(read)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether every leaf of a tree can be stored."""

@@ -16,21 +16,23 @@ import jax
 import numpy as np
 
 from orbax_async import _operation as operation
+from orbax_async import arrays, errors
 from orbax_async import context as ambient
-from orbax_async import errors
 from orbax_async._engine import loop, place, plan
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
+from orbax_async._layouts.protocol import StoredTree, reading
+from orbax_async._layouts.table import layout_of
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
+from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
 from orbax_async.handlers import kinds, leaves, shardings
 from orbax_async.handlers.kinds import LeafRecord, Request
-from orbax_async.handlers.tensors import TensorTree, open_tree, replicated
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.selection import Select, Selection
 from orbax_async.tree.structure import FlatTree
 
-__all__ = ["AbstractTree", "Loading", "ShardingFunction", "understand"]
+__all__ = ["AbstractTree", "Loading", "ShardingFunction", "describe", "understand"]
 
 ShardingFunction = Callable[
     [tuple[Any, ...], tuple[int, ...], np.dtype[Any]], jax.sharding.Sharding | None
@@ -109,8 +111,8 @@ class Loading:
         self._operation = doing
         self._problems: list[str] = []
         self._refused: list[errors.LeafError] = []
-        self._stored = open_tree(directory, doing.context, is_for_jax=abstract.sharding is not None)
-        self._is_of_tensors = isinstance(self._stored, TensorTree)
+        layout = layout_of(open_directory(directory), doing.context)
+        self._stored = layout.open_tree(is_for_jax=abstract.sharding is not None)
         self._nest = self._stored.nest_for(options)
         self._requests = self._matched(is_partial=options.pytree.loading.partial_load)
         to_load = self._without_data()
@@ -134,7 +136,7 @@ class Loading:
     def _matched(self, *, is_partial: bool) -> Sequence[Request]:
         """Finds what is stored for each leaf, notes all differences; returns what is asked for."""
         flat, selection = self._abstract.flat, self._abstract.selection
-        entries = self._stored.tree.entries
+        entries = self._stored.entries
         by_keys = {entry.keys: entry for entry in entries}
         selected = by_keys
         if selection is not None:
@@ -154,7 +156,7 @@ class Loading:
                     for keys, leaf in flat.entries
                 ],
             )
-        if self._is_of_tensors:  # of which any may be left out
+        if self._stored.may_be_asked_in_part:
             asked = set(flat.keys)
             selected = {keys: entry for keys, entry in selected.items() if keys in asked}
         self._entries, problems = structure.match(flat, selected, is_partial=is_partial)
@@ -192,9 +194,8 @@ class Loading:
     def _plan(self, store: ArrayStore, to_load: Mapping[int, schema.Entry]) -> None:
         """Decides how each array is read."""
         documents = self._stored.documents(store, list(to_load.values()))
-        dtypes = {id(document): zarr.stored_dtype(document) for document in documents.values()}
         # Typed keys are stored as uint32; nothing else needs the records of arrays.
-        may_hold_keys = any([dtype == np.uint32 for dtype in dtypes.values()])
+        may_hold_keys = any([document.dtype == np.uint32 for document in documents.values()])
         impls = self._stored.prng_impls() if may_hold_keys else {}
         saved = self._stored.shardings() if self._needs_saved_shardings(to_load) else {}
         alike: dict[Hashable, LeafPlan] = {}
@@ -202,8 +203,8 @@ class Loading:
             request, document = self._requests[index], documents[entry.name]
             record = LeafRecord(
                 entry,
-                tuple(document["shape"]),
-                dtypes[id(document)],
+                document.shape,
+                document.dtype,
                 impls.get(entry.name),
                 saved.get(entry.name),
             )
@@ -259,7 +260,7 @@ class Loading:
     def _plan_leaf(
         self,
         record: LeafRecord,
-        document: Mapping[str, Any],
+        document: zarr.ArrayDocument,
         request: Request,
         sharding: jax.sharding.Sharding | None,
     ) -> LeafPlan:
@@ -270,13 +271,12 @@ class Loading:
           DtypeMismatchError: the dtype can't be had without losing values.
           ShardingMismatchError: a sharding does not fit.
         """
-        stored_dtype = record.dtype
         logical = record.entry.private.get("logical_dtype")
         if logical is not None:
             record = record._replace(dtype=zarr.dtype_named(logical))
         kind = kinds.result_kind(record, request)
         kind.check(record, request)
-        are_keys = record.prng_impl is not None or kinds.is_prng_key(request)
+        are_keys = record.prng_impl is not None or kind is kinds.RANDOM_KEYS
         pads = self._options.enable_padding_and_truncation and not are_keys
         shape = _shape(record, request, may_differ=pads)
         dtype = record.dtype if request.dtype is None or are_keys else request.dtype
@@ -309,12 +309,12 @@ class Loading:
         is_cast = logical is not None and record.dtype != dtype
         read.regions = plan.read_regions(
             placement.shards,
-            dtype.itemsize + (stored_dtype.itemsize if is_cast else 0),  # both are there at once
+            dtype.itemsize + (document.dtype.itemsize if is_cast else 0),  # both are there at once
             process=process,
             shape=record.shape,
-            chunk_shape=zarr.chunk_shape(document),
+            chunk_shape=document.chunk_shape,
             is_raw=read.raw is not None,
-            is_tight=self._is_of_tensors,
+            is_tight=self._stored.lies_plainly,
         )
         if piece_shape is not None and read.regions:  # what is filled up takes memory, too
             count = sum(len(devices) for region in read.regions for _, devices in region.parts)
@@ -342,8 +342,9 @@ class Loading:
 
     def _saved_sharding(self, record: LeafRecord) -> jax.sharding.Sharding:
         """Returns the saved sharding, or this process's first device where that can't be had."""
-        if self._is_of_tensors:
-            return replicated()
+        default = self._stored.default_sharding()
+        if default is not None:
+            return default
         if record.sharding is not None:
             try:
                 return shardings.saved(record.sharding, record.entry.private.get("memory_kind"))
@@ -367,17 +368,9 @@ class Loading:
             *(str(error).removeprefix("leaf ") for error in self._refused),
         ]
         listing = "\n  ".join(lines)
-        kind, hint = (
-            (errors.UnknownTensorError, "Tensors lie in one flat dict: ask for some, by name.")
-            if self._is_of_tensors
-            else (
-                errors.TreeMismatchError,
-                "Give a tree with the same keys; `...` or None as a leaf skips that leaf, and "
-                "pytree.loading.partial_load or `select` whole parts.",
-            )
-        )
-        raise kind(
-            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n{hint}",
+        raise self._stored.mismatch(
+            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
+            f"{self._stored.mismatch_hint}",
             tuple(lines),
         )
 
@@ -404,6 +397,44 @@ class Loading:
         )
 
 
+def describe(stored: StoredTree, options: ambient.Context) -> Any:
+    """Returns a stored tree with the metadata of each leaf; blocks."""
+    if (told := stored.metadata()) is not None:
+        return told
+    store = stored.open_store() if stored.arrays else None
+    documents = {} if store is None else stored.documents(store, stored.arrays)
+    sizes = {} if store is None else _sizes(store, {entry.name for entry in stored.arrays})
+    saved = stored.shardings()
+
+    def leaf(entry: schema.Entry) -> Any:
+        record = LeafRecord(entry, sharding=saved.get(entry.name))
+        document = documents.get(entry.name)
+        if document is not None:
+            record = record._replace(
+                shape=document.shape,
+                dtype=document.dtype,
+                storage=arrays.StorageMetadata(
+                    document.chunk_shape, entry.write_shape, sizes.get(entry.name)
+                ),
+            )
+        return kinds.of_stored(entry).describe(record)
+
+    nest = stored.nest_for(options)
+    return nest((entry.keys, leaf(entry)) for entry in stored.entries)
+
+
+def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
+    """Returns the bytes that each array takes on disk, where the store's index tells."""
+    sizes = dict.fromkeys(array_names, 0)
+    with reading(store.directory.path):
+        stored = store.sizes().items()
+    for key, nbytes in stored:
+        name = zarr.array_of(key, array_names, zarr3=store.zarr3)
+        if name is not None:
+            sizes[name] += nbytes
+    return {name: nbytes for name, nbytes in sizes.items() if nbytes}
+
+
 class LeafPlan(NamedTuple):
     """How leaves are loaded that are stored alike and asked for alike.
 
@@ -418,7 +449,7 @@ class LeafPlan(NamedTuple):
 
 def _shape(record: LeafRecord, request: Request, *, may_differ: bool) -> tuple[int, ...]:
     """Returns the shape that an array gets."""
-    expected = record.shape[:-1] if kinds.is_prng_key(request) else record.shape
+    expected = record.shape[:-1] if request.kind is kinds.RANDOM_KEYS else record.shape
     if request.shape is None or request.shape == expected:
         return record.shape
     if may_differ and len(request.shape) == len(record.shape):

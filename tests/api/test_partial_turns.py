@@ -13,10 +13,14 @@ import anyio
 import numpy as np
 import pytest
 from parts import BOTH, FIRST, SECOND, Held, another, check, gathered
+from watched_directory import before, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors, partial
-from orbax_async._commit import atomicity, session
+from orbax_async._commit import sequence, sessions
+from orbax_async._storage import local
+from orbax_async._storage.directory import Capability
+from orbax_async._storage.openers import opened_by
 
 
 async def test_w10_parts_saved_by_concurrent_tasks_all_land(tmp_path: Path) -> None:
@@ -150,6 +154,48 @@ def test_w10_a_session_that_another_has_is_waited_for(
     assert path.exists() == (verb == "finalize")
 
 
+@pytest.mark.parametrize("limit", ["its own", "of the operation"])
+@pytest.mark.parametrize("verb", ["save", "finalize"])
+def test_f3_a_wait_for_a_session_ends_and_names_who_has_it(
+    verb: str, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting is bounded also without `timeout_secs`, and says what to do."""
+    path = tmp_path / "c"
+    partial.save(path, FIRST)
+    child = another(path, code=HOLDING)
+    assert child.stdout is not None
+    pid = child.stdout.readline().strip()
+    context = ocp.Context()
+    if limit == "its own":
+        context.asynchronous.timeout_secs = None
+        monkeypatch.setattr(sequence, "_CLAIM_LIMIT_SECS", 0.2)
+    else:
+        context.asynchronous.timeout_secs = 5
+        monkeypatch.setattr(sequence, "_CLAIM_SHARE", 0.04)
+    act = {"save": lambda: partial.save(path, SECOND), "finalize": lambda: partial.finalize(path)}
+    held = rf"has waited for 0\.2 s: .*c\.partial_save is held by process {pid}\. Wait for that"
+    with context, pytest.raises(errors.OperationTimeoutError, match=held):
+        act[verb]()
+    assert child.communicate("", timeout=60)[0] == "" and child.returncode == 0
+    partial.finalize(path)
+    check(ocp.load(path), {**FIRST, "theirs": 1})
+
+
+HOLDING = """
+import os, sys
+import orbax_async as ocp
+from orbax_async._storage.openers import opened_by
+from watched_directory import before, on, watched
+
+def wait():
+    print(os.getpid(), flush=True)
+    sys.stdin.read()
+
+with opened_by(watched(before(on("rename"), wait))):
+    ocp.partial.save(sys.argv[1], {"theirs": 1})
+"""
+
+
 def test_w10_what_was_finalized_meanwhile_takes_no_parts(locked: int, tmp_path: Path) -> None:
     """W10: who has waited for a finalization is refused, and its part is not lost silently."""
     path = tmp_path / "c"
@@ -162,7 +208,7 @@ def test_w10_what_was_finalized_meanwhile_takes_no_parts(locked: int, tmp_path: 
 
 @pytest.mark.parametrize(
     ("verb", "owner", "step"),
-    [("save", session.Session, "_make"), ("finalize", session, "find_additions")],
+    [("save", sessions.Session, "_make"), ("finalize", sessions, "find_parts")],
 )
 def test_w10_what_is_finalized_in_between_takes_no_parts(
     verb: str, owner: Any, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,16 +239,16 @@ def test_w10_who_gives_up_waiting_leaves_the_session_to_the_other(
 ) -> None:
     """W10: a session that this process has made, and another has locked first, is not removed."""
     path = tmp_path / "c"
-    make = session.Session._make
+    make = sessions.Session._make
     others: list[int] = []
 
-    def locked_by_another(self: session.Session) -> None:
+    def locked_by_another(self: sessions.Session) -> None:
         make(self)
         if not others:
-            others.append(os.open(self.directory, os.O_RDONLY))
+            others.append(os.open(self.directory.path, os.O_RDONLY))
             fcntl.flock(others[0], fcntl.LOCK_EX)
 
-    monkeypatch.setattr(session.Session, "_make", locked_by_another)
+    monkeypatch.setattr(sessions.Session, "_make", locked_by_another)
     context = ocp.Context()
     context.asynchronous.timeout_secs = 0.2
     with context, pytest.raises(errors.OperationTimeoutError):
@@ -229,16 +275,15 @@ def test_file_systems_without_locks_will_do(
     check(ocp.load(tmp_path / "c"), BOTH)
 
 
-def test_without_locks_a_session_is_removed_by_who_made_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_locks_a_session_is_removed_by_who_made_it(tmp_path: Path) -> None:
     """Where two have the session at once, one that fails leaves it to the other."""
-    monkeypatch.setattr(session, "fcntl", None)
-    first, second = (session.Session(str(tmp_path / "c")) for _ in range(2))
-    assert first.claim(create=True) and second.claim(create=True)
-    second.release()
+    with opened_by(watched(lacking=[Capability.LOCK])):
+        first, second = (sessions.Session(str(tmp_path / "c")) for _ in range(2))
+        assert first.claim(create=True) is None
+        assert second.claim(create=True) is None
+    second.abandon()
     assert os.listdir(tmp_path) == ["c.partial_save"]
-    first.release()
+    first.abandon()
     assert os.listdir(tmp_path) == []
 
 
@@ -251,17 +296,15 @@ def test_what_is_added_without_a_lock_is_not_lost(
     partial.save(tmp_path / "late", SECOND)
     partial.save(path, FIRST)
     late = gathered(tmp_path / "late")[0]
-    publish = atomicity.publish
 
-    def publish_late(temporary: str, final: str, *, overwrite: bool) -> str | None:
-        if overwrite and late.exists():
+    def add() -> None:
+        if late.exists():
             late.rename(tmp_path / "c.partial_save" / "c.partial_save.pending_9_0")
-        return publish(temporary, final, overwrite=overwrite)
 
-    monkeypatch.setattr(atomicity, "publish", publish_late)
     if not can_exchange:
-        monkeypatch.setattr(atomicity, "_exchange", lambda *_: False)
-    with pytest.raises(errors.CommitError, match="added to while it was being finalized"):
+        monkeypatch.setattr(local, "_renameat2", lambda: None)
+    told = pytest.raises(errors.CommitError, match="added to while it was being finalized")
+    with opened_by(watched(before(on("exchange", "rename"), add))), told:
         partial.finalize(path)
     assert not path.exists() and len(gathered(path)) == 2
     partial.finalize(path)

@@ -17,15 +17,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from listing import entries
-from watched_directory import Call, watched
+from listing import comes_to_hold, entries
+from watched_directory import Call, Fault, Log, before, on, watched
 
 import orbax_async as ocp
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._commit import atomicity
 from orbax_async._engine import save_pipeline
-from orbax_async._storage import array_store, files
+from orbax_async._storage import array_store, local
 from orbax_async._storage.openers import opened_by
 
 STATE = {"a": jnp.arange(2000.0), "b": np.arange(10), "c": "text", "d": 1}
@@ -34,40 +33,30 @@ STATE = {"a": jnp.arange(2000.0), "b": np.arange(10), "c": "text", "d": 1}
 # I5: durable, then visible, then durably visible.
 
 
+class Record(list[tuple[str, str]]):
+    """Each sync, and each change of names, by path, in order."""
+
+    def __call__(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        if call.verb == "sync":
+            self.append(("sync", call.path))
+        result = proceed()
+        if call.verb == "rename" or (call.verb == "exchange" and result):
+            self.append(("publish", str(call.target)))
+        return result
+
+
 @pytest.fixture
-def record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Records each sync and each change of names, by path, in order."""
-    events: list[tuple[str, str]] = []
-    fsync, rename, exchange = os.fsync, os.rename, atomicity._exchange
-
-    def recording_fsync(descriptor: int) -> None:
-        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
-        fsync(descriptor)
-
-    def recording_rename(source: Any, target: Any) -> None:
-        rename(source, target)
-        events.append(("publish", os.fspath(target)))
-
-    def recording_exchange(first: str, second: str) -> bool:
-        is_done = exchange(first, second)
-        if is_done:
-            events.append(("publish", second))
-        return is_done
-
-    monkeypatch.setattr(os, "fsync", recording_fsync)
-    monkeypatch.setattr(os, "rename", recording_rename)
-    monkeypatch.setattr(atomicity, "_exchange", recording_exchange)
-    return events
+def record() -> Iterator[Record]:
+    """Records what the saves of a test do."""
+    found = Record()
+    with opened_by(watched(found)):
+        yield found
 
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-
-
-@linux_only
 @pytest.mark.parametrize("use_ocdbt", [True, False])
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_i5_everything_is_durable_before_it_is_visible(
-    use_ocdbt: bool, overwrite: bool, tmp_path: Path, record: list[tuple[str, str]]
+    use_ocdbt: bool, overwrite: bool, tmp_path: Path, record: Record
 ) -> None:
     """Every file and every directory is synced before the rename, and the parent after it."""
     final = tmp_path / "checkpoint"
@@ -87,9 +76,8 @@ def test_i5_everything_is_durable_before_it_is_visible(
     assert record[published + 1 :] == [("sync", str(tmp_path))]
 
 
-@linux_only
 def test_i5_the_disk_begins_early_and_every_file_is_synced_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: list[tuple[str, str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Record
 ) -> None:
     """Writing back begins as large data files come, and each file is synced once, at the end."""
     monkeypatch.setattr(save_pipeline, "_WRITTEN_BACK_NBYTES", 0)
@@ -104,7 +92,7 @@ def test_i5_the_disk_begins_early_and_every_file_is_synced_all_the_same(
     final, context = tmp_path / "checkpoint", ocp.Context()
     context.memory.write_concurrent_bytes = 1 << 20  # a batch for each
     context.array.saving.use_compression = False
-    with context, opened_by(watched(starting)):
+    with context, opened_by(watched(record, starting)):
         ocp.save(final, {name: np.full(1 << 18, ord(name), np.float32) for name in "abcd"})
     synced = [path for kind, path in record if kind == "sync"]
     temporary = next(path for path in synced if names.TEMPORARY_MARK in path)
@@ -117,10 +105,7 @@ def test_i5_the_disk_begins_early_and_every_file_is_synced_all_the_same(
     assert started == dict.fromkeys(large, 0)  # before anything was synced
 
 
-@linux_only
-def test_i5_a_directory_is_synced_after_what_is_in_it(
-    tmp_path: Path, record: list[tuple[str, str]]
-) -> None:
+def test_i5_a_directory_is_synced_after_what_is_in_it(tmp_path: Path, record: Record) -> None:
     """A file is synced before its directory, and a directory before the one that holds it."""
     ocp.save(tmp_path / "checkpoint", STATE)
     order = [path for kind, path in record if kind == "sync"]
@@ -129,10 +114,7 @@ def test_i5_a_directory_is_synced_after_what_is_in_it(
             assert os.path.dirname(later) != path, f"{later} was synced after {path}"
 
 
-@linux_only
-def test_i5_parents_that_were_made_are_durable_too(
-    tmp_path: Path, record: list[tuple[str, str]]
-) -> None:
+def test_i5_parents_that_were_made_are_durable_too(tmp_path: Path, record: Record) -> None:
     """Each new parent's entry is synced before the checkpoint becomes visible."""
     ocp.save(tmp_path / "a" / "b" / "checkpoint", STATE)
     published = record.index(("publish", str(tmp_path / "a" / "b" / "checkpoint")))
@@ -142,22 +124,24 @@ def test_i5_parents_that_were_made_are_durable_too(
     assert record[published + 1 :] == [("sync", str(tmp_path / "a" / "b"))]
 
 
-@linux_only
-def test_i5_the_commit_marker_is_written_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_i5_the_commit_marker_is_written_last(tmp_path: Path) -> None:
     """The marker that says "committed" follows every other document and all data."""
-    written: list[str] = []
-    original = files.write_bytes
+    seen: list[set[str]] = []
 
-    def recording(path: Any, data: bytes) -> None:
-        written.append(os.path.basename(path))
-        original(path, data)
+    def look() -> None:
+        (temporary,) = tmp_path.iterdir()
+        seen.append({str(path.relative_to(temporary)) for path in temporary.rglob("*")})
 
-    monkeypatch.setattr(files, "write_bytes", recording)
-    ocp.save(tmp_path / "checkpoint", STATE)
-    assert written[-1] == "commit_success.txt"
-    assert written.index("_METADATA") < written.index("_CHECKPOINT_METADATA")
+    log = Log()
+    with opened_by(watched(log, before(on("write", path="*/commit_success.txt"), look))):
+        ocp.save(tmp_path / "checkpoint", STATE)
+    final = tmp_path / "checkpoint"
+    assert seen[0] == {
+        str(path.relative_to(final))
+        for path in final.rglob("*")
+        if path.name != "commit_success.txt"
+    }
+    assert log.paths("write")[-1].endswith("/commit_success.txt")
 
 
 # I4: old, new, or nothing; never half.
@@ -167,7 +151,7 @@ def test_i5_the_commit_marker_is_written_last(
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Overwrites in both ways: by exchanging names in one step, and by two renames."""
     if request.param == "set aside":
-        monkeypatch.setattr(atomicity, "_exchange", lambda *_: False)
+        monkeypatch.setattr(local, "_renameat2", lambda: None)
     elif sys.platform != "linux":
         pytest.skip("the platform has no exchange")
     return str(request.param)
@@ -218,22 +202,20 @@ def test_i4_a_reader_always_finds_a_whole_checkpoint(
 
 
 def test_i4_the_old_checkpoint_stays_until_the_new_one_is_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, tmp_path: Path
 ) -> None:
     """W8: up to the commit an overwrite leaves the old checkpoint in its place, and loadable."""
     final = tmp_path / "checkpoint"
     ocp.save(final, {"a": 1})
-    loaded: list[Any] = []
-    original = atomicity.publish
+    seen: list[Any] = []
 
-    def publish(temporary: str, final: str, *, overwrite: bool) -> str | None:
-        shutil.copytree(final, tmp_path / "seen")
-        return original(temporary, final, overwrite=overwrite)
+    def look() -> None:
+        if not seen:
+            seen.append(shutil.copytree(final, tmp_path / "seen"))
 
-    monkeypatch.setattr(atomicity, "publish", publish)
-    ocp.save(final, {"a": 2}, overwrite=True)
-    loaded = [ocp.load(tmp_path / "seen"), ocp.load(final)]
-    assert loaded == [{"a": 1}, {"a": 2}]
+    with opened_by(watched(before(on("exchange", "rename"), look))):
+        ocp.save(final, {"a": 2}, overwrite=True)
+    assert [ocp.load(tmp_path / "seen"), ocp.load(final)] == [{"a": 1}, {"a": 2}]
 
 
 @pytest.mark.parametrize("what", ["file", "directory", "link to a checkpoint", "dangling link"])
@@ -267,135 +249,146 @@ def test_an_overwrite_takes_the_place_of_an_empty_directory(tmp_path: Path) -> N
     assert entries(tmp_path) == ["checkpoint"]
 
 
-def test_a_destination_that_appears_meanwhile_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_destination_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     """What came to be at the destination during the save is not overwritten without leave."""
-    original = atomicity.publish
+    final = tmp_path / "checkpoint"
 
-    def publish(temporary: str, final: str, *, overwrite: bool) -> str | None:
-        Path(final).mkdir()
-        (Path(final) / "theirs.txt").write_text("theirs")
-        return original(temporary, final, overwrite=overwrite)
+    def appear() -> None:
+        final.mkdir()
+        (final / "theirs.txt").write_text("theirs")
 
-    monkeypatch.setattr(atomicity, "publish", publish)
-    with pytest.raises(errors.DestinationExistsError, match="appeared while"):
-        ocp.save(tmp_path / "checkpoint", {"a": 1})
-    assert (tmp_path / "checkpoint" / "theirs.txt").read_text() == "theirs"
+    last = on("write", path="*/commit_success.txt")
+    refused = pytest.raises(errors.DestinationExistsError, match="appeared while")
+    with opened_by(watched(before(last, appear))), refused:
+        ocp.save(final, {"a": 1})
+    assert (final / "theirs.txt").read_text() == "theirs"
     assert entries(tmp_path) == ["checkpoint"]
 
 
 # Faults: the N-th call of something fails.
 
-
-class Fault:
-    """Makes the N-th call of some functions fail with an OSError."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.calls = 0
-        self._lock = threading.Lock()
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self._lock:
-                self.calls += 1
-                fails = self.calls == self.at
-            if fails:
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(args[0]))
-            return function(*args, **kwargs)
-
-        return call
+FAILING = {
+    "sync": on("sync"),
+    "names": on("rename", "exchange"),
+    "make": on("make"),
+    "write": on("write"),
+    "lock": on("lock"),
+}
 
 
-def _fsync(fault: Fault, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(files, "fsync_file", fault.around(files.fsync_file))
-
-
-def _rename(fault: Fault, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(os, "rename", fault.around(os.rename))
-    patch.setattr(atomicity, "_exchange", fault.around(atomicity._exchange))
-
-
-def _mkdir(fault: Fault, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(os, "mkdir", fault.around(os.mkdir))
-
-
-def _write(fault: Fault, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(files, "write_bytes", fault.around(files.write_bytes))
-
-
-@pytest.mark.parametrize("fail", [_fsync, _rename, _mkdir, _write])
+@pytest.mark.parametrize("failing", FAILING.values(), ids=FAILING)
 def test_a_failing_overwrite_changes_nothing(
-    fail: Callable[[Fault, pytest.MonkeyPatch], None], way: str, tmp_path: Path
+    failing: Callable[[Call], bool], way: str, tmp_path: Path
 ) -> None:
     """Whichever call fails, the old checkpoint is in its place, alone, and the next save works."""
     final = tmp_path / "checkpoint"
     ocp.save(final, {"a": 1})
-    failures = 0
-    for at in itertools.count(1):
-        fault = Fault(at)
-        with pytest.MonkeyPatch.context() as patch:
-            fail(fault, patch)
+    for nth in itertools.count(1):
+        fault = Fault(errno.EIO, failing, nth=nth)
+        with opened_by(watched(fault)):
             try:
                 ocp.save(final, {"a": 2, "w": np.arange(5)}, overwrite=True)
             except errors.CommitError as error:
                 assert os.strerror(errno.EIO) in str(error)
                 assert str(tmp_path) in str(error)
-                failures += 1
             else:
-                if fault.calls < at:
-                    break
-                # Some directory was there all the same; any other call that fails is told of.
-                assert fail is _mkdir
-                ocp.save(final, {"a": 1}, overwrite=True)
-        assert ocp.load(final) == {"a": 1}, f"call {at}"
-        assert entries(tmp_path) == ["checkpoint"], f"call {at}"
-    assert failures > 0
+                break
+        assert fault.left == 0
+        assert ocp.load(final) == {"a": 1}, f"call {nth}"
+        assert entries(tmp_path) == ["checkpoint"], f"call {nth}"
+    assert nth > 1
     assert ocp.load(final)["a"] == 2
     assert entries(tmp_path) == ["checkpoint"]
 
 
-@pytest.mark.parametrize("fail", [_fsync, _rename, _mkdir, _write])
-def test_a_failing_save_leaves_nothing(
-    fail: Callable[[Fault, pytest.MonkeyPatch], None], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("failing", FAILING.values(), ids=FAILING)
+def test_a_failing_save_leaves_nothing(failing: Callable[[Call], bool], tmp_path: Path) -> None:
     """Whichever call fails, neither the checkpoint nor the parents made for it are left."""
-    failures = 0
-    for at in itertools.count(1):
-        fault = Fault(at)
-        with pytest.MonkeyPatch.context() as patch:
-            fail(fault, patch)
+    for nth in itertools.count(1):
+        with opened_by(watched(Fault(errno.EIO, failing, nth=nth))):
             try:
                 ocp.save(tmp_path / "a" / "b" / "checkpoint", {"w": np.arange(5)})
             except errors.CommitError as error:
                 assert os.strerror(errno.EIO) in str(error)
                 assert str(tmp_path) in str(error)
-                failures += 1
             else:
-                if fault.calls < at:
-                    break
-                assert fail is _mkdir
-                shutil.rmtree(tmp_path / "a")
-        assert entries(tmp_path) == [], f"call {at}"
-    assert failures > 0
+                break
+        assert entries(tmp_path) == [], f"call {nth}"
+    assert nth > 1
     assert ocp.load(tmp_path / "a" / "b" / "checkpoint")["w"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_replaced_checkpoint_that_cannot_be_removed_is_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_f25_what_could_not_be_removed_is_swept_by_the_next_save(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Past the commit only a warning tells of what could not be cleaned up; the next sweep may."""
+    """Past the commit only a warning tells of it; this process removes it as soon as it can."""
     final = tmp_path / "checkpoint"
     ocp.save(final, {"a": 1})
-    with monkeypatch.context() as patch:
-        fault = Fault(1)
-        patch.setattr(files, "remove_tree", fault.around(files.remove_tree))
+    with opened_by(watched(Fault(errno.EPERM, on("remove")))):
         ocp.save(final, {"a": 2}, overwrite=True)
     assert ocp.load(final) == {"a": 2}
     assert any("could not be removed" in record.getMessage() for record in caplog.records)
-    (left,) = (path for path in tmp_path.iterdir() if path != final)
-    shutil.rmtree(left)
+    ocp.save(tmp_path / "other", {"a": 3})
+    comes_to_hold(tmp_path, "checkpoint", "other")
+
+
+def test_f25_what_a_deletion_could_not_remove_is_swept_by_the_next_save(tmp_path: Path) -> None:
+    """The deletion says where it lies; nobody has to end this process to have it removed."""
+    final = tmp_path / "checkpoint"
+    ocp.save(final, {"a": 1})
+    told = pytest.raises(errors.CommitError, match="is deleted, but what it held")
+    with opened_by(watched(Fault(errno.EPERM, on("remove")))), told:
+        ocp.delete(final)
+    assert not final.exists() and len(entries(tmp_path)) == 1
+    ocp.save(tmp_path / "other", {"a": 3})
+    comes_to_hold(tmp_path, "other")
+
+
+# F26: two faults at once. What is said to be there is there, and nothing else is gone.
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_f26_a_commit_that_can_not_be_taken_back_says_what_is_visible(
+    overwrite: bool, way: str, tmp_path: Path
+) -> None:
+    """The parent can't be synced, nor the names changed back: the new one stays, and is told of."""
+    final = tmp_path / "checkpoint"
+    if overwrite:
+        ocp.save(final, {"a": 1})
+    is_parent = on("sync", path=str(tmp_path))
+    unsynced = Fault(errno.EIO, is_parent)
+    is_back = on("exchange", "rename")
+    stuck = Fault(errno.EPERM, lambda call: unsynced.left == 0 and is_back(call), times=None)
+    visible = r"Input/output error\. It can't be taken back either: Operation not permitted\. What"
+    visible += " was saved is visible"
+    with (
+        opened_by(watched(unsynced, stuck)),
+        pytest.raises(errors.CommitError, match=visible) as at,
+    ):
+        ocp.save(final, {"a": 2}, overwrite=overwrite)
+    assert ocp.load(final) == {"a": 2}
+    if overwrite:
+        (old,) = (path for path in tmp_path.iterdir() if path != final)
+        assert str(old) in str(at.value)
+        assert (old / "state" / "_METADATA").exists()  # nothing of it was removed
+    ocp.save(tmp_path / "other", {"a": 3})
+    comes_to_hold(tmp_path, "checkpoint", "other")
+
+
+def test_f26_a_checkpoint_that_can_not_be_put_back_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the new one gets the name nor the old one: the error says so, the next load does."""
+    monkeypatch.setattr(local, "_renameat2", lambda: None)
+    final = tmp_path / "checkpoint"
+    ocp.save(final, {"a": 1})
+    stuck = Fault(errno.EPERM, on("rename"), nth=2, times=None)
+    gone = r"Nothing is visible at .*checkpoint now; what was there before lies at .*-old, and the"
+    with opened_by(watched(stuck)), pytest.raises(errors.CommitError, match=gone):
+        ocp.save(final, {"a": 2}, overwrite=True)
+    assert not final.exists()
+    assert ocp.load(final) == {"a": 1}
+    assert entries(tmp_path) == ["checkpoint"]
 
 
 # A full disk.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
+import shutil
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +17,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listing import comes_to_hold, entries
+from watched_directory import Call, Fault, Held, Log, before, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._api import writing
-from orbax_async._commit import atomicity, finalize, places
-from orbax_async._storage import files
+from orbax_async._commit import leftovers, sequence
+from orbax_async._commit.destination import Destination
+from orbax_async._commit.marker import MarkerCommit
+from orbax_async._commit.rename import RenameCommit
+from orbax_async._storage.local import LocalDirectory
+from orbax_async._storage.openers import opened_by
 
 STATE = {"w": np.arange(4)}
 OLD = {"w": np.arange(3)}
@@ -44,14 +53,14 @@ def loads(path: Path, state: Any) -> None:
 def paused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], contextlib.ExitStack]]:
     """Holds each save before it commits; call it to wait until one is there."""
     arrived, go_on = threading.Event(), threading.Event()
-    publish = writing.Save._publish
+    publish = sequence.Save._publish
 
-    def held(self: writing.Save) -> Any:
+    def held(self: sequence.Save) -> Any:
         arrived.set()
         go_on.wait()
         return publish(self)
 
-    monkeypatch.setattr(writing.Save, "_publish", held)
+    monkeypatch.setattr(sequence.Save, "_publish", held)
 
     def wait() -> contextlib.ExitStack:
         assert arrived.wait(30)
@@ -86,25 +95,20 @@ def test_a_save_writes_where_it_will_be_read(
     assert (tmp_path / "c" / "orbax.checkpoint").read_bytes() == b""
 
 
-def test_the_proof_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """I5: everything else is durable before the metadata, and these before the commit marker."""
-    events: list[str] = []
-    fsync_file, write_bytes = files.fsync_file, files.write_bytes
-
-    def synced(path: str) -> None:
-        events.append(f"sync {os.path.relpath(path, tmp_path)}")
-        fsync_file(path)
-
-    def written(path: Any, data: bytes) -> None:
-        events.append(f"write {os.path.relpath(path, tmp_path)}")
-        write_bytes(path, data)
-
-    monkeypatch.setattr(files, "fsync_file", synced)
-    monkeypatch.setattr(files, "write_bytes", written)
-    with in_place():
+def test_the_proof_comes_last(tmp_path: Path) -> None:
+    """I5: all else is durable before the metadata, and these before the commit marker."""
+    with in_place(), opened_by(watched(log := Log())):
         ocp.save(tmp_path / "parent" / "c", STATE)
-    last = events[-9:]
-    assert last == [
+    events = [
+        f"{call.verb} {os.path.relpath(call.path, tmp_path)}" for call in log.of("write", "sync")
+    ]
+    assert events[:3] == [
+        "write parent/c/orbax.checkpoint",
+        "sync parent/c/orbax.checkpoint",
+        "sync parent/c",
+    ]
+    assert events[-9:] == [
+        "sync .",
         "write parent/c/_CHECKPOINT_METADATA",
         "sync parent/c/_CHECKPOINT_METADATA",
         "sync parent/c",
@@ -112,7 +116,6 @@ def test_the_proof_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "sync parent/c/commit_success.txt",
         "sync parent/c",
         "sync parent",
-        "sync .",
         "write parent/c/orbax.checkpoint",
     ]
     assert "sync parent/c/state/manifest.ocdbt" in events[:-9]
@@ -179,28 +182,25 @@ def test_an_overwrite_replaces(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-FAILURES: dict[str, tuple[Any, str]] = {
-    "while writing": (writing.Save, "_make_durable"),
-    "at the proof": (finalize, "write_commit_marker"),
-    "at the documents": (finalize, "write_root_documents"),
-    "while creating": (atomicity, "create"),
+FAILURES = {
+    "while writing": on("sync", path="*/state"),
+    "at the proof": on("write", path="*/commit_success.txt"),
+    "at the documents": on("write", path="*/_CHECKPOINT_METADATA"),
+    "while creating": on("make", path="*/c*"),
+    "at the owner": on("write", path="*/orbax.checkpoint"),
 }
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("failing", FAILURES.values(), ids=FAILURES)
 def test_a_failure_leaves_what_was_there(
-    failure: str, overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failing: Callable[[Call], bool], overwrite: bool, tmp_path: Path
 ) -> None:
-    """I4: wherever a save in place fails, the old checkpoint is back, or nothing is left."""
+    """I4: wherever a save in place fails, the old checkpoint is there, or nothing is left."""
     if overwrite:
         ocp.save(tmp_path / "c", OLD)
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise OSError("no more")
-
-    monkeypatch.setattr(*FAILURES[failure], fail)
-    with in_place(), pytest.raises(OSError, match="no more"):
+    told = pytest.raises(errors.CommitError, match="No space left")
+    with in_place(), opened_by(watched(Fault(errno.ENOSPC, failing))), told:
         ocp.save(tmp_path / "run" / ".." / "c", STATE, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["c"] * overwrite
     if overwrite:
@@ -210,25 +210,68 @@ def test_a_failure_leaves_what_was_there(
 def test_a_cancelled_save_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """I4: cancelling an overwrite in place puts the old checkpoint back."""
+    """I4: an overwrite that is cancelled has touched nothing."""
     ocp.save(tmp_path / "c", OLD)
     arrived, go_on = threading.Event(), threading.Event()
-    sync = finalize.sync_files
+    sync = sequence.Save._sync
 
     def held(*args: Any) -> None:
         arrived.set()
         go_on.wait()
         sync(*args)
 
-    monkeypatch.setattr(finalize, "sync_files", held)
+    monkeypatch.setattr(sequence.Save, "_sync", held)
     with in_place():
         response = ocp.save_async(tmp_path / "c", STATE, overwrite=True)
     assert arrived.wait(30)
+    loads(tmp_path / "c", OLD)
     assert response.cancel()
     go_on.set()
     with pytest.raises(errors.OperationCancelledError):
         response.result()
     loads(tmp_path / "c", OLD)
+
+
+@pytest.mark.parametrize("reader", [in_place, ocp.Context])
+def test_f1_the_old_checkpoint_is_there_while_it_is_overwritten(
+    reader: Callable[[], ocp.Context], tmp_path: Path
+) -> None:
+    """I4: an overwrite hides nothing in this mode either, up to the moment of its commit."""
+    held = Held(on("exchange", "rename"))
+    with in_place():
+        ocp.save(tmp_path / "c", OLD)
+        with opened_by(watched(held)):
+            response = ocp.save_async(tmp_path / "c", STATE, overwrite=True)
+    assert held.is_reached.wait(30)
+    with reader():
+        assert np.array_equal(ocp.load(tmp_path / "c")["w"], OLD["w"])
+    held.is_released.set()
+    response.result()
+    loads(tmp_path / "c", STATE)
+
+
+def test_f26_a_first_save_that_can_not_be_taken_back_says_that_it_is_visible(
+    tmp_path: Path,
+) -> None:
+    """The proof can't be synced, nor removed again: the checkpoint stays, and the error says so."""
+    proof = on("sync", "remove", path="*/commit_success.txt")
+    told = pytest.raises(errors.CommitError, match=r"can't be taken back either.* is visible at")
+    with in_place(), opened_by(watched(Fault(errno.EIO, proof, times=None))), told:
+        ocp.save(tmp_path / "c", STATE)
+    loads(tmp_path / "c", STATE)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_f26_a_save_that_can_not_be_undone_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    """What could neither be finished nor hidden is removed where it is."""
+    with in_place():
+        failing = Fault(errno.EIO, on("write", path="*/commit_success.txt"))
+        stuck = Fault(errno.EPERM, on("rename"), times=None)
+        with opened_by(watched(failing, stuck)), pytest.raises(errors.CommitError):
+            ocp.save(tmp_path / "c", STATE)
+        assert not list(tmp_path.iterdir())
+        ocp.save(tmp_path / "c", STATE)
+    loads(tmp_path / "c", STATE)
 
 
 # ----------------------------------------------------------------------------- dead processes
@@ -241,10 +284,9 @@ def _die(path: str, step: str, overwrite: bool) -> None:
         os._exit(9)
 
     if step == "writing":
-        writing.Save._make_durable = die  # type: ignore[method-assign]
-    else:
-        finalize.write_commit_marker = die
-    with in_place():
+        sequence.Save._make_durable = die  # type: ignore[method-assign]
+    watcher = before(on("write", path="*/commit_success.txt"), die)
+    with in_place(), opened_by(watched(watcher)):
         ocp.save(path, STATE, overwrite=overwrite)
 
 
@@ -271,25 +313,15 @@ def test_a_dead_save_gives_way(step: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-@pytest.mark.parametrize("reader", [in_place, ocp.Context])
-def test_a_dead_overwrite_gives_the_old_checkpoint_back(
-    reader: Callable[[], ocp.Context], tmp_path: Path
-) -> None:
-    """I4: a load after the writer died finds the old checkpoint, in either mode."""
+@pytest.mark.parametrize("step", ["writing", "proof"])
+def test_a_dead_overwrite_leaves_the_old_checkpoint(step: str, tmp_path: Path) -> None:
+    """I4: a load after the writer died finds the old checkpoint; the next save sweeps the rest."""
     ocp.save(tmp_path / "c", OLD)
-    die(tmp_path / "c", "writing", overwrite=True)
-    assert len(list(tmp_path.iterdir())) == 2
-    with reader():
-        assert np.array_equal(ocp.load(tmp_path / "c")["w"], OLD["w"])
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
-
-
-def test_a_sweep_puts_the_old_checkpoint_back(tmp_path: Path) -> None:
-    """I4: cleaning up beside another save doesn't take what a dead overwrite had set aside."""
-    ocp.save(tmp_path / "c", OLD)
-    die(tmp_path / "c", "writing", overwrite=True)
-    atomicity.sweep(str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    die(tmp_path / "c", step, overwrite=True)
+    assert len(entries(tmp_path)) == 2
+    loads(tmp_path / "c", OLD)
+    ocp.save(tmp_path / "d", OLD)
+    comes_to_hold(tmp_path, "c", "d")
     loads(tmp_path / "c", OLD)
 
 
@@ -300,12 +332,38 @@ def test_a_living_owner_is_left_alone(
     with in_place():
         response = ocp.save_async(tmp_path / "c", STATE)
         with paused():
-            assert not atomicity.is_abandoned_in_place(str(tmp_path / "c"))
-            atomicity.clear_abandoned(str(tmp_path / "c"))
-            with pytest.raises(errors.DestinationExistsError):
-                writing.check_destination(str(tmp_path / "c"), overwrite=True)
+            final = LocalDirectory(str(tmp_path / "c"))
+            leftovers.clear(final)
+            leftovers.clear_hollow(final)
+            for overwrite in (True, False):
+                destination = Destination(final, overwrite, True, lambda _: True)
+                with pytest.raises(errors.DestinationExistsError, match="being written"):
+                    destination.check()
     response.result()
     loads(tmp_path / "c", STATE)
+
+
+def test_a_late_owner_publishes_nothing(
+    tmp_path: Path, paused: Callable[[], contextlib.ExitStack]
+) -> None:
+    """A save that was taken for dead, and replaced, fails; what has taken its place is whole."""
+    with in_place():
+        late = ocp.save_async(tmp_path / "c", STATE)
+        with paused():
+            (tmp_path / "c").rename(tmp_path / "elsewhere")  # as by a sweep of another machine
+            shutil.copytree(saved(tmp_path), tmp_path / "c")
+        with pytest.raises(errors.CommitError, match="taken it for dead"):
+            late.result()
+    loads(tmp_path / "c", OLD)
+
+
+def saved(folder: Path) -> Path:
+    """Returns a checkpoint of another process, which no fixture holds."""
+    code = "import sys, numpy, orbax_async as ocp; ocp.save(sys.argv[1], {'w': numpy.arange(3)})"
+    path = folder / "other"
+    environment = os.environ | {"PYTHONPATH": str(Path(ocp.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, env=environment)
+    return path
 
 
 # ------------------------------------------------------------------------- temporary_path_class
@@ -324,21 +382,21 @@ class Mine(CommitFileTemporaryPath):
 
 
 @pytest.mark.parametrize(
-    "kind, place",
+    "kind, commit",
     [
-        (CommitFileTemporaryPath, places.InPlace),
-        (Mine, places.InPlace),
-        (AtomicRenameTemporaryPath, places.Beside),
+        (CommitFileTemporaryPath, MarkerCommit),
+        (Mine, MarkerCommit),
+        (AtomicRenameTemporaryPath, RenameCommit),
     ],
 )
 def test_the_older_option_chooses_the_mode(
-    kind: type, place: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type, commit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`temporary_path_class` acts as the mode that it stands for, and warns that it is older."""
     made: list[type] = []
-    publish = place.publish
+    publish = commit.publish
     monkeypatch.setattr(
-        place, "publish", lambda self, *a, **k: made.append(type(self)) or publish(self, *a, **k)
+        commit, "publish", lambda self, *a, **k: made.append(type(self)) or publish(self, *a, **k)
     )
     context = ocp.Context()
     with pytest.warns(DeprecationWarning, match="set atomicity.mode = ") as caught:
@@ -346,7 +404,7 @@ def test_the_older_option_chooses_the_mode(
     assert caught[0].filename == __file__
     with context:
         ocp.save(tmp_path / "c", STATE)
-    assert made == [place]
+    assert made == [commit]
 
 
 def test_the_two_options_must_agree(tmp_path: Path) -> None:
@@ -395,14 +453,14 @@ def test_directories_may_be_awaited(
     context.atomicity.mode = mode  # type: ignore[assignment]
     context.asynchronous.create_directories_asynchronously = is_async
     go_on = threading.Event()
-    create = atomicity.create
+    begin = sequence.Save._begin
 
-    def held(*args: Any, **kwargs: Any) -> Any:
+    def held(self: sequence.Save) -> None:
         if is_async:
             go_on.wait()
-        return create(*args, **kwargs)
+        begin(self)
 
-    monkeypatch.setattr(atomicity, "create", held)
+    monkeypatch.setattr(sequence.Save, "_begin", held)
     with context:
         response = ocp.save_async(tmp_path / "c", STATE)
     if is_async:

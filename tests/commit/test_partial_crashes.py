@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import shutil
 import signal
@@ -13,75 +15,58 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listing import comes_to_hold
 from parts import BOTH, FIRST, SECOND, another, check, gathered, storing
+from watched_directory import CHANGES, Call, Fault, Log, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors, partial
-from orbax_async._commit import atomicity, session
-from orbax_async._storage import files
+from orbax_async._commit import leftovers, sessions
+from orbax_async._storage import local
+from orbax_async._storage.local import LocalDirectory
+from orbax_async._storage.openers import opened_by
 
 stores = pytest.mark.parametrize("use_ocdbt", [True, False])
 
-Snapshots = Callable[[Callable[[], None]], list[Path]]
 
-
-@pytest.fixture
-def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Snapshots:
+def snapshots(folder: Path, action: Callable[[], None]) -> list[Path]:
     """Copies what is on disk before the first and after each change of it, as a kill leaves it."""
+    taken: list[Path] = []
 
-    def take(action: Callable[[], None]) -> list[Path]:
-        taken: list[Path] = []
+    def copy() -> None:
+        taken.append(folder / "snapshots" / str(len(taken)))
+        shutil.copytree(folder / "run", taken[-1])
 
-        def copy() -> None:
-            taken.append(tmp_path / "snapshots" / str(len(taken)))
-            shutil.copytree(tmp_path / "run", taken[-1])
-
-        def recording(function: Callable[..., Any]) -> Callable[..., Any]:
-            def called(*args: Any, **kwargs: Any) -> Any:
-                result = function(*args, **kwargs)
-                copy()
-                return result
-
-            return called
-
-        with monkeypatch.context() as patch:
-            for owner, name in (
-                (os, "rename"),
-                (os, "link"),
-                (atomicity, "_exchange"),
-                (files, "write_bytes"),
-                (os, "unlink"),
-            ):
-                patch.setattr(owner, name, recording(getattr(owner, name)))
+    def watcher(call: Call, proceed: Callable[[], Any]) -> Any:
+        result = proceed()
+        if call.verb in CHANGES:
             copy()
-            action()
-        return taken
+        return result
 
-    return take
+    copy()
+    with opened_by(watched(watcher)):
+        action()
+    return taken
 
 
-def loaded_after_a_crash(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def loaded_after_a_crash(path: Path) -> Any:
     """Finalizes what a dead process has left, if it is not, and loads it."""
-    with monkeypatch.context() as patch:
-        patch.setattr(atomicity, "_is_abandoned", lambda *_: True)
-        if not path.exists():
-            with pytest.raises(errors.InvalidLayoutError):
-                ocp.load(path)
-            partial.finalize(path)
+    if not path.exists():
+        with pytest.raises(errors.InvalidLayoutError):
+            ocp.load(path)
+        partial.finalize(path)
     assert ocp.verify(path).is_intact
     return ocp.load(path)
 
 
 @stores
 @pytest.mark.leaves_temporaries
-def test_i4_a_part_is_there_or_not_whenever_its_save_dies(
-    use_ocdbt: bool, tmp_path: Path, snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_i4_a_part_is_there_or_not_whenever_its_save_dies(use_ocdbt: bool, tmp_path: Path) -> None:
     """I4: at each point of a partial save the earlier parts are whole, and it is all or nothing."""
     with storing(use_ocdbt):
         partial.save(tmp_path / "run" / "c", FIRST)
-        taken = snapshots(lambda: partial.save(tmp_path / "run" / "c", SECOND))
-        found = [len(loaded_after_a_crash(each / "c", monkeypatch)) for each in taken]
+        taken = snapshots(tmp_path, lambda: partial.save(tmp_path / "run" / "c", SECOND))
+        found = [len(loaded_after_a_crash(each / "c")) for each in taken]
     before, after = len(FIRST), len(BOTH)
     assert len(taken) > 5 and set(found) == {before, after} and found == sorted(found)
     for each in taken:
@@ -92,72 +77,59 @@ def test_i4_a_part_is_there_or_not_whenever_its_save_dies(
 @pytest.mark.parametrize("can_exchange", [True, False])
 @pytest.mark.leaves_temporaries
 def test_i4_no_part_is_lost_whenever_a_finalization_dies(
-    use_ocdbt: bool,
-    can_exchange: bool,
-    tmp_path: Path,
-    snapshots: Snapshots,
-    monkeypatch: pytest.MonkeyPatch,
+    use_ocdbt: bool, can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """I4: at each point of `finalize` there is the checkpoint, or parts that can be finalized."""
     if not can_exchange:
-        monkeypatch.setattr(atomicity, "_exchange", lambda *_: False)
+        monkeypatch.setattr(local, "_renameat2", lambda: None)
     with storing(use_ocdbt):
         partial.save(tmp_path / "run" / "c", FIRST)
         partial.save(tmp_path / "run" / "c", SECOND)
-        taken = snapshots(lambda: partial.finalize(tmp_path / "run" / "c"))
+        taken = snapshots(tmp_path, lambda: partial.finalize(tmp_path / "run" / "c"))
         finished = [(each / "c").exists() for each in taken]
         assert len(taken) > 8 and finished == sorted(finished) and len(set(finished)) == 2
         for each in taken:
-            check(loaded_after_a_crash(each / "c", monkeypatch), BOTH)
-            with monkeypatch.context() as patch:
-                patch.setattr(atomicity, "_is_abandoned", lambda *_: True)
-                atomicity.sweep(str(each))
-            assert os.listdir(each) == ["c"]
+            check(loaded_after_a_crash(each / "c"), BOTH)
+            leftovers.sweep(str(each))
+            comes_to_hold(each, "c")  # the sweep after the finalization may be at it, too
 
 
 @pytest.mark.leaves_temporaries
-def test_i4_a_dead_finalization_can_be_added_to(
-    tmp_path: Path, snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_i4_a_dead_finalization_can_be_added_to(tmp_path: Path) -> None:
     """I4: what a finalization has left takes new parts, and refuses those that it has."""
     partial.save(tmp_path / "run" / "c", FIRST)
-    taken = snapshots(lambda: partial.finalize(tmp_path / "run" / "c"))
+    taken = snapshots(tmp_path, lambda: partial.finalize(tmp_path / "run" / "c"))
     unfinished = [each / "c" for each in taken if not (each / "c").exists()]
     assert any(
         not gathered(path) or (path.parent / "c.partial_save/state").exists() for path in unfinished
     )
     for path in unfinished:
-        with monkeypatch.context() as patch:
-            patch.setattr(atomicity, "_is_abandoned", lambda *_: True)
-            with pytest.raises(errors.PartialSaveReplacementError):
-                partial.save(path, {"a": 0})
-            partial.save(path, SECOND)
-        check(loaded_after_a_crash(path, monkeypatch), BOTH)
+        with pytest.raises(errors.PartialSaveReplacementError):
+            partial.save(path, {"a": 0})
+        partial.save(path, SECOND)
+        check(loaded_after_a_crash(path), BOTH)
 
 
 KILLED = """
 import os, signal, sys
 import numpy as np
 import orbax_async as ocp
-from orbax_async._commit import atomicity, session
-from orbax_async._storage import files
+from orbax_async._storage.openers import opened_by
+from watched_directory import before, on, watched
 
 path, point = sys.argv[1:]
-die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-if point == "writing":
-    files.walk = die
-    ocp.partial.save(path, {"b": np.arange(3.0)})
-elif point == "adding":
-    session.Session.release = die
-    ocp.partial.save(path, {"b": np.arange(3.0)})
-elif point == "linking":
-    os.link = die
-elif point == "between":
-    find = session.find_additions
-    session.find_additions = lambda each: die() if "orbax-checkpoint-tmp" in each else find(each)
-elif point == "finished":
-    atomicity.discard = die
-ocp.partial.finalize(path)
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+moments = {
+    "writing": on("sync"),
+    "adding": lambda call: call.verb == "sync" and call.path == os.path.dirname(path),
+    "linking": on("link"),
+    "between": on("rename", path=path),
+    "finished": on("remove"),
+}
+with opened_by(watched(before(moments[point], die))):
+    if point in ("writing", "adding"):
+        ocp.partial.save(path, {"b": np.arange(3.0)})
+    ocp.partial.finalize(path)
 """
 
 
@@ -188,53 +160,28 @@ def test_a_killed_process_loses_nothing_and_is_in_nobody_s_way(point: str, tmp_p
     assert sorted(os.listdir(tmp_path)) == ["c", "next"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_i5_a_part_is_durable_before_it_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_i5_a_part_is_durable_before_it_counts(tmp_path: Path) -> None:
     """I5: what is in a part is synced before its rename, and the names above it after that."""
-    events: list[str] = []
-    fsync, rename = os.fsync, os.rename
-
-    def recording_fsync(descriptor: int) -> None:
-        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        fsync(descriptor)
-
-    def recording_rename(source: Any, target: Any) -> None:
-        rename(source, target)
-        if "pending" in os.path.basename(target):
-            events.append("added")
-
-    monkeypatch.setattr(os, "fsync", recording_fsync)
-    monkeypatch.setattr(os, "rename", recording_rename)
-    partial.save(tmp_path / "c", FIRST)
+    with opened_by(watched(log := Log())):
+        partial.save(tmp_path / "c", FIRST)
     part = gathered(tmp_path / "c")[0]
-    at = events.index("added")
-    temporary = next(each for each in events if each.endswith("-new"))
-    inside = {temporary + str(each)[len(str(part)) :] for each in (part, *part.rglob("*"))}
-    assert set(events[:at]) == inside
-    assert events[at + 1 :] == [str(tmp_path / "c.partial_save"), str(tmp_path)]
+    (added,) = log.of("rename")
+    assert added.target == str(part)
+    at = log.calls.index(added)
+    synced = [call.path for call in log.calls[:at] if call.verb == "sync"]
+    assert set(synced) == {
+        added.path + str(each)[len(str(part)) :] for each in (part, *part.rglob("*"))
+    }
+    after = [call.path for call in log.calls[at:] if call.verb == "sync"]
+    assert after == [str(tmp_path / "c.partial_save"), str(tmp_path)]
 
 
-def test_a_part_that_can_not_be_added_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_that_can_not_be_added_is_removed(tmp_path: Path) -> None:
     """A sync that fails after the rename takes the part back; the others stay."""
     partial.save(tmp_path / "c", FIRST)
-
-    def failing(path: str) -> None:
-        raise OSError(5, "Input/output error", path)
-
-    with monkeypatch.context() as patch:
-        fsync_directory = files.fsync_directory
-        is_session = str(tmp_path / "c.partial_save").__eq__
-        patch.setattr(
-            files,
-            "fsync_directory",
-            lambda path: failing(path) if is_session(path) else fsync_directory(path),
-        )
-        with pytest.raises(errors.CommitError, match="cannot add to"):
-            partial.save(tmp_path / "c", SECOND)
+    fault = Fault(errno.EIO, on("sync", path=str(tmp_path / "c.partial_save")), times=None)
+    with opened_by(watched(fault)), pytest.raises(errors.CommitError, match="cannot add to"):
+        partial.save(tmp_path / "c", SECOND)
     assert len(gathered(tmp_path / "c")) == 1
     partial.finalize(tmp_path / "c")
     check(ocp.load(tmp_path / "c"), FIRST)
@@ -256,27 +203,71 @@ def test_files_that_can_not_be_linked_are_copied(
     check(ocp.load(tmp_path / "c"), BOTH)
 
 
+@pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_finalization_that_fails_leaves_the_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """B14.7: when the last rename fails, the parts are as they were."""
+    if not can_exchange:
+        monkeypatch.setattr(local, "_renameat2", lambda: None)
     path = tmp_path / "c"
     partial.save(path, FIRST)
     before = gathered(path)
-    rename = os.rename
-
-    def failing(source: Any, target: Any) -> None:
-        if os.fspath(target) == str(path):
-            raise OSError(28, "No space left on device")
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", failing)
-        with pytest.raises(errors.CommitError, match="No space left"):
-            partial.finalize(path)
+    fault = Fault(errno.ENOSPC, on("rename", path=str(path)))
+    with opened_by(watched(fault)), pytest.raises(errors.CommitError, match="No space left"):
+        partial.finalize(path)
     assert gathered(path) == before and os.listdir(tmp_path) == ["c.partial_save"]
     partial.finalize(path)
     check(ocp.load(path), FIRST)
+
+
+# F3: whatever fails, the next one need not wait.
+
+FAILING = {
+    verb: on(verb)
+    for verb in ("make", "write", "sync", "rename", "exchange", "link", "lock", "walk")
+}
+
+
+@pytest.mark.parametrize("verb", ["save", "finalize"])
+@pytest.mark.parametrize("failing", FAILING.values(), ids=FAILING)
+@pytest.mark.leaves_temporaries
+def test_f3_a_partial_save_that_fails_holds_nothing(
+    failing: Callable[[Call], bool], verb: str, tmp_path: Path
+) -> None:
+    """Whichever call fails, and with it what would clean up: the parts are as they were."""
+    path = tmp_path / "c"
+    for nth in itertools.count(1):
+        partial.save(path, FIRST)
+        cleaning = Fault(errno.EPERM, on("remove"), times=None)
+        with opened_by(watched(Fault(errno.EIO, failing, nth=nth), cleaning)):
+            try:
+                partial.save(path, SECOND) if verb == "save" else partial.finalize(path)
+            except errors.CommitError:
+                is_failed = True
+            else:
+                is_failed = False
+        if not path.exists():
+            partial.finalize(path)
+        check(ocp.load(path), BOTH if verb == "save" and not is_failed else FIRST)
+        ocp.delete(path)
+        if not is_failed:
+            break
+
+
+def test_f3_a_finalization_whose_clean_up_fails_holds_nothing(tmp_path: Path) -> None:
+    """A stray directory is refused, and what was written can't be removed: it can be repeated."""
+    path = tmp_path / "c"
+    partial.save(path, FIRST)
+    (tmp_path / "c.partial_save" / "stray").mkdir()
+    refused = pytest.raises(errors.PartialSaveError, match="stray")
+    with opened_by(watched(Fault(errno.EPERM, on("remove"), times=None))), refused:
+        partial.finalize(path)
+    (tmp_path / "c.partial_save" / "stray").rmdir()
+    partial.save(path, SECOND)
+    partial.finalize(path)
+    check(ocp.load(path), BOTH)
+    comes_to_hold(tmp_path, "c")
 
 
 def test_parts_stay_in_order_when_the_clock_goes_back(
@@ -285,7 +276,7 @@ def test_parts_stay_in_order_when_the_clock_goes_back(
     """Later metadata is right even if the system's time has been set back."""
     path = tmp_path / "c"
     partial.save(path, {"a": 1}, custom_metadata={"which": "first"})
-    monkeypatch.setattr(session.time, "time_ns", lambda: 1)
+    monkeypatch.setattr(sessions.time, "time_ns", lambda: 1)
     partial.save(path, {"b": 1}, custom_metadata={"which": "second"})
     partial.finalize(path)
     assert ocp.metadata(path).custom_metadata == {"which": "second"}
@@ -293,5 +284,8 @@ def test_parts_stay_in_order_when_the_clock_goes_back(
 
 def test_a_number_in_the_path_is_no_time() -> None:
     """What a dead finalization has left bears no time, whatever its folder is called."""
-    assert session._nsecs("/runs_99999999999999999999_x/c.partial_save") == 0
-    assert session._nsecs("/a_9_b/c.partial_save/c.partial_save.pending_7_0") == 7
+    for path, nsecs in (
+        ("/runs_99999999999999999999_x/c.partial_save", 0),
+        ("/a_9_b/c.partial_save/c.partial_save.pending_7_0", 7),
+    ):
+        assert sessions._nsecs(LocalDirectory(path)) == nsecs

@@ -17,10 +17,11 @@ import pytest
 from equality import assert_same
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
+from watched_directory import before, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._commit import atomicity
+from orbax_async._storage.openers import opened_by
 
 LIBRARIES: dict[str, ModuleType] = {"ours": ocp, "orbax": v1}
 OTHERS = pytest.mark.parametrize(
@@ -163,19 +164,15 @@ def test_both_refuse_the_same_paths(library: ModuleType, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("then", [{}, {"b": np.arange(4)}], ids=["as it is", "added to"])
 def test_orbax_finalizes_what_a_dead_finalization_has_left(
-    then: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    then: dict[str, Any], tmp_path: Path
 ) -> None:
     """A session that already is the whole checkpoint is finished, or added to, by Orbax too."""
-    publish = atomicity.publish
 
-    def watched(temporary: str, final: str, *, overwrite: bool) -> str | None:
-        if os.path.basename(final) == "c":  # as if killed before the last rename
-            shutil.copytree(temporary, tmp_path / "dead" / "c.partial_save")
-        return publish(temporary, final, overwrite=overwrite)
+    def copy() -> None:  # as if killed before the last rename
+        shutil.copytree(tmp_path / "c.partial_save", tmp_path / "dead" / "c.partial_save")
 
     ocp.partial.save(tmp_path / "c", {"a": jnp.arange(3), "n": {"x": 1}})
-    with monkeypatch.context() as patch:
-        patch.setattr(atomicity, "publish", watched)
+    with opened_by(watched(before(on("rename", path=str(tmp_path / "c")), copy))):
         ocp.partial.finalize(tmp_path / "c")
     assert (tmp_path / "dead" / "c.partial_save" / "state" / "manifest.ocdbt").exists()
     if then:

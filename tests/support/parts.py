@@ -16,7 +16,7 @@ import pytest
 import orbax_async as ocp
 from orbax_async._storage.local import LocalDirectory
 
-ROOT = Path(ocp.__file__).parent.parent
+PYTHON_PATH = os.pathsep.join([str(Path(ocp.__file__).parents[1]), str(Path(__file__).parent)])
 FIRST: dict[str, Any] = {
     "a": np.arange(5),
     "n": {"x": 1.5},
@@ -53,7 +53,7 @@ def another(*arguments: object, code: str) -> subprocess.Popen[str]:
     """Starts a program in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": PYTHON_PATH, "JAX_PLATFORMS": "cpu"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

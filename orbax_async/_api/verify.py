@@ -15,9 +15,9 @@ from orbax_async._layouts import table
 from orbax_async._layouts.layout import Checkpointable, Damage, StoredTree
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
+from orbax_async._storage.zarr import ArrayDocument
 from orbax_async.handlers.choose import TYPESTRS
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
@@ -206,7 +206,7 @@ class _Inspection:
         self._findings.unproven += [
             f"{self._name}{keypath.label(entry.keys)}"
             for index, entry in self._arrays.items()
-            if index not in pipeline.damaged and not zarr.has_checksum(self._reads[index].document)
+            if index not in pipeline.damaged and not self._reads[index].document.has_checksum
         ]
 
     def _begin(self) -> VerifyPipeline | None:
@@ -252,7 +252,7 @@ class _Inspection:
 
     def _documents(
         self, stored: StoredTree, store: ArrayStore
-    ) -> list[tuple[schema.Entry, dict[str, Any]]]:
+    ) -> list[tuple[schema.Entry, ArrayDocument]]:
         """Reads the arrays' own documents, all of them or, if anything is damaged, each."""
         try:
             documents = stored.documents(store, stored.arrays)
@@ -271,7 +271,7 @@ class _Inspection:
         return found
 
     def _plan(
-        self, documents: Sequence[tuple[schema.Entry, dict[str, Any]]], lies_plainly: bool
+        self, documents: Sequence[tuple[schema.Entry, ArrayDocument]], lies_plainly: bool
     ) -> None:
         """Decides how each array is read; those with one document share what is decided."""
         alike: dict[int, ArrayRead] = {}
@@ -307,9 +307,9 @@ class _Inspection:
         )
 
 
-def _array_read(document: dict[str, Any], lies_plainly: bool) -> ArrayRead:
+def _array_read(document: ArrayDocument, lies_plainly: bool) -> ArrayRead:
     """Returns how an array is read, in pieces that can be read alone."""
-    dtype, shape = zarr.stored_dtype(document), tuple(document["shape"])
-    chunk_shape = (1,) * len(shape) if lies_plainly else zarr.chunk_shape(document)
+    shape, dtype = document.shape, document.dtype
+    chunk_shape = (1,) * len(shape) if lies_plainly else document.chunk_shape
     regions = plan.chunk_regions(shape, chunk_shape, dtype.itemsize, _REGION_NBYTES)
     return ArrayRead(document, dtype, list(regions))

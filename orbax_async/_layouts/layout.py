@@ -18,6 +18,7 @@ from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory, sizes
+from orbax_async._storage.zarr import ArrayDocument
 from orbax_async.tree import schema, structure
 from orbax_async.tree.keypath import KeyPath
 
@@ -209,7 +210,7 @@ class StoredTree:
 
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, ArrayDocument]:
         """Returns what zarr documents say, or would say, of some arrays, by stored name.
 
         Raises:

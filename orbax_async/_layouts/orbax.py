@@ -359,7 +359,7 @@ class _OrbaxTree(StoredTree):
 
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, zarr.ArrayDocument]:
         """Reads the zarr documents of some arrays, by stored name."""
         keys = [zarr.document_key(entry.name, zarr3=store.zarr3) for entry in entries]
         try:
@@ -374,7 +374,7 @@ class _OrbaxTree(StoredTree):
                 f"the array store of {self.directory.path} is damaged: {text}",
                 (self.directory / file).path,
             ) from error
-        parsed: dict[bytes, dict[str, Any]] = {}  # few differ
+        parsed: dict[bytes, zarr.ArrayDocument] = {}  # few differ
         found = {}
         for entry, value in zip(entries, values, strict=True):
             if value is None:

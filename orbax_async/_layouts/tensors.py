@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -105,7 +104,7 @@ class _Tensors(StoredTree):
 
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, zarr.ArrayDocument]:
         """Returns what zarr documents would say."""
         found = [self._tensors[entry.name] for entry in entries]
         return {each.name: zarr.plain_document(each.shape, each.dtype) for each in found}

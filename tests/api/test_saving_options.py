@@ -48,7 +48,7 @@ def values(path: Path) -> dict[str, bytes]:
 
 def document(path: Path, name: str) -> dict[str, Any]:
     """Returns the zarr document of one array."""
-    return zarr.parse_document(values(path)[f"{name}/zarr.json"])
+    return dict(zarr.parse_document(values(path)[f"{name}/zarr.json"]).content)
 
 
 # ---------------------------------------------------------------------------- storage options

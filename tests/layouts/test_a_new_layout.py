@@ -66,7 +66,7 @@ class NpyTree(StoredTree):
 
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, zarr.ArrayDocument]:
         found = [self._arrays[entry.name] for entry in entries]
         return {each.name: zarr.plain_document(each.shape, each.dtype) for each in found}
 

@@ -122,12 +122,12 @@ class Operation:
             lambda: self._run(run, response),
             label=label,
             exit_grace_secs=self.context.asynchronous.exit_grace_secs,
-            when_lost=self._lose,
+            when_lost=lambda error: self._end(None, error),
         )
         self._is_started = True
         return response
 
-    def _refuse(self) -> None:
+    def _check_options(self) -> None:
         """Raises for options under which it can't begin."""
         if self.verb != "delete":
             ambient.refuse_unbuilt(self.context, operation=self.verb)
@@ -151,7 +151,7 @@ class Operation:
         """Blocks the caller of a save as long as the options say."""
         is_eager = self.verb == "save" and self.context.asynchronous.staging == "eager"
         if is_eager and self.response is not None:
-            self.response._wait_until_released()
+            self.response._wait(self.response._released)
         self.recorder.unblock()
 
     # Running: what follows is called on the loop.
@@ -159,9 +159,23 @@ class Operation:
     async def _run(self, run: Callable[[], Awaitable[T]], response: AsyncResponse[T]) -> None:
         result: T | None = None
         error: BaseException | None = None
+        timeout_secs = self.context.asynchronous.timeout_secs if self.verb == "save" else None
         try:
             _current.set(self)
-            result = await self._limited(run)
+            with (
+                self.cancel_switch.scope() as scope,
+                anyio.move_on_after(timeout_secs) as timer,
+                errors.ungrouped(),
+            ):
+                result = await run()
+                self.cancel_switch.pass_commit_point()  # for a load, which has no other
+            if timer.cancelled_caught:
+                raise errors.OperationTimeoutError(
+                    f"Overall save timeout exceeded: {self.cancel_switch.label} took longer than "
+                    f"asynchronous.timeout_secs, {timeout_secs} s; it is undone"
+                )
+            if scope.cancelled_caught:
+                raise self.cancel_switch.cancelled()
         except asyncio.CancelledError:
             # Not the operation's own cancellation: the interpreter is exiting, and said so.
             error = self.cancel_switch.cancelled()
@@ -169,51 +183,30 @@ class Operation:
         except BaseException as problem:
             error = problem
         try:
-            await self._end()
-            self.recorder.enter("committed" if error is None else "failed")
-            _log(response, self.recorder, error)
+            if self._end_profile is not None:
+                with anyio.CancelScope(shield=True):
+                    await loop.to_worker(self._end_profile)
+        except Exception:
+            logger.exception("the profiler of RegulatorOptions failed")
         finally:
-            response._settle(result, error)
+            self._end(result, error)
 
-    def _lose(self, error: BaseException) -> None:
-        """Ends what the operation's task did not, because it ended otherwise."""
+    def _end(self, result: Any = None, error: BaseException | None = None) -> None:
+        """Releases the path and settles the response, whatever has ended the operation."""
         if self.path_lock is not None:
             self.path_lock.release()
         if self.response is not None:
-            self.response._settle(None, error)
-
-    async def _limited(self, run: Callable[[], Awaitable[T]]) -> T:
-        timeout_secs = self.context.asynchronous.timeout_secs if self.verb == "save" else None
-        with (
-            self.cancel_switch.scope(),
-            anyio.move_on_after(timeout_secs) as timer,
-            errors.ungrouped(),
-        ):
-            result = await run()
-            self.cancel_switch.pass_commit_point()  # for a load, which has no other
-            return result
-        if timer.cancelled_caught:
-            raise errors.OperationTimeoutError(
-                f"Overall save timeout exceeded: {self.cancel_switch.label} took longer than "
-                f"asynchronous.timeout_secs, {timeout_secs} s; it is undone"
-            )
-        raise self.cancel_switch.cancelled()
-
-    async def _end(self) -> None:
-        if self._end_profile is not None:
-            with anyio.CancelScope(shield=True):
-                try:
-                    await loop.to_worker(self._end_profile)
-                except Exception:
-                    logger.exception("the profiler of RegulatorOptions failed")
-        if self.path_lock is not None:
-            self.path_lock.release()
+            try:
+                self.recorder.enter("committed" if error is None else "failed")
+                _log(self.cancel_switch.label, self.recorder, error)
+            finally:
+                self.response._settle(result, error)
 
     def _abandon(self) -> None:
         """Releases what is held by an operation that does not start."""
         if not self._is_started:
-            if self.path_lock is not None:
-                self.path_lock.release()
+            self.response = None
+            self._end()
             if self._end_profile is not None:
                 self._end_profile()
 
@@ -274,7 +267,7 @@ def starting(verb: Verb) -> Iterator[Operation]:
     operation = Operation(verb)
     try:
         with operation.processes.telling(), operation.context:
-            operation._refuse()
+            operation._check_options()
             yield operation
     except BaseException:
         operation._abandon()
@@ -298,15 +291,15 @@ def _transfer_limit(memory: MemoryOptions) -> int | None:
     return memory.write_concurrent_bytes
 
 
-def _log(response: AsyncResponse[Any], recorder: Recorder, error: BaseException | None) -> None:
+def _log(label: str, recorder: Recorder, error: BaseException | None) -> None:
     if error is not None:
-        logger.debug("%s failed", response._label, exc_info=error)
+        logger.debug("%s failed", label, exc_info=error)
         return
     done = recorder.progress()
     megabytes = done.bytes_planned / 1e6
     logger.info(
         "%s: %d leaves, %.1f MB in %.3f s (%.0f MB/s), caller blocked %.3f s",
-        response._label,
+        label,
         done.leaves_planned,
         megabytes,
         done.elapsed_secs,
@@ -329,14 +322,14 @@ class CancelSwitch:
         self._scope: anyio.CancelScope | None = None
 
     @contextlib.contextmanager
-    def scope(self) -> Iterator[None]:
+    def scope(self) -> Iterator[anyio.CancelScope]:
         """Encloses the operation's work; a cancellation that was asked for ends it here."""
         with anyio.CancelScope() as scope:
             with self._lock:
                 self._scope = scope
                 if self._state == "cancelling":
                     scope.cancel()
-            yield
+            yield scope
 
     def request(self) -> bool:
         """Cancels the operation, unless it has passed its commit point."""

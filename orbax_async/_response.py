@@ -17,6 +17,7 @@ from orbax_async._trace import Progress, Recorder, Span, logger
 
 __all__ = ["AsyncResponse"]
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -69,28 +70,18 @@ class AsyncResponse(Generic[T]):
           OperationCancelledError: it was cancelled before its commit point.
           LoopError: the call comes from the engine's own thread, which it would block for ever.
         """
-        self._check_may_block()
-        try:
-            with self._recorder.waited_for():
-                return self._committed.result(timeout)
-        finally:
-            self._note_report()
+        return self._wait(self._committed, timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Blocks like `result`, and returns what the operation failed with, or None."""
         self._check_may_block()
-        with self._recorder.waited_for():
-            error = self._committed.exception(timeout)
-        self._note_report()
+        error = self._committed.exception(timeout)
+        self._note_report(self._committed)
         return error
 
     def __await__(self) -> Generator[Any, None, T]:
         """Waits like `result` without blocking the caller's event loop."""
-        self._check_process()
-        try:
-            return (yield from asyncio.wrap_future(self._committed).__await__())
-        finally:
-            self._note_report()
+        return self._await(self._committed)
 
     def staged(self) -> Awaitable[None]:
         """Returns an awaitable that ends once every value is captured.
@@ -103,11 +94,21 @@ class AsyncResponse(Generic[T]):
 
     def wait_staged(self, timeout: float | None = None) -> None:
         """Blocks until every value is captured; see `staged` and `result`."""
+        self._wait(self._staged, timeout)
+
+    def _wait(self, promise: concurrent.futures.Future[R], timeout: float | None = None) -> R:
         self._check_may_block()
         try:
-            self._staged.result(timeout)
+            return promise.result(timeout)
         finally:
-            self._note_report(self._staged)
+            self._note_report(promise)
+
+    def _await(self, promise: concurrent.futures.Future[R]) -> Generator[Any, None, R]:
+        self._check_process()
+        try:
+            return (yield from asyncio.wrap_future(promise).__await__())
+        finally:
+            self._note_report(promise)
 
     # Asking.
 
@@ -178,13 +179,6 @@ class AsyncResponse(Generic[T]):
             except BaseException:
                 logger.exception("a callback of %s tried to end its thread", self._label)
 
-    def _wait_until_released(self) -> None:
-        """Blocks until all is captured for which an eager call waits; see `wait_staged`."""
-        try:
-            self._released.result()
-        finally:
-            self._note_report(self._released)
-
     # The operation's side.
 
     def _release_caller(self) -> None:
@@ -205,9 +199,9 @@ class AsyncResponse(Generic[T]):
                 self._set_staged()
                 self._committed.set_result(result)
             else:
-                for tier in (self._released, self._staged):
-                    if not tier.done():
-                        tier.set_exception(error)
+                for promise in (self._released, self._staged):
+                    if not promise.done():
+                        promise.set_exception(error)
                 self._committed.set_exception(error)
             callbacks, self._callbacks = self._callbacks, []
         if error is None:
@@ -215,9 +209,8 @@ class AsyncResponse(Generic[T]):
         if callbacks:
             loop.submit_callback(lambda: self._call_all(callbacks))
 
-    def _note_report(self, asked: concurrent.futures.Future[Any] | None = None) -> None:
+    def _note_report(self, asked: concurrent.futures.Future[Any]) -> None:
         """Remembers that a failure, if there is one, has been told to somebody."""
-        asked = self._committed if asked is None else asked
         if asked.done() and asked.exception() is not None:
             self._mark_reported()
 
@@ -255,17 +248,13 @@ def _promise() -> concurrent.futures.Future[Any]:
 
 
 class _Staged:
-    """Awaits a response's first tier, on any number of loops."""
+    """Awaits that a response is staged, on any number of loops."""
 
     def __init__(self, response: AsyncResponse[Any]) -> None:
         self._response = response
 
     def __await__(self) -> Generator[Any, None, None]:
-        staged = self._response._staged
-        try:
-            yield from asyncio.wrap_future(staged).__await__()
-        finally:
-            self._response._note_report(staged)
+        return self._response._await(self._response._staged)
 
 
 _unreported: weakref.WeakSet[AsyncResponse[Any]] = weakref.WeakSet()

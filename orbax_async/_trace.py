@@ -46,6 +46,9 @@ class Progress(NamedTuple):
     elapsed_secs: float
 
 
+_COUNTERS = Progress._fields[1:-2]
+
+
 class Span(NamedTuple):
     """One piece of work: seconds since the operation was called, and the bytes it moved."""
 
@@ -62,45 +65,26 @@ class Recorder:
         self._lock = threading.Lock()
         self._began = time.perf_counter()
         self._ended: float | None = None
-        self._progress = Progress("planned", 0, 0, 0, 0, 0, 0, 0.0, 0.0)
+        self._phase: Phase = "planned"
+        self._counts = dict.fromkeys(_COUNTERS, 0)
+        self._blocked_secs = 0.0
         self._spans: list[Span] = []
-        self._waiting = 0
 
     def add(self, **increments: int) -> None:
         """Adds to counters of `Progress`, by name."""
         with self._lock:
-            now = self._progress
-            sums = {name: getattr(now, name) + count for name, count in increments.items()}
-            self._progress = now._replace(**sums)
+            for name, count in increments.items():
+                self._counts[name] += count
 
     def enter(self, phase: Phase) -> None:
         """Notes that a phase was reached as a whole; the last ones stop the clock."""
-        with self._lock:
-            self._progress = self._progress._replace(phase=phase)
-            if phase in ("committed", "failed"):
-                self._ended = time.perf_counter()
-
-    @contextlib.contextmanager
-    def waited_for(self) -> Iterator[None]:
-        """Notes that a thread does nothing but wait for the end, for as long as the block takes."""
-        with self._lock:
-            self._waiting += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._waiting -= 1
-
-    @property
-    def is_waited_for(self) -> bool:
-        """Whether a thread does nothing but wait for the end: it had better come soon."""
-        return self._waiting > 0
+        self._phase = phase
+        if phase in ("committed", "failed"):
+            self._ended = time.perf_counter()
 
     def unblock(self) -> None:
         """Notes that the caller goes on."""
-        with self._lock:
-            blocked = time.perf_counter() - self._began
-            self._progress = self._progress._replace(blocked_secs=blocked)
+        self._blocked_secs = time.perf_counter() - self._began
 
     @contextlib.contextmanager
     def span(self, name: str, nbytes: int = 0) -> Iterator[None]:
@@ -117,7 +101,12 @@ class Recorder:
         """Returns a snapshot of the counters."""
         with self._lock:
             elapsed = (self._ended or time.perf_counter()) - self._began
-            return self._progress._replace(elapsed_secs=elapsed)
+            return Progress(
+                phase=self._phase,
+                blocked_secs=self._blocked_secs,
+                elapsed_secs=elapsed,
+                **self._counts,
+            )
 
     def timeline(self) -> tuple[Span, ...]:
         """Returns the spans that have ended, in the order in which they began."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -137,14 +138,15 @@ def sharding_document(sharding: jax.sharding.Sharding) -> dict[str, Any]:
     """
     if isinstance(sharding, jax.sharding.NamedSharding):
         mesh = sharding.mesh
-        ids = [{"id": int(device.id)} for device in mesh.devices.flat]
+        ids = np.empty(mesh.devices.shape, object)
+        ids.ravel()[:] = [{"id": int(device.id)} for device in mesh.devices.flat]
         return {
             "sharding_type": "NamedSharding",
             "shape": list(mesh.devices.shape),
             "axis_names": list(mesh.axis_names),
             "axis_types": [str(kind) for kind in mesh.axis_types],
             "partition_spec": [_spec_item(item) for item in sharding.spec],
-            "device_mesh": {"mesh": _nested(ids, mesh.devices.shape)},
+            "device_mesh": {"mesh": ids.tolist()},
         }
     device = devices_of(sharding)[0]
     return {"sharding_type": "SingleDeviceSharding", "device_str": device_name(device)}
@@ -158,11 +160,7 @@ def _spec_item(item: Any) -> Any:
     return None  # P.UNCONSTRAINED
 
 
-def _nested(flat: list[Any], shape: tuple[int, ...]) -> Any:
-    if len(shape) <= 1:
-        return flat
-    step = len(flat) // shape[0]
-    return [_nested(flat[i * step : (i + 1) * step], shape[1:]) for i in range(shape[0])]
+_AXIS_TYPES = jax.sharding.AxisType.__members__
 
 
 def _to_sharding(document: dict[str, Any]) -> jax.sharding.Sharding:
@@ -176,35 +174,29 @@ def _to_sharding(document: dict[str, Any]) -> jax.sharding.Sharding:
     if kind != "NamedSharding":
         raise ValueError(f"a saved sharding of type {kind!r} cannot be rebuilt")
     by_id = {device.id: device for device in jax.devices()}
-    wanted_ids = [item["id"] for item in _flat((document.get("device_mesh") or {}).get("mesh"))]
-    if not wanted_ids:  # older checkpoints record only the mesh's shape
-        wanted_ids = list(range(int(np.prod(document["shape"]))))
+    mesh_shape = tuple(document["shape"])
+    recorded = (document.get("device_mesh") or {}).get("mesh")
+    if not recorded:  # older checkpoints record only the mesh's shape
+        wanted_ids = list(range(math.prod(mesh_shape)))
+    else:
+        wanted_ids = [item["id"] for item in np.array(recorded, object).flat]
     missing = [index for index in wanted_ids if index not in by_id]
     if missing:
         raise ValueError(
             f"the mesh that saved the array had devices {wanted_ids}, of which {missing} are not "
             "here; give shardings in the abstract tree"
         )
-    devices = np.empty(len(wanted_ids), dtype=object)
+    devices = np.empty(len(wanted_ids), object)
     devices[:] = [by_id[index] for index in wanted_ids]
-    names = {str(axis_type): axis_type for axis_type in jax.sharding.AxisType}
-    names |= {f"AxisType.{axis_type.name}": axis_type for axis_type in jax.sharding.AxisType}
     axis_types = tuple(
-        names.get(name, jax.sharding.AxisType.Auto) for name in document.get("axis_types") or ()
+        _AXIS_TYPES.get(name.rpartition(".")[2], jax.sharding.AxisType.Auto)
+        for name in document.get("axis_types") or ()
     )
     mesh = jax.sharding.Mesh(
-        devices.reshape(document["shape"]),
-        tuple(document["axis_names"]),
-        axis_types=axis_types or None,
+        devices.reshape(mesh_shape), tuple(document["axis_names"]), axis_types=axis_types or None
     )
     spec = [tuple(item) if isinstance(item, list) else item for item in document["partition_spec"]]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-
-
-def _flat(nested: Any) -> list[Any]:
-    if not isinstance(nested, list):
-        return [] if nested is None else [nested]
-    return [leaf for item in nested for leaf in _flat(item)]
 
 
 def to_shape_dtype_struct(

@@ -140,23 +140,10 @@ class Context(OptionGroup):
         safetensors_options: SafetensorsOptions | None = None,
         atomicity_options: AtomicityOptions | None = None,
     ) -> None:
-        """Copy another context, or start from the defaults.
+        """Copy another context, or start from the defaults; callbacks in it are shared.
 
-        Args:
-          context: the context to inherit from; its options are copied, callbacks in them shared.
-          pytree_options: a group to copy in place of the inherited one. This and the other group
-            keywords are the older way to configure; prefer the attributes.
-          array_options: see `pytree_options`.
-          async_options: see `pytree_options`.
-          multiprocessing_options: see `pytree_options`.
-          file_options: see `pytree_options`.
-          checkpointables_options: see `pytree_options`.
-          pathways_options: see `pytree_options`.
-          checkpoint_layout: a `CheckpointLayout` or its value.
-          deletion_options: see `pytree_options`.
-          memory_options: see `pytree_options`.
-          safetensors_options: see `pytree_options`.
-          atomicity_options: see `pytree_options`.
+        The other arguments are copied in place of what is inherited. Groups as arguments are the
+        older way to configure; prefer the attributes.
 
         Raises:
           TypeError: `context` is no `Context`, or a group is of the wrong class.

@@ -4,6 +4,7 @@
       InvalidLayoutError (ValueError)            not a checkpoint, or a damaged one
         NotACheckpointError (NotADirectoryError) a file, where a checkpoint should be deleted
         DeletionRecoveryError (RuntimeError)     a deletion that must, or can't, be finished
+        UnreadableError (OSError)                the system refuses to read it
       DestinationExistsError (ValueError, FileExistsError)
         StepAlreadyExistsError                   the run has that step
       SaveInProgressError (ValueError)           another save owns the destination
@@ -87,6 +88,7 @@ __all__ = [
     "TreeMismatchError",
     "UnknownCheckpointableError",
     "UnknownTensorError",
+    "UnreadableError",
     "UnsupportedLeafError",
     "UnsupportedOptionError",
     "WriteError",
@@ -107,6 +109,10 @@ class NotACheckpointError(InvalidLayoutError, NotADirectoryError):
 
 class DeletionRecoveryError(InvalidLayoutError, RuntimeError):
     """An interrupted deletion has to be finished first, or what it left is damaged."""
+
+
+class UnreadableError(InvalidLayoutError, OSError):
+    """The system refuses to read what lies at a path, so that nobody knows whether it is whole."""
 
 
 class DestinationExistsError(CheckpointError, ValueError, FileExistsError):

@@ -113,6 +113,11 @@ class Processes:
       leave_secs: how long, after a failure, the leader waits for the others to stop.
       call: how a coroutine makes a blocking call.
 
+    Attributes:
+      index, members, primary: this process, those that take part, and the primary.
+      is_primary: whether this process does the work that only one may do.
+      are_several: whether more than one process takes part.
+
     Raises:
       MultihostError: this process, or the primary, does not take part.
       UnsupportedOptionError: a joint operation of several processes has no single primary.
@@ -132,6 +137,8 @@ class Processes:
         self.index = process_index()
         self.members = participants(active)
         self.primary = primary
+        self.is_primary = primary in (None, self.index)
+        self.are_several = len(self.members) > 1
         if self.index not in self.members:
             raise errors.MultihostError(
                 f"process {self.index} is not in multiprocessing.active_processes {self.members}; "
@@ -161,16 +168,6 @@ class Processes:
         # The others go on a little longer, to be told by the leader who was missing.
         self._timeout_secs = timeout_secs * (1.0 if self.is_primary else 1.1)
         self._began = time.monotonic()
-
-    @property
-    def are_several(self) -> bool:
-        """Whether more than one process takes part."""
-        return len(self.members) > 1
-
-    @property
-    def is_primary(self) -> bool:
-        """Whether this process does the work that only one may do."""
-        return self.primary is None or self.index == self.primary
 
     # Steps. A single process takes them at once.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 from orbax_async import _names as names
-from orbax_async._api import layout
 from orbax_async._api.save import json_metadata, writing
 from orbax_async._commit.destination import check_parent
 from orbax_async._commit.sequence import Save
@@ -25,14 +24,14 @@ from orbax_async._commit.sessions import (
     check_unfinished,
     find_parts,
 )
+from orbax_async._layouts.orbax import writes_in_place
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.directory import Directory
-from orbax_async.handlers import tiers
-from orbax_async.handlers.parts import check_part
+from orbax_async.handlers import phases
+from orbax_async.handlers.choose import Part
+from orbax_async.handlers.parts import PartsHandler, check_part
 from orbax_async.handlers.pytree import PyTreeHandler
-from orbax_async.handlers.resolve import Part
-from orbax_async.options import AtomicityMode
 from orbax_async.path import PathLike, pathlike
 
 __all__ = ["finalize", "finalize_async", "save", "save_async"]
@@ -98,20 +97,20 @@ def save_async(
 
 def _prepare_save(operation: Operation, path: Any, state: Any, custom_metadata: Any) -> Save:
     options = operation.context
-    if layout.commit_mode(options) is AtomicityMode.COMMIT_FILE:
+    if writes_in_place(options):
         raise ValueError(
             "partial saves are not supported with atomicity.mode = 'commit_file': they gather in a "
             "directory that is renamed in the end. Leave the option at 'auto'."
         )
     session = Session(pathlike.absolute(path, options.file.path_class))
     metadata = json_metadata(custom_metadata)
-    with tiers.naming(names.DEFAULT_CHECKPOINTABLE):
+    with phases.naming(names.DEFAULT_CHECKPOINTABLE):
         handler = PyTreeHandler(partial_save_mode=True)
         prepared = handler.flatten(state)
-    form = prepared.form
+    plan = prepared.plan
 
     def check(others: list[Directory]) -> None:
-        check_part(form, options, others)
+        check_part(plan, others)
 
     lock = operation.lock_path(session.directory.path, overwrite=True)
     if lock.is_first and not options.file.skip_sync_file_validations:
@@ -176,7 +175,7 @@ def finalize_async(path: PathLike) -> AsyncResponse[None]:
         lock = operation.lock_path(session.directory.path, overwrite=True)
         if lock.is_first:
             check_begun(session.final)
-        part = Part(names.DEFAULT_CHECKPOINTABLE, PyTreeHandler(), session)
+        part = Part(names.DEFAULT_CHECKPOINTABLE, PartsHandler(), session)
         save = Save(
             operation=operation,
             final=session.final.path,

@@ -57,23 +57,18 @@ class CheckpointableHandlerRegistry(Protocol):
         secondary_typestrs: Sequence[str] | None = None,
     ) -> CheckpointableHandlerRegistry:
         """Add a handler, for one checkpointable name or for any, and return the registry."""
-        ...
 
     def get(self, checkpointable_name: str) -> Handler:
         """Return the handler bound to a name, or raise `NoEntryError`."""
-        ...
 
     def has(self, checkpointable_name: str) -> bool:
         """Say whether a handler is bound to a name."""
-        ...
 
     def get_all_entries(self) -> Sequence[tuple[Handler, str | None]]:
         """Return (handler, name or None) pairs, oldest first."""
-        ...
 
     def get_secondary_typestrs(self, handler_type: Handler) -> Sequence[str]:
         """Return the further type strings under which a handler is known on disk."""
-        ...
 
 
 class _Entry(NamedTuple):
@@ -174,19 +169,29 @@ class HandlerRegistry:
         Raises:
           NoEntryError: No handler is bound to that name.
         """
-        name = _required_name(checkpointable, checkpointable_name)
-        for entry in self._entries:
-            if entry.name == name:
-                return entry.handler
-        bound = sorted(entry.name for entry in self._entries if entry.name is not None)
-        raise NoEntryError(f"no handler is bound to the checkpointable {name!r}; bound: {bound}")
+        entry = self._find(checkpointable, checkpointable_name)
+        if entry is None:
+            bound = sorted(entry.name for entry in self._entries if entry.name is not None)
+            name = checkpointable_name or checkpointable
+            raise NoEntryError(
+                f"no handler is bound to the checkpointable {name!r}; bound: {bound}"
+            )
+        return entry.handler
 
     def has(
         self, checkpointable_name: str | None = None, *, checkpointable: str | None = None
     ) -> bool:
         """Say whether a handler is bound to a name; `checkpointable` is the older spelling."""
-        name = _required_name(checkpointable, checkpointable_name)
-        return any(entry.name == name for entry in self._entries)
+        return self._find(checkpointable, checkpointable_name) is not None
+
+    def _find(self, older: str | None, newer: str | None) -> _Entry | None:
+        name = _one_name(older, newer)
+        if name is None:
+            raise TypeError("the name of a checkpointable is missing")
+        for entry in self._entries:
+            if entry.name == name:
+                return entry
+        return None
 
     def get_all_entries(self) -> list[tuple[Handler, str | None]]:
         """Return (handler, name or None) pairs, oldest first, as a list of the caller's own."""
@@ -199,12 +204,11 @@ class HandlerRegistry:
                 return list(entry.secondary_typestrs)
         return []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HandlerRegistry:
+    def __deepcopy__(self, memo: Any = None) -> HandlerRegistry:
         # Entries are copied, handlers shared: a ready instance must stay the one that was given.
         return HandlerRegistry(self)
 
-    def __copy__(self) -> HandlerRegistry:
-        return HandlerRegistry(self)
+    __copy__ = __deepcopy__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The global registry travels by name: in another process it is that process's own.
@@ -243,7 +247,7 @@ class ReadOnlyHandlerRegistry(HandlerRegistry):
     def __hash__(self) -> int:
         return hash(id(self._registry))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: Any = None) -> Self:
         return self
 
 
@@ -363,10 +367,3 @@ def _one_name(older: str | None, newer: str | None) -> str | None:
             "checkpointable is the older spelling of checkpointable_name; give one of them"
         )
     return newer if older is None else older
-
-
-def _required_name(older: str | None, newer: str | None) -> str:
-    name = _one_name(older, newer)
-    if name is None:
-        raise TypeError("the name of a checkpointable is missing")
-    return name

@@ -48,7 +48,7 @@ BLOCKING_BY_CONTRACT = {
     "orbax_async/_api/delete.py": {"delete_async"},
     "orbax_async/partial.py": {"save_async", "finalize_async"},
     # Users' handlers may block, as Orbax lets them.
-    "orbax_async/handlers/foreign.py": {"__await__"},
+    "orbax_async/handlers/user_code.py": {"__await__"},
     # A run's directory is listed when it is opened; plain methods block, and so do those that begin
     # something. Coroutines do not: `ready`, `wait_async`, `aclose`.
     "orbax_async/training/checkpointer.py": {

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-from typing import Any
 
 import anyio
 
+from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._api import layout
 from orbax_async._commit import leftovers, removal
 from orbax_async._engine import loop
-from orbax_async._operation import Operation, starting
+from orbax_async._layouts.orbax import OrbaxLayout, check_name
+from orbax_async._layouts.protocol import reading
+from orbax_async._layouts.table import find_checkpoint
+from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
-from orbax_async._storage import files
+from orbax_async._storage.directory import Directory
+from orbax_async._storage.openers import open_directory
 from orbax_async.path import PathLike, pathlike
 
 __all__ = ["check_options", "delete", "delete_async"]
@@ -72,40 +75,38 @@ def delete_async(
       UnsupportedOptionError: `deletion.gcs_deletion_options` asks to move it instead.
       CommitError: (when awaited) files can't be removed.
     """
-    with starting("delete") as doing:
-        return _start(doing, path, checkpointable_name, missing_ok)
+    with starting("delete") as operation:
+        directory = open_directory(pathlike.absolute(path, operation.context.file.path_class))
+        name, options = checkpointable_name, operation.context
+        if name is not None:
+            check_name(name, is_saved=True)
+        if not isinstance(missing_ok, bool):
+            raise TypeError(f"missing_ok must be a bool, got {missing_ok!r}")
+        if directory.parent == directory:
+            raise ValueError(f"Cannot delete a storage root: {directory.path}.")
+        check_options(options.deletion.gcs_deletion_options.todelete_full_path)
+        lock = operation.lock_path(directory.path, overwrite=True)
+        find = functools.partial(_is_there, directory, name, options, missing_ok=missing_ok)
+        if lock.is_first:
+            find()
 
+        async def run() -> bool:
+            processes = operation.processes
+            async with processes.together():
+                await lock.acquire()
+                await processes.gather("looked")  # nothing goes before every process has seen it
+                if not processes.is_primary:
+                    return bool(json.loads(await processes.broadcast("deleted")))
+                is_there = await loop.to_worker(find)
+                operation.cancel_switch.pass_commit_point()
+                with anyio.CancelScope(shield=True):
+                    if is_there:
+                        await loop.to_worker(_remove, directory, name, options)
+                    await processes.broadcast("deleted", json.dumps(is_there))
+                return is_there
 
-def _start(doing: Operation, path: Any, name: Any, missing_ok: Any) -> AsyncResponse[bool]:
-    where = pathlike.absolute(path, doing.context.file.path_class)
-    if name is not None:
-        layout.check_name(name, is_saved=True)
-    if not isinstance(missing_ok, bool):
-        raise TypeError(f"missing_ok must be a bool, got {missing_ok!r}")
-    if where == os.path.dirname(where):
-        raise ValueError(f"Cannot delete a storage root: {where}.")
-    check_options(doing.context.deletion.gcs_deletion_options.todelete_full_path)
-    lock = doing.lock_path(where, overwrite=True)
-
-    async def body() -> bool:
-        processes = doing.processes
-        async with processes.together():
-            await lock.acquire()
-            await processes.gather("looked")  # nothing goes before every process has seen it
-            if not processes.is_primary:
-                return bool(json.loads(await processes.broadcast("deleted")))
-            is_there = await loop.to_worker(_is_there, where, name, missing_ok)
-            doing.cancel_switch.pass_commit_point()
-            with anyio.CancelScope(shield=True):
-                if is_there:
-                    await loop.to_worker(_remove, where, name)
-                await processes.broadcast("deleted", json.dumps(is_there))
-            return is_there
-
-    what = where if name is None else f"{name!r} of {where}"
-    if lock.is_first:
-        _is_there(where, name, missing_ok)
-    return doing.start(f"deletion of {what}", body)
+        what = directory.path if name is None else f"{name!r} of {directory.path}"
+        return operation.start(f"deletion of {what}", run)
 
 
 def check_options(todelete_full_path: str | None) -> None:
@@ -124,51 +125,72 @@ def check_options(todelete_full_path: str | None) -> None:
     )
 
 
-def _is_there(path: str, name: str | None, missing_ok: bool) -> bool:
+def _is_there(
+    directory: Directory, name: str | None, options: ambient.Context, *, missing_ok: bool
+) -> bool:
     """Says whether there is anything to delete, and raises if it must not be."""
-    if os.path.islink(path):
-        raise ValueError(
-            f"Cannot delete a checkpoint through a symlink: {path}. Delete {os.path.realpath(path)}"
-        )
-    leftovers.settle(path)
-    if not os.path.lexists(path):
-        if missing_ok:
-            return False
-        raise errors.NothingToDeleteError(f"Checkpoint does not exist: {path}.")
-    if not os.path.isdir(path):
-        raise errors.NotACheckpointError(f"{path} is a file, not the directory of a checkpoint")
-    if name is None:
-        layout.check_deletable(path)
+    path = directory.path
+    with reading(path):
+        status = directory.status()
+        if status is None or status.kind == "directory":
+            leftovers.settle(path)
+            status = directory.status()
+        if status is None:
+            if missing_ok:
+                return False
+            raise errors.NothingToDeleteError(f"Checkpoint does not exist: {path}.")
+        if status.kind == "link":
+            raise ValueError(
+                f"Cannot delete a checkpoint through a symlink: {path}. Delete what it leads to."
+            )
+        if status.kind == "file":
+            raise errors.NotACheckpointError(f"{path} is a file, not the directory of a checkpoint")
+        layout = OrbaxLayout(directory, options)
+        if name is not None:
+            return _holds(layout, name, missing_ok=missing_ok)
+        problem = None if layout.is_marked or not layout.inside else layout.problem()
+        if problem is not None:
+            raise errors.InvalidLayoutError(
+                f"Not an Orbax checkpoint root: {path}: {problem} Delete it yourself if it must go."
+            )
         return True
-    record = removal.read_record(path)
+
+
+def _holds(layout: OrbaxLayout, name: str, *, missing_ok: bool) -> bool:
+    """Says whether a checkpoint holds what is to be deleted of it."""
+    directory = layout.directory
+    record = removal.read_record(directory.path)
     if record is not None:
         if record["checkpointable_name"] == name:
             return True
         raise errors.DeletionRecoveryError(
-            f"the deletion of {record['checkpointable_name']!r} of {path} was begun and not "
-            f"finished: delete it again before {name!r}, or delete the checkpoint"
+            f"the deletion of {record['checkpointable_name']!r} of {directory.path} was begun and "
+            f"not finished: delete it again before {name!r}, or delete the checkpoint"
         )
-    is_empty = not any(True for _ in files.scan(path))
-    found = [] if is_empty else list(layout.contents(path).typestrs)
+    found: list[str] = []
+    if layout.inside:
+        found = list(find_checkpoint(directory, layout.options).checkpointables())
+    if name not in found and missing_ok:
+        return False
     if name not in found:
-        if missing_ok:
-            return False
         raise errors.NothingToDeleteError(
-            f"Checkpointable {name!r} does not exist at {path}; it holds {found}"
+            f"Checkpointable {name!r} does not exist at {directory.path}; it holds {found}"
         )
     if len(found) == 1:
         raise ValueError(
-            f"Cannot delete the final checkpointable, {name!r} of {path}; delete the whole "
-            "checkpoint instead."
+            f"Cannot delete the final checkpointable, {name!r} of {directory.path}; delete the "
+            "whole checkpoint instead."
         )
     return True
 
 
-def _remove(path: str, name: str | None) -> None:
-    if name is None:
-        removal.remove_whole(path)
-        return
-    record = removal.read_record(path)
-    if record is None:
-        record = removal.begin(path, name, layout.contents(path).document)
-    removal.finish(path, record)
+def _remove(directory: Directory, name: str | None, options: ambient.Context) -> None:
+    path = directory.path
+    with errors.reported_as(errors.CommitError, f"cannot delete {path}"):
+        if name is None:
+            removal.remove_whole(path)
+            return
+        record = removal.read_record(path)
+        if record is None:
+            record = removal.begin(path, name, OrbaxLayout(directory, options).document)
+        removal.finish(path, record)

@@ -1,26 +1,38 @@
-"""Loading a state, or several checkpointables."""
+"""Loading a state, or several checkpointables, whole or in part."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from orbax_async import _names as names
-from orbax_async import errors
-from orbax_async._api import layout
 from orbax_async._api.metadata import CheckpointMetadata
-from orbax_async._api.narrowing import Narrowing, Selects, Shardings
+from orbax_async._api.reader import Reader
 from orbax_async._engine import loop
+from orbax_async._layouts.orbax import check_name
+from orbax_async._layouts.protocol import Checkpointable, Layout
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async.handlers import resolve, tiers
-from orbax_async.handlers.reading import ShardingFunction
-from orbax_async.path import Path, PathLike, pathlike
+from orbax_async.handlers import choose, phases
+from orbax_async.handlers.pytree import PyTreeHandler
+from orbax_async.handlers.read_plan import ShardingFunction
+from orbax_async.path import Path, PathLike
 from orbax_async.tree.selection import Select
 
-__all__ = ["load", "load_async", "load_checkpointables", "load_checkpointables_async"]
+__all__ = [
+    "Selects",
+    "Shardings",
+    "load",
+    "load_async",
+    "load_checkpointables",
+    "load_checkpointables_async",
+]
+
+Selects = Select | Mapping[str, Select]
+Shardings = jax.sharding.Sharding | ShardingFunction | Mapping[str, Any]
 
 
 def load(
@@ -106,25 +118,25 @@ def load_async(
       CorruptDataError: stored bytes do not match their checksum.
       ReadError: a leaf can't be read.
     """
-    with starting("load") as doing:
-        where = pathlike.absolute(path, doing.context.file.path_class)
-        layout.check_name(checkpointable_name, is_saved=False)
+    with starting("load") as operation:
+        reader = Reader(operation, path)
+        check_name(checkpointable_name, is_saved=False)
         if isinstance(abstract_state, CheckpointMetadata):
             abstract_state = abstract_state.metadata
-        registry = doing.context.checkpointables.registry
-        part = resolve.state_for_loading(
+        registry = operation.context.checkpointables.registry
+        part = choose.state_for_loading(
             checkpointable_name, abstract_state, registry, select=select, sharding=sharding
         )
 
-        async def take() -> Any:
-            located = await layout.when_settled(
-                where, lambda path: layout.locate(path, checkpointable_name)
-            )
-            found = part._replace(name=located.name)
-            (state,) = (await _load([(found, located.directory)], doing)).values()
+        def find(layout: Layout) -> _Found:
+            name, directory = layout.tree(checkpointable_name)
+            return part._replace(name=name), Path(directory.path)
+
+        async def read(found: _Found) -> Any:
+            (state,) = (await _load([found], operation)).values()
             return state
 
-        return _begin(where, doing, take)
+        return reader.start("load from", find, read)
 
 
 def load_checkpointables(
@@ -196,36 +208,35 @@ def load_checkpointables_async(
       Exception: what a handler raises; a note on it, and on the above, names the checkpointable.
       TreeMismatchError and others: as for `load_async`.
     """
-    with starting("load") as doing:
-        where = pathlike.absolute(path, doing.context.file.path_class)
+    with starting("load") as operation:
+        reader = Reader(operation, path)
         wanted = _wanted(abstract_checkpointables)
-        narrowing = Narrowing(select, sharding)
-        registry = doing.context.checkpointables.registry
+        options = _options_of_reading(select, sharding)
+        registry = operation.context.checkpointables.registry
 
-        def resolved(contents: layout.Contents) -> list[_Found]:
+        def resolved(stored: dict[str, Checkpointable]) -> list[_Found]:
             parts = {}
-            chosen = _chosen(contents, wanted)
-            for name, abstract in chosen.items():
-                with tiers.naming(name):
-                    parts[name] = resolve.for_loading(
+            for name, each in stored.items():
+                with phases.naming(name):
+                    parts[name] = choose.for_loading(
                         name,
-                        abstract,
+                        wanted.get(name),
                         registry,
-                        typestr=contents.typestrs[name],
-                        is_pytree=name in contents.pytrees,
-                        path=where,
+                        typestr=each.typestr,
+                        is_pytree=each.is_pytree,
+                        path=reader.directory.path,
                     )
-            narrowed = narrowing.of(parts, chosen)
-            return [(part, contents.directory(name)) for name, part in narrowed.items()]
+            found = _subset(parts, wanted, options).items()
+            return [(part, Path(stored[name].directory.path)) for name, part in found]
 
-        async def take() -> dict[str, Any]:
-            contents = await layout.when_settled(where, layout.contents)
-            return await _load(await loop.to_worker(resolved, contents), doing)
+        async def read(stored: dict[str, Checkpointable]) -> dict[str, Any]:
+            return await _load(await loop.to_worker(resolved, stored), operation)
 
-        return _begin(where, doing, take)
+        return reader.start("load from", lambda layout: layout.checkpointables(wanted), read)
 
 
 def _wanted(abstract: Any) -> dict[str, Any]:
+    """Returns what to load, by name, and as what; nothing for all."""
     if isinstance(abstract, CheckpointMetadata):
         abstract = abstract.metadata
     if abstract is None:
@@ -236,44 +247,72 @@ def _wanted(abstract: Any) -> dict[str, Any]:
             f"checkpointables, got {type(abstract).__name__}: {abstract!r:.100}"
         )
     for name in abstract:
-        layout.check_name(name, is_saved=True)
+        check_name(name, is_saved=True)
     return dict(abstract)
 
 
-def _chosen(contents: layout.Contents, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Returns what to load, and as what; raises for what is not there."""
-    if not wanted:
-        return dict.fromkeys(contents.typestrs)
-    if contents.hidden is not None and contents.hidden in wanted:
-        raise layout.in_deletion(contents.root, contents.hidden)
-    missing = [name for name in wanted if name not in contents.typestrs]
-    if missing:
-        raise errors.UnknownCheckpointableError(
-            f"Requested checkpointables: {missing} for loading were not found in the checkpoint "
-            f"{contents.root}. Available checkpointables: {list(contents.typestrs)}"
-        )
-    return wanted
-
-
-_Found = tuple[resolve.Part, str]
+_Found = tuple[choose.Part, Path]
 """What to load, and where it lies."""
 
 
-def _begin(where: str, doing: Operation, take: Callable[[], Awaitable[Any]]) -> AsyncResponse[Any]:
-    return doing.start(f"load from {where}", lambda: layout.read_whole(where, take))
-
-
-async def _load(found: list[_Found], doing: Operation) -> dict[str, Any]:
-    """Runs both tiers of all that is to be loaded."""
-    doing.expect(part.name or "" for part, _ in found)
-    seconds = await tiers.first(
-        [_first_tier(part, directory) for part, directory in found],
-        when_done=doing.release_caller,
+async def _load(found: list[_Found], operation: Operation) -> dict[str, Any]:
+    """Runs both phases of all that is to be loaded."""
+    operation.expect(part.name or "" for part, _ in found)
+    seconds = await phases.first(
+        [
+            phases.Phase(
+                part.name or "",
+                functools.partial(part.handler.load, directory, part.value),
+                part.code("load"),
+            )
+            for part, directory in found
+        ],
+        when_done=operation.release_caller,
     )
-    return await tiers.second(seconds)
+    return await phases.second(seconds)
 
 
-def _first_tier(part: resolve.Part, directory: str) -> tiers.Tier:
-    return tiers.Tier(
-        part.name or "", lambda: part.handler.load(Path(directory), part.value), part.code("load")
-    )
+def _options_of_reading(select: Any, sharding: Any) -> dict[str, Any]:
+    """Returns `select` and `sharding`, kept and checked; each is one for all, or a dict by name."""
+    options = {"select": _kept(select), "sharding": _kept(sharding)}
+    for what, given in options.items():
+        for one in given.values() if isinstance(given, Mapping) else [given]:
+            only: dict[str, Any] = {what: one}
+            PyTreeHandler().read_abstract(None, **only)
+    return options
+
+
+def _kept(given: Any) -> Any:
+    """Returns patterns that can be read several times, unlike those of a generator."""
+    if isinstance(given, Mapping):
+        return {name: _kept(each) for name, each in given.items()}
+    return list(given) if isinstance(given, Iterator) else given
+
+
+def _subset(
+    parts: dict[str, choose.Part], abstracts: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, choose.Part]:
+    """Returns what is to be loaded, pytrees without the leaves that are not selected.
+
+    Raises:
+      ValueError: an option names what is not loaded, or is no pytree; or nothing is one.
+    """
+    trees = [name for name, part in parts.items() if isinstance(part.handler, PyTreeHandler)]
+    subset = dict(parts)
+    for what, given in options.items():
+        named = given if isinstance(given, Mapping) else dict.fromkeys(trees or parts, given)
+        wrong = [name for name in named if name not in trees and given is not None]
+        if wrong:
+            raise ValueError(
+                f"{what}: {wrong} can't be loaded in part, as nothing but pytrees can; of what "
+                f"is to be loaded these are pytrees: {trees}"
+            )
+    for name in trees:
+        of_tree = {
+            what: given.get(name) if isinstance(given, Mapping) else given
+            for what, given in options.items()
+        }
+        if any(each is not None for each in of_tree.values()):
+            abstract = parts[name].handler.read_abstract(abstracts.get(name), **of_tree)
+            subset[name] = parts[name]._replace(value=abstract)
+    return subset

@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import registration
-from orbax_async._api import layout
+from orbax_async._api.reader import Reader
 from orbax_async._engine import loop
+from orbax_async._layouts.orbax import OrbaxLayout, check_name
+from orbax_async._layouts.protocol import Checkpointable, Details, Layout
 from orbax_async._operation import Operation, starting
-from orbax_async._storage.directory import sizes
 from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
-from orbax_async.handlers import foreign, resolve, tiers
+from orbax_async.handlers import choose, phases, user_code
 from orbax_async.handlers.pytree import PyTreeHandler
-from orbax_async.handlers.tensors import TensorTree
 from orbax_async.path import Path, PathLike, pathlike
 from orbax_async.tree import AbstractLeaf, PyTreeOf
 
-__all__ = ["CheckpointMetadata", "PyTreeMetadata", "checkpointables_metadata", "metadata"]
+__all__ = [
+    "CheckpointMetadata",
+    "PyTreeMetadata",
+    "checkpointables_metadata",
+    "is_orbax_checkpoint",
+    "metadata",
+]
 
 T = TypeVar("T")
 PyTreeMetadata: TypeAlias = PyTreeOf[AbstractLeaf]
 
 
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)
 class CheckpointMetadata(Generic[T]):
     """What is known of a checkpoint: its tree, its times, and its user's own metadata.
 
-    Args:
-      path: the checkpoint.
+    Attributes:
+      path: the checkpoint's directory.
       metadata: the abstract form of what it holds; `load` accepts it.
       init_timestamp_nsecs: when the save began, in nanoseconds since the epoch.
       commit_timestamp_nsecs: when it was committed.
       custom_metadata: what the user gave to `save`.
+      nbytes: the bytes of all its files; None where it was not read from one.
     """
+
+    path: Path
+    metadata: T
+    init_timestamp_nsecs: int | None
+    commit_timestamp_nsecs: int | None
+    custom_metadata: dict[str, Any] | None
+    nbytes: int | None = None
 
     def __init__(
         self,
@@ -46,58 +62,29 @@ class CheckpointMetadata(Generic[T]):
         commit_timestamp_nsecs: int | None = None,
         custom_metadata: dict[str, Any] | None = None,
     ) -> None:
-        self._path = Path(path)
-        self._metadata = metadata
-        self._init_timestamp_nsecs = init_timestamp_nsecs
-        self._commit_timestamp_nsecs = commit_timestamp_nsecs
-        self._custom_metadata = custom_metadata
-        self._nbytes: int | None = None
+        vars(self).update(
+            path=Path(path),
+            metadata=metadata,
+            init_timestamp_nsecs=init_timestamp_nsecs,
+            commit_timestamp_nsecs=commit_timestamp_nsecs,
+            custom_metadata=custom_metadata,
+        )
 
     def __repr__(self) -> str:
         return (
-            f"CheckpointMetadata({str(self._path)!r}, metadata={self._metadata!r}, "
-            f"commit_timestamp={self.commit_timestamp}, custom_metadata={self._custom_metadata})"
+            f"CheckpointMetadata({str(self.path)!r}, metadata={self.metadata!r}, "
+            f"commit_timestamp={self.commit_timestamp}, custom_metadata={self.custom_metadata})"
         )
-
-    @property
-    def path(self) -> Path:
-        """The checkpoint's directory."""
-        return self._path
-
-    @property
-    def metadata(self) -> T:
-        """The abstract form of what the checkpoint holds."""
-        return self._metadata
-
-    @property
-    def init_timestamp_nsecs(self) -> int | None:
-        """When the save began, in nanoseconds since the epoch."""
-        return self._init_timestamp_nsecs
-
-    @property
-    def commit_timestamp_nsecs(self) -> int | None:
-        """When the checkpoint was committed, in nanoseconds since the epoch."""
-        return self._commit_timestamp_nsecs
 
     @property
     def init_timestamp(self) -> datetime.datetime | None:
         """When the save began, in UTC."""
-        return _as_datetime(self._init_timestamp_nsecs)
+        return _as_datetime(self.init_timestamp_nsecs)
 
     @property
     def commit_timestamp(self) -> datetime.datetime | None:
         """When the checkpoint was committed, in UTC."""
-        return _as_datetime(self._commit_timestamp_nsecs)
-
-    @property
-    def custom_metadata(self) -> dict[str, Any] | None:
-        """What the user gave to `save`."""
-        return self._custom_metadata
-
-    @property
-    def nbytes(self) -> int | None:
-        """The bytes of all files of the checkpoint; None where it was not read from one."""
-        return self._nbytes
+        return _as_datetime(self.commit_timestamp_nsecs)
 
 
 def _as_datetime(nsecs: int | None) -> datetime.datetime | None:
@@ -131,20 +118,18 @@ def metadata(
     Raises:
       InvalidLayoutError: there is no such checkpoint, or its documents are damaged.
     """
-    with starting("metadata") as doing:
-        where = pathlike.absolute(path, doing.context.file.path_class)
-        layout.check_name(checkpointable_name, is_saved=False)
+    with starting("metadata") as operation:
+        reader = Reader(operation, path)
+        check_name(checkpointable_name, is_saved=False)
 
-        async def read() -> CheckpointMetadata[PyTreeMetadata]:
-            located = await layout.when_settled(
-                where, lambda path: layout.locate(path, checkpointable_name)
-            )
-            if located.is_of_tensors:
-                return await loop.to_worker(_of_tensors, where, doing.context)
-            tree = await PyTreeHandler().metadata(Path(located.directory))
-            return await _described(where, tree, located.document)
+        def find(layout: Layout) -> tuple[Path, Details]:
+            return Path(layout.tree(checkpointable_name)[1].path), layout.details()
 
-        response = doing.start(f"metadata of {where}", lambda: layout.read_whole(where, read))
+        async def read(found: tuple[Path, Details]) -> CheckpointMetadata[PyTreeMetadata]:
+            directory, details = found
+            return _described(reader, await PyTreeHandler().metadata(directory), details)
+
+        response = reader.start("metadata of", find, read)
     return response.result()
 
 
@@ -168,75 +153,67 @@ def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any
       InvalidLayoutError: there is no such checkpoint, it is a flat one of older Orbax versions, or
         the documents of a pytree are damaged.
     """
-    with starting("metadata") as doing:
-        where = pathlike.absolute(path, doing.context.file.path_class)
+    with starting("metadata") as operation:
+        reader = Reader(operation, path)
 
-        async def read() -> CheckpointMetadata[dict[str, Any]]:
-            contents = await layout.when_settled(where, layout.contents)
-            forms = {
-                name: await _abstract_form(contents, name, doing) for name in contents.typestrs
-            }
-            return await _described(where, forms, contents.document)
+        def find(layout: Layout) -> tuple[dict[str, Checkpointable], Details]:
+            return layout.checkpointables(), layout.details()
 
-        response = doing.start(f"metadata of {where}", lambda: layout.read_whole(where, read))
+        async def read(
+            found: tuple[dict[str, Checkpointable], Details],
+        ) -> CheckpointMetadata[dict[str, Any]]:
+            stored, details = found
+            abstract = {name: await _abstract(operation, name, stored[name]) for name in stored}
+            return _described(reader, abstract, details)
+
+        response = reader.start("metadata of", find, read)
     return response.result()
 
 
-async def _abstract_form(contents: layout.Contents, name: str, doing: Operation) -> Any:
+async def _abstract(operation: Operation, name: str, stored: Checkpointable) -> Any:
     """Returns what a checkpointable's handler says of it, None where nothing can be said."""
-    directory = contents.directory(name)
+    path = stored.directory.path
     try:
         part = await loop.to_worker(
-            lambda: resolve.for_loading(
+            lambda: choose.for_loading(
                 name,
                 None,
-                doing.context.checkpointables.registry,
-                typestr=contents.typestrs[name],
-                is_pytree=name in contents.pytrees,
-                path=contents.root,
+                operation.context.checkpointables.registry,
+                typestr=stored.typestr,
+                is_pytree=stored.is_pytree,
+                path=stored.directory.parent.path,
             )
         )
     except registration.NoEntryError as error:
-        logger.info("%s has no metadata: %s", directory, error)
+        logger.info("%s has no metadata: %s", path, error)
         return None
     code = part.code("metadata")
-    with tiers.naming(name):
+    with phases.naming(name):
         if isinstance(part.handler, PyTreeHandler):
-            return await part.handler.metadata(Path(directory))
+            return await part.handler.metadata(Path(path))
         try:
-            return await foreign.awaited(part.handler.metadata(Path(directory)), str(code))
+            return await user_code.awaited(part.handler.metadata(Path(path)), str(code))
         except Exception as error:
-            logger.warning("%s has no metadata: %s", directory, error, exc_info=error)
+            logger.warning("%s has no metadata: %s", path, error, exc_info=error)
             return None
 
 
-async def _described(path: str, metadata: T, document: dict[str, Any]) -> CheckpointMetadata[T]:
-    described = CheckpointMetadata(
-        path,
-        metadata=metadata,
-        init_timestamp_nsecs=_int(document.get("init_timestamp_nsecs")),
-        commit_timestamp_nsecs=_int(document.get("commit_timestamp_nsecs")),
-        custom_metadata=document.get("custom_metadata") or {},
-    )
-    described._nbytes = sum((await loop.to_worker(sizes, open_directory(path))).values())
+def _described(reader: Reader, metadata: T, details: Details) -> CheckpointMetadata[T]:
+    described = CheckpointMetadata(reader.directory.path, metadata=metadata)
+    vars(described).update(details._asdict())
     return described
 
 
-def _of_tensors(path: str, options: ambient.Context) -> CheckpointMetadata[PyTreeMetadata]:
-    """Returns what the headers of safetensors files say; blocks."""
-    tree = TensorTree(path, options.safetensors)
-    directory = tree.contents.directory
-    found = [directory.status(file, follow_links=True) for file in tree.contents.files]
-    stats = [each for each in found if each is not None]
-    described = CheckpointMetadata(
-        path,
-        metadata=tree.metadata(),
-        commit_timestamp_nsecs=max((each.modified_nsecs for each in stats), default=None),
-        custom_metadata=tree.contents.metadata,
-    )
-    described._nbytes = sum(each.nbytes for each in stats)
-    return described
+def is_orbax_checkpoint(path: PathLike) -> bool:
+    """Says whether a path holds a finished Orbax checkpoint.
 
+    An empty directory, a file, an unfinished save, a part of a checkpoint, and a directory of
+    checkpoints are none.
 
-def _int(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+    Example:
+      ::
+
+        steps = [p for p in run.iterdir() if ocp.is_orbax_checkpoint(p)]
+    """
+    layout = OrbaxLayout(open_directory(pathlike.absolute(path)), ambient.current())
+    return layout.problem() is None

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from orbax_async._api.delete import delete as delete
 from orbax_async._api.delete import delete_async as delete_async
-from orbax_async._api.layout import is_orbax_checkpoint as is_orbax_checkpoint
+from orbax_async._api.deprecated import load_pytree as load_pytree
+from orbax_async._api.deprecated import load_pytree_async as load_pytree_async
+from orbax_async._api.deprecated import pytree_metadata as pytree_metadata
+from orbax_async._api.deprecated import save_pytree as save_pytree
+from orbax_async._api.deprecated import save_pytree_async as save_pytree_async
 from orbax_async._api.load import load as load
 from orbax_async._api.load import load_async as load_async
 from orbax_async._api.load import load_checkpointables as load_checkpointables
@@ -12,12 +16,8 @@ from orbax_async._api.load import load_checkpointables_async as load_checkpointa
 from orbax_async._api.metadata import CheckpointMetadata as CheckpointMetadata
 from orbax_async._api.metadata import PyTreeMetadata as PyTreeMetadata
 from orbax_async._api.metadata import checkpointables_metadata as checkpointables_metadata
+from orbax_async._api.metadata import is_orbax_checkpoint as is_orbax_checkpoint
 from orbax_async._api.metadata import metadata as metadata
-from orbax_async._api.older_names import load_pytree as load_pytree
-from orbax_async._api.older_names import load_pytree_async as load_pytree_async
-from orbax_async._api.older_names import pytree_metadata as pytree_metadata
-from orbax_async._api.older_names import save_pytree as save_pytree
-from orbax_async._api.older_names import save_pytree_async as save_pytree_async
 from orbax_async._api.save import save as save
 from orbax_async._api.save import save_async as save_async
 from orbax_async._api.save import save_checkpointables as save_checkpointables

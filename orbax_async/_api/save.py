@@ -9,15 +9,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from orbax_async import _names as names
-from orbax_async._api import layout
 from orbax_async._commit.destination import Destination
 from orbax_async._commit.sequence import Save
+from orbax_async._layouts.orbax import OrbaxLayout, check_name, writes_in_place
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.openers import open_directory
-from orbax_async.handlers import resolve, tiers
+from orbax_async.handlers import choose, phases
 from orbax_async.handlers.documents import MetricsHandler
-from orbax_async.options import AtomicityMode
 from orbax_async.path import PathAwaitingCreation, PathLike, pathlike
 
 __all__ = [
@@ -218,22 +217,22 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
     if not request.is_state:
         named = _pairs(named)
     for name, _ in named:
-        layout.check_name(name, is_saved=True)
+        check_name(name, is_saved=True)
     metadata = json_metadata(request.custom_metadata)
     parts = []
     for name, value in named:
-        with tiers.naming(name):
+        with phases.naming(name):
             registry = options.checkpointables.registry
-            parts.append(resolve.for_saving(name, value, registry, is_state=request.is_state))
+            parts.append(choose.for_saving(name, value, registry, is_state=request.is_state))
     if request.metrics is not None:
-        with tiers.naming(names.METRICS):
+        with phases.naming(names.METRICS):
             handler = MetricsHandler()
-            parts.append(resolve.Part(names.METRICS, handler, handler.encode(request.metrics)))
+            parts.append(choose.Part(names.METRICS, handler, handler.encode(request.metrics)))
     destination = Destination(
         open_directory(final),
         overwrite=overwrite,
-        is_in_place=layout.commit_mode(options) is AtomicityMode.COMMIT_FILE,
-        is_replaceable=layout.may_be_replaced,
+        is_in_place=writes_in_place(options),
+        is_replaceable=lambda path: OrbaxLayout(open_directory(path), options).may_be_replaced(),
     )
     # In place, the primary may have begun to write while the others are still on their way here.
     may_look = operation.processes.is_primary or not destination.is_in_place
@@ -251,23 +250,23 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
 
 
 def writing(
-    operation: Operation, parts: list[resolve.Part]
+    operation: Operation, parts: list[choose.Part]
 ) -> Callable[[PathAwaitingCreation], Awaitable[None]]:
     """Returns what has the handlers of all parts capture, and then write, below a directory."""
 
-    def first(part: resolve.Part, directory: PathAwaitingCreation) -> tiers.Tier:
+    def first(part: choose.Part, directory: PathAwaitingCreation) -> phases.Phase:
         name = str(part.name)
-        return tiers.Tier(
+        return phases.Phase(
             name, lambda: part.handler.save(directory / name, part.value), part.code("save")
         )
 
     async def write(directory: PathAwaitingCreation) -> None:
         operation.expect([str(part.name) for part in parts])
-        seconds = await tiers.first(
+        seconds = await phases.first(
             [first(part, directory) for part in parts], when_done=operation.release_caller
         )
         parts.clear()  # all is captured: nothing here keeps the caller's objects alive
-        await tiers.second(seconds)
+        await phases.second(seconds)
 
     return write
 

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._api import layout
-from orbax_async._operation import starting
+from orbax_async._api.reader import Reader
+from orbax_async._engine import loop, plan
+from orbax_async._engine.load_pipeline import ArrayRead, VerifyPipeline
+from orbax_async._layouts import table
+from orbax_async._layouts.protocol import COPY_AGAIN, Checkpointable, Damage, StoredTree
+from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async.handlers import builtin
+from orbax_async._storage import zarr
+from orbax_async._storage.array_store import ArrayStore
+from orbax_async._storage.directory import Directory
+from orbax_async.handlers.choose import TYPESTRS
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
-from orbax_async.handlers.inspection import Damage, Findings, inspect_tree
 from orbax_async.handlers.pytree import PyTreeHandler
-from orbax_async.path import Path, PathLike, pathlike
+from orbax_async.path import Path, PathLike
+from orbax_async.tree import keypath, schema, selection
+from orbax_async.tree.keypath import KeyPath
 
 __all__ = ["Damage", "VerificationReport", "verify", "verify_async"]
 
+_REGION_NBYTES = 8 << 20  # of small chunks that are read together
 _SHOWN = 20
-_DOCUMENTS = {builtin.TYPESTRS[kind]: kind for kind in (JsonHandler, MetricsHandler)}
-_TREES = (builtin.TYPESTRS[PyTreeHandler],)
+_DOCUMENTS = {TYPESTRS[kind]: kind for kind in (JsonHandler, MetricsHandler)}
+_TREES = (TYPESTRS[PyTreeHandler],)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,48 +127,198 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
     Raises:
       InvalidLayoutError: (when awaited) there is no checkpoint, not even a damaged one.
     """
-    with starting("load") as doing:
-        where = pathlike.absolute(path, doing.context.file.path_class)
+    with starting("load") as operation:
+        reader = Reader(operation, path)
 
-        async def read() -> VerificationReport:
-            survey = await layout.when_settled(where, layout.survey)
-            damage = [
-                Damage("", "", found.path, found.problem, found.hint) for found in survey.problems
-            ]
-            total = Findings(damage)
-            unchecked = []
-            for name, typestr in survey.typestrs.items():
-                directory = survey.directory(name)
-                if name in survey.pytrees or typestr in _TREES:
-                    findings = await inspect_tree(name, directory, doing.context, doing)
-                elif typestr in _DOCUMENTS or name == names.METRICS:
-                    kind = _DOCUMENTS.get(typestr or "", MetricsHandler)
-                    findings = await _inspect_document(name, directory, kind())
+        async def read(
+            found: tuple[dict[str, Checkpointable], list[Damage]],
+        ) -> VerificationReport:
+            stored, damage = found
+            findings = _Findings(damage)
+            for name, each in stored.items():
+                if each.is_pytree or each.typestr in _TREES:
+                    await _Inspection(name, each.directory, operation, findings).run()
+                elif each.typestr in _DOCUMENTS or name == names.METRICS:
+                    kind = _DOCUMENTS.get(each.typestr or "", MetricsHandler)
+                    await _inspect_document(name, each.directory, kind(), findings)
                 else:
-                    unchecked.append(name)
-                    continue
-                total.damage += findings.damage
-                total.leaves += findings.leaves
-                total.nbytes += findings.nbytes
-                total.unproven += findings.unproven
+                    findings.unchecked.append(name)
             return VerificationReport(
-                where,
-                tuple(total.damage),
-                total.leaves,
-                total.nbytes,
-                doing.recorder.progress().elapsed_secs,
-                tuple(total.unproven),
-                tuple(unchecked),
+                reader.directory.path,
+                tuple(findings.damage),
+                findings.leaves,
+                findings.nbytes,
+                operation.recorder.progress().elapsed_secs,
+                tuple(findings.unproven),
+                tuple(findings.unchecked),
             )
 
-        return doing.start(f"verification of {where}", lambda: layout.read_whole(where, read))
+        return reader.start(
+            "verification of", lambda layout: layout.survey(), read, may_be_damaged=True
+        )
 
 
-async def _inspect_document(name: str, directory: str, handler: JsonHandler) -> Findings:
+@dataclasses.dataclass
+class _Findings:
+    """What is found of all checkpointables; the attributes are those of the report."""
+
+    damage: list[Damage]
+    leaves: int = 0
+    nbytes: int = 0
+    unproven: list[str] = dataclasses.field(default_factory=list)
+    unchecked: list[str] = dataclasses.field(default_factory=list)
+
+
+async def _inspect_document(
+    name: str, directory: Directory, handler: JsonHandler, findings: _Findings
+) -> None:
     try:
-        await (await handler.load(Path(directory)))
-    except (errors.InvalidLayoutError, OSError) as error:
-        hint = "Copy the file again from where the checkpoint came from."
+        await (await handler.load(Path(directory.path)))
+    except errors.UnreadableError as error:
+        findings.damage.append(Damage(name, "", directory.path, str(error), ""))
+    except errors.InvalidLayoutError as error:
         path, _, problem = str(error).partition(" is ")
-        return Findings([Damage(name, "", path, f"it is {problem}" if problem else path, hint)])
-    return Findings()
+        problem = f"it is {problem}" if problem else path
+        findings.damage.append(Damage(name, "", path, problem, COPY_AGAIN))
+
+
+class _Inspection:
+    """Reads everything of one stored tree, under the read budget, and notes what is wrong."""
+
+    def __init__(
+        self, name: str, directory: Directory, operation: Operation, findings: _Findings
+    ) -> None:
+        self._name = name
+        self._directory = directory
+        self._operation = operation
+        self._findings = findings
+        # The arrays whose documents are whole.
+        self._arrays: dict[int, schema.Entry] = {}
+        self._reads: dict[int, ArrayRead] = {}
+
+    async def run(self) -> None:
+        """Checks the documents, and then the arrays."""
+        pipeline = await loop.to_worker(self._begin)
+        if pipeline is None:
+            return
+        await pipeline.run()
+        for index, error in sorted(pipeline.damaged.items()):
+            self._add_leaf(self._arrays[index].keys, error)
+        self._findings.unproven += [
+            f"{self._name}{keypath.label(entry.keys)}"
+            for index, entry in self._arrays.items()
+            if index not in pipeline.damaged and not zarr.has_checksum(self._reads[index].document)
+        ]
+
+    def _begin(self) -> VerifyPipeline | None:
+        """Checks the documents; returns what checks the arrays. Blocks."""
+        options = self._operation.context
+        layout = table.layout_of(self._directory, options)
+        damage: list[Damage] = []
+        try:
+            damage += layout.find_damage()
+            stored = layout.open_tree()
+        except errors.InvalidLayoutError as error:
+            self._add(*damage or [Damage.of(self._directory.path, error, COPY_AGAIN)])
+            return None
+        self._add(*damage)
+        entries = [entry for entry in stored.entries if not entry.is_empty]
+        self._findings.leaves += len(entries)
+        self._check_strings(stored, [each for each in entries if each.kind == schema.STRING])
+        if not stored.arrays:
+            return None
+        store = stored.open_store()
+        self._plan(self._documents(stored, store), stored.lies_plainly)
+        pipeline = VerifyPipeline(
+            self._arrays,
+            self._reads,
+            store,
+            read_budget=self._operation.read_budget,
+            recorder=self._operation.recorder,
+        )
+        self._findings.nbytes += pipeline.nbytes
+        return pipeline
+
+    def _check_strings(self, stored: StoredTree, texts: list[schema.Entry]) -> None:
+        try:
+            stored.strings(texts)
+        except errors.LeafError:
+            for entry in texts:
+                self._attempt(entry.keys, stored.strings, [entry])
+        except errors.InvalidLayoutError as error:
+            file = (self._directory / names.STRINGS).path
+            hint = f"{COPY_AGAIN} All leaves that are no strings load without it."
+            self._add(Damage.of(file, error, hint))
+            for entry in texts:
+                self._add_leaf(entry.keys, error)
+
+    def _documents(
+        self, stored: StoredTree, store: ArrayStore
+    ) -> list[tuple[schema.Entry, dict[str, Any]]]:
+        """Reads the arrays' own documents, all of them or, if anything is damaged, each."""
+        try:
+            documents = stored.documents(store, stored.arrays)
+        except errors.CheckpointError as error:
+            if isinstance(error, errors.InvalidLayoutError):
+                file = (self._directory / names.OCDBT_MANIFEST).path
+                self._add(
+                    Damage.of(file, error, f"{COPY_AGAIN} Leaves may be readable without it.")
+                )
+                store.forgo_direct()
+        else:
+            return [(entry, documents[entry.name]) for entry in stored.arrays]
+        found = []
+        for entry in stored.arrays:
+            document = self._attempt(entry.keys, stored.documents, store, [entry])
+            if document is not None:
+                found.append((entry, document[entry.name]))
+        return found
+
+    def _plan(
+        self, documents: Sequence[tuple[schema.Entry, dict[str, Any]]], lies_plainly: bool
+    ) -> None:
+        """Decides how each array is read; those with one document share what is decided."""
+        alike: dict[int, ArrayRead] = {}
+        for index, (entry, document) in enumerate(documents):
+            read = alike.get(id(document))
+            if read is None:
+                read = self._attempt(entry.keys, _array_read, document, lies_plainly)
+            if read is not None:
+                self._arrays[index], self._reads[index] = entry, read
+                alike[id(document)] = read
+
+    def _attempt(self, keys: KeyPath, read: Callable[..., Any], *args: Any) -> Any:
+        """Returns what `read` does; what it raises is damage of one leaf, and gives None."""
+        try:
+            return read(*args)
+        except Exception as error:
+            self._add_leaf(keys, error)
+            return None
+
+    def _add_leaf(self, keys: KeyPath, error: Exception) -> None:
+        """Notes that a leaf can't be loaded."""
+        label, pattern = keypath.label(keys) or "<root>", selection.pattern_of(keys)
+        self._findings.damage.append(
+            Damage(
+                checkpointable=self._name,
+                keypath=label,
+                path=self._directory.path,
+                problem=str(error).removeprefix(f"leaf {label}: "),
+                hint="Copy the checkpoint again from where it came from, or load the rest: "
+                f"load(path, select={'!' + pattern!r}).",
+                pattern=pattern,
+            )
+        )
+
+    def _add(self, *found: Damage) -> None:
+        """Notes damage of this tree's documents."""
+        named = [dataclasses.replace(each, checkpointable=self._name) for each in found]
+        self._findings.damage += named
+
+
+def _array_read(document: dict[str, Any], lies_plainly: bool) -> ArrayRead:
+    """Returns how an array is read, in pieces that can be read alone."""
+    dtype, shape = zarr.stored_dtype(document), tuple(document["shape"])
+    chunk_shape = (1,) * len(shape) if lies_plainly else zarr.chunk_shape(document)
+    regions = plan.chunk_regions(shape, chunk_shape, dtype.itemsize, _REGION_NBYTES)
+    return ArrayRead(document, dtype, list(regions))

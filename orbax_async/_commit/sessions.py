@@ -37,7 +37,7 @@ from orbax_async._commit.rename import NameChange, RenameCommit, appeared
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.json_documents import damage_in, read_json
 from orbax_async._storage.openers import open_directory
-from orbax_async.tree.union import merge_json
+from orbax_async.tree.merging import merge_json
 
 __all__ = [
     "PartCommit",

@@ -1,12 +1,14 @@
 """Moving bytes between devices, host memory and storage.
 
 Does:
-  - own the process's one event loop and its workers (`loop`);
-  - decide, purely, which process writes and reads which piece of which leaf (`plan`);
+  - own the process's one event loop and its workers (`loop`), which share the interpreter lock with
+    the user's program (`gil`);
+  - decide, purely, which process writes and reads which piece of which leaf (`plan`), and what is
+    written together (`batches`, of `leaf`);
   - hold bytes in flight under hard budgets (`budget`);
-  - capture values from devices and host memory, and place them back (`transfer`);
-  - run a plan to its end, or undo it (`save_pipeline`, `load_pipeline`, `verify_pipeline`);
-  - tell callbacks what becomes of each leaf (`status`).
+  - capture values from devices and host memory (`capture`), and place them back (`place`,
+    `host_memory`);
+  - run a plan to its end, or undo it (`save_pipeline`, `load_pipeline`, `verify_pipeline`).
 
 Does not:
   - read the ambient context: it is handed plain values;

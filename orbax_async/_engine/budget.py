@@ -2,21 +2,20 @@
 
 Rules
   I2   Reserved bytes never exceed the limit, except that one request larger than the limit is
-       admitted alone. Grants are first come, first served within a priority. A waiter that is
-       cancelled takes nothing with it, and hands on what it was granted in the same instant.
+       admitted alone. Grants are first come, first served. A waiter that is cancelled takes
+       nothing with it, and hands on what it was granted in the same instant.
 
 Theory of operation
   All methods run on the engine's loop, so no lock is needed: state changes only between awaits.
-  Waiters stand in a heap ordered by (priority, arrival). Only the head of the heap is ever
-  granted: a small request does not overtake a large one, so a large one cannot starve.
+  Only the first in the queue is ever granted: a small request does not overtake a large one, so a
+  large one cannot starve.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import heapq
-import itertools
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
@@ -37,13 +36,10 @@ class BudgetStatistics(NamedTuple):
     waiting: int
 
 
-@dataclasses.dataclass(order=True)
+@dataclasses.dataclass(eq=False)
 class _Waiter:
-    priority: int
-    arrival: int
-    nbytes: int = dataclasses.field(compare=False)
-    granted: anyio.Event = dataclasses.field(compare=False, default_factory=anyio.Event)
-    has_left: bool = dataclasses.field(compare=False, default=False)
+    nbytes: int
+    granted: anyio.Event = dataclasses.field(default_factory=anyio.Event)
 
 
 class BatchSlots:
@@ -66,33 +62,34 @@ class ByteBudget:
     """A semaphore that counts bytes; a limit of None never makes anyone wait."""
 
     def __init__(self, limit_nbytes: int | None) -> None:
-        self._limit = limit_nbytes
+        self.limit_nbytes = limit_nbytes
         self._reserved = 0  # I2: the sum of all grants not yet released
         self._peak = 0
-        self._waiters: list[_Waiter] = []
-        self._arrivals = itertools.count()
+        self._waiters: collections.deque[_Waiter] = collections.deque()
 
     @contextlib.asynccontextmanager
-    async def reserve(self, nbytes: int, priority: int = 0) -> AsyncIterator[None]:
-        """Holds `nbytes` for the length of an `async with` block; lower priority goes first."""
-        await self.acquire(nbytes, priority)
+    async def reserve(self, nbytes: int) -> AsyncIterator[None]:
+        """Holds `nbytes` for the length of an `async with` block."""
+        await self.acquire(nbytes)
         try:
             yield
         finally:
             self.release(nbytes)
 
-    async def acquire(self, nbytes: int, priority: int = 0) -> None:
+    async def acquire(self, nbytes: int) -> None:
         """Waits until `nbytes` fit; when cancelled while waiting, nothing stays reserved."""
-        waiter = _Waiter(priority, next(self._arrivals), nbytes)
-        heapq.heappush(self._waiters, waiter)
+        waiter = _Waiter(nbytes)
+        self._waiters.append(waiter)
         self._grant()
+        if waiter.granted.is_set():
+            return
         try:
             await waiter.granted.wait()
         except BaseException:
-            waiter.has_left = True
             if waiter.granted.is_set():
                 self.release(nbytes)
             else:
+                self._waiters.remove(waiter)
                 self._grant()
             raise
 
@@ -101,28 +98,18 @@ class ByteBudget:
         self._reserved -= nbytes
         self._grant()
 
-    @property
-    def has_limit(self) -> bool:
-        """Whether anyone may have to wait."""
-        return self._limit is not None
-
     def statistics(self) -> BudgetStatistics:
         """Returns a snapshot."""
-        waiting = sum(not waiter.has_left for waiter in self._waiters)
-        return BudgetStatistics(self._limit, self._reserved, self._peak, waiting)
+        return BudgetStatistics(self.limit_nbytes, self._reserved, self._peak, len(self._waiters))
 
     def _grant(self) -> None:
-        while self._waiters:
-            head = self._waiters[0]
-            if not head.has_left:
-                if not self._fits(head.nbytes):
-                    return
-                self._reserved += head.nbytes
-                self._peak = max(self._peak, self._reserved)
-                head.granted.set()
-            heapq.heappop(self._waiters)
+        while self._waiters and self._fits(self._waiters[0].nbytes):
+            waiter = self._waiters.popleft()
+            self._reserved += waiter.nbytes
+            self._peak = max(self._peak, self._reserved)
+            waiter.granted.set()
 
     def _fits(self, nbytes: int) -> bool:
-        if self._limit is None or self._reserved == 0:
+        if self.limit_nbytes is None or self._reserved == 0 or nbytes == 0:
             return True
-        return self._reserved + nbytes <= self._limit
+        return self._reserved + nbytes <= self.limit_nbytes

@@ -37,15 +37,13 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import anyio
 
 from orbax_async import errors
 
-if sys.platform == "linux":
-    import resource
 if sys.platform == "win32":
     from asyncio import new_event_loop
 else:
@@ -58,11 +56,9 @@ with contextlib.suppress(ImportError):
 __all__ = [
     "Background",
     "Engine",
-    "Stint",
     "call_soon",
     "is_engine_thread",
     "refuse_engine_thread",
-    "sliced",
     "spawn",
     "to_worker",
 ]
@@ -72,8 +68,6 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _WORKERS = 4  # few: each keeps an arena of the C allocator, and with it some freed memory
-_SLICE_SECS, _PAUSE_SECS, _REST_SECS = 1e-3, 1e-5, 25e-3
-_STINT_SECS, _CONTESTED_SHARE = 0.01, 1 / 3  # less tells nothing; who has no rival works more
 _CANCEL_SECS = 2.0  # how long the exit drain waits for cancelled operations to clean up
 
 
@@ -394,65 +388,6 @@ async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
         finally:
             failure.clear()
     return outcome.pop()  # type: ignore[no-any-return]
-
-
-def sliced(items: Iterable[T], *, may_rest: Callable[[], bool] | None = None) -> Iterator[T]:
-    """Yields the items of a loop on a worker, which lets go of the GIL every millisecond.
-
-    A thread that wants the GIL asks for it after 5 ms of waiting, and waits anew when a call has
-    let go of it and was quicker to take it back. A training step wants it once or twice, an event
-    loop each time it wakes: beside a worker that computes, each would wait for long. A worker that
-    had to wait itself has let others have it, and does not pause: beside a program that computes
-    in Python, each pause is 5 ms for the worker and a change of threads for the program.
-
-    Args:
-      items: what to yield.
-      may_rest: whether it may take its time just now. Beside a program that computes in Python it
-        then leaves that thirty of thirty-one milliseconds: a pause that lasts until the worker has
-        asked for the GIL tells of such a program.
-    """
-    until, waits, pause_secs = time.perf_counter() + _SLICE_SECS, _waits(), _PAUSE_SECS
-    for item in items:
-        now = time.perf_counter()
-        if now >= until:
-            if _waits() == waits:
-                time.sleep(pause_secs)  # not 0: whoever waits for the GIL has to wake up first
-                waited = time.perf_counter() - now - pause_secs
-                rests = waited >= _contested_secs() and may_rest is not None and may_rest()
-                pause_secs = _REST_SECS if rests else _PAUSE_SECS
-            until, waits = time.perf_counter() + _SLICE_SECS, _waits()
-        yield item
-
-
-def _contested_secs() -> float:
-    """Returns how long who wants the GIL waits beside a program that never lets go of it.
-
-    A little less than the time after which a thread asks for it, but not so little that a thread
-    that is late for other reasons would be taken for one that waits.
-    """
-    return max(0.8 * sys.getswitchinterval(), 2e-3)
-
-
-def _waits() -> int:
-    """Returns how often this thread has waited for anything, if the system counts that."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw if sys.platform == "linux" else 0
-
-
-class Stint:
-    """A while of computing on a worker, which tells whether a program beside it wants the GIL.
-
-    Beside one that computes in Python a worker waits for the GIL most of its time, 5 ms whenever a
-    call has let go of it, or rests. What is done meanwhile must wait for nothing else but a core.
-    """
-
-    def __init__(self) -> None:
-        self._began, self._worked = time.perf_counter(), time.thread_time()
-
-    def was_contested(self) -> bool:
-        """Says whether this thread, which made the stint, has waited most of its time since."""
-        took = time.perf_counter() - self._began
-        worked = time.thread_time() - self._worked
-        return took >= _STINT_SECS and worked < took * _CONTESTED_SHARE
 
 
 class Background:

@@ -5,7 +5,7 @@ Rules
        process reads each piece that its devices need once, however many devices need it.
 
 Theory of operation
-  A plan is a pure function of leaf specifications: shapes, element sizes, and for each shard of
+  A plan is a pure function of what leaves are: shapes, element sizes, and for each shard of
   the sharding its device, that device's process, and its box. It imports neither asyncio nor
   TensorStore nor jax, so that one process can test the plan of any number of processes.
 
@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 __all__ = [
-    "LeafSpec",
+    "Planned",
     "ReadRequest",
     "Region",
     "ReplicaParallel",
@@ -46,6 +46,7 @@ __all__ = [
     "read_regions",
     "rows",
     "whole",
+    "within",
 ]
 
 Box = tuple[tuple[int, int], ...]
@@ -59,24 +60,21 @@ class ShardSpec(NamedTuple):
     box: Box
 
 
-class LeafSpec(NamedTuple):
-    """What a plan knows of a leaf.
+class Planned(Protocol):
+    """What a plan asks of a leaf.
 
     Attributes:
-      place: which of the leaves it is.
-      shape: its global shape.
       itemsize: bytes of an element.
       shards: each device's part of it.
-      is_prioritized: whether it goes first, and outside the limit of transfers.
-      delay: how far behind leaves of no delay it goes.
+      priority: requests of lower numbers go first.
     """
 
-    place: int
-    shape: tuple[int, ...]
-    itemsize: int
-    shards: tuple[ShardSpec, ...]
-    is_prioritized: bool = False
-    delay: int = 0
+    @property
+    def itemsize(self) -> int: ...
+    @property
+    def shards(self) -> tuple[ShardSpec, ...]: ...
+    @property
+    def priority(self) -> int: ...
 
 
 class ReplicaParallel(NamedTuple):
@@ -87,10 +85,7 @@ class ReplicaParallel(NamedTuple):
 
 
 class WriteRequest(NamedTuple):
-    """One piece to write: `box` of leaf `leaf`, held by device `device_id` within `shard_box`.
-
-    Its priority is 0 for a prioritized leaf, 1 for most, and more for those that are delayed.
-    """
+    """One piece to write: `box` of leaf `leaf`, held by device `device_id` within `shard_box`."""
 
     leaf: int
     device_id: int
@@ -131,6 +126,12 @@ def box_shape(box: Box) -> tuple[int, ...]:
 def box_nbytes(box: Box, itemsize: int) -> int:
     """Returns the bytes of a box."""
     return math.prod(box_shape(box)) * itemsize
+
+
+def within(box: Box, outer: Box) -> tuple[slice, ...]:
+    """Returns where a box lies in an array that holds the box around it."""
+    pairs = zip(box, outer, strict=True)
+    return tuple(slice(start - origin, stop - origin) for (start, stop), (origin, _) in pairs)
 
 
 class _Piece(NamedTuple):
@@ -181,9 +182,11 @@ def _parts(
     return [box]
 
 
-def write_shape(leaf: LeafSpec, policy: ReplicaParallel | None) -> tuple[int, ...]:
-    """Returns the shape of every piece that is written of a leaf."""
-    return _pieces(leaf.shards, leaf.itemsize, policy)[0].shape
+def write_shape(
+    shards: tuple[ShardSpec, ...], itemsize: int, policy: ReplicaParallel | None
+) -> tuple[int, ...]:
+    """Returns the shape of every piece that is written of an array."""
+    return _pieces(shards, itemsize, policy)[0].shape
 
 
 @functools.lru_cache(maxsize=1024)
@@ -230,22 +233,21 @@ def _proper_divisors(number: int) -> set[int]:
 
 
 def plan_writes(
-    leaves: Iterable[LeafSpec], *, process: int, policy: ReplicaParallel | None = None
+    leaves: Iterable[Planned], *, process: int, policy: ReplicaParallel | None = None
 ) -> list[WriteRequest]:
-    """Returns what `process` writes, prioritized leaves first, else in the order of the leaves."""
+    """Returns what `process` writes, by priority, and else in the order of the leaves."""
     requests = [
         WriteRequest(
-            leaf.place,
+            index,
             piece.shard.device_id,
             piece.shard.box,
             piece.box,
             piece.nbytes,
-            0 if leaf.is_prioritized else 1 + leaf.delay,
+            leaf.priority,
         )
-        for leaf in leaves
-        if 0 not in leaf.shape
+        for index, leaf in enumerate(leaves)
         for piece in _pieces(leaf.shards, leaf.itemsize, policy)
-        if piece.shard.process == process
+        if piece.nbytes and piece.shard.process == process
     ]
     requests.sort(key=lambda request: request.priority)
     return requests

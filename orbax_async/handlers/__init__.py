@@ -1,15 +1,15 @@
 """Turning objects into files, and files into objects.
 
 Does:
-  - describe each kind of leaf for the plan, and refuse what can't be held (`leaves`); keep what a
-    structure decides for its later saves (`forms`), with each leaf's options (`storing`);
-  - resolve what each leaf should be loaded as (`targets`);
-  - save and load pytrees in two tiers (`pytree`, with `saving`, `stored` and `reading` behind
-    it), and look for damage in them (`inspection`);
-  - put the trees of partial saves together (`additions`);
+  - know each kind of leaf (`kinds`), and refuse what can't be held (`leaves`); decide how each is
+    stored (`leaf_storage`), and keep what a structure and options decide for later saves
+    (`write_plan`);
+  - save and load pytrees in two phases (`pytree`, with `tree_writer` and `read_plan` behind it),
+    and tell callbacks of it (`status`);
+  - put the trees of partial saves together (`parts`);
   - save and load documents (`documents`), and objects that do so themselves (`stateful`);
-  - choose the handler of a checkpointable (`resolve`, from those in `builtin` and the users');
-  - run both tiers of several handlers at once (`tiers`), users' code among them (`foreign`).
+  - choose the handler of a checkpointable, from the package's and the users' (`choose`);
+  - run both phases of several handlers at once (`phases`), users' code among them (`user_code`).
 
 Does not:
   - schedule bytes (the engine does) or make anything visible (the commit does).
@@ -17,14 +17,14 @@ Does not:
 
 from __future__ import annotations
 
-from orbax_async.handlers import builtin as builtin
+from orbax_async.handlers import choose as choose
 from orbax_async.handlers.documents import JsonHandler as JsonHandler
 from orbax_async.handlers.documents import ProtoHandler as ProtoHandler
-from orbax_async.handlers.protocols import PLACEHOLDER as PLACEHOLDER
-from orbax_async.handlers.protocols import AbstractCheckpointable as AbstractCheckpointable
-from orbax_async.handlers.protocols import Checkpointable as Checkpointable
-from orbax_async.handlers.protocols import CheckpointableHandler as CheckpointableHandler
-from orbax_async.handlers.protocols import StatefulCheckpointable as StatefulCheckpointable
+from orbax_async.handlers.protocol import PLACEHOLDER as PLACEHOLDER
+from orbax_async.handlers.protocol import AbstractCheckpointable as AbstractCheckpointable
+from orbax_async.handlers.protocol import Checkpointable as Checkpointable
+from orbax_async.handlers.protocol import CheckpointableHandler as CheckpointableHandler
+from orbax_async.handlers.protocol import StatefulCheckpointable as StatefulCheckpointable
 from orbax_async.handlers.pytree import PyTreeHandler as PyTreeHandler
 from orbax_async.registration import (
     CheckpointableHandlerRegistry as CheckpointableHandlerRegistry,

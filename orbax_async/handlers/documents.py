@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
+from orbax_async._layouts.protocol import reading
 from orbax_async._storage.json_documents import damage_in, parse_json
 from orbax_async._storage.openers import open_directory
 from orbax_async.path import Path, PathAwaitingCreation
@@ -24,41 +26,51 @@ _PROTO_FILE = "proto.pbtxt"
 
 
 class Encoded:
-    """A document as it will be written: what tier 1 starts from."""
+    """A document as it will be written: what the first phase starts from."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
 
 
-async def _write(directory: PathAwaitingCreation, name: str, encoded: Encoded) -> None:
-    where = open_directory(await directory.await_creation())
-    if not operation.current().processes.is_primary:
-        return
+class _DocumentHandler:
+    """Saves an object as one file, of the bytes that `encode` makes of it."""
 
-    def write() -> None:
-        with errors.reported_as(errors.CommitError, f"cannot write {(where / name).path}"):
-            where.write(name, encoded.data)
+    def __init__(self, filename: str) -> None:
+        self._filename = filename
 
-    await loop.to_worker(write)
+    def encode(self, checkpointable: Any) -> Encoded:
+        """Captures an object; `save` accepts the result."""
+        raise NotImplementedError
 
+    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
+        """Captures an object (phase 1) and returns what writes it (phase 2)."""
+        is_encoded = isinstance(checkpointable, Encoded)
+        return self._write(directory, checkpointable if is_encoded else self.encode(checkpointable))
 
-async def _read(directory: Path, names: Sequence[str], parse: Callable[[bytes, str], Any]) -> Any:
-    """Reads the first of some documents that is there."""
+    async def _write(self, directory: PathAwaitingCreation, encoded: Encoded) -> None:
+        where = open_directory(await directory.await_creation())
+        if not operation.current().processes.is_primary:
+            return
+        with errors.reported_as(errors.CommitError, f"cannot write {self._filename}"):
+            await loop.to_worker(where.write, self._filename, encoded.data)
 
-    def read() -> Any:
-        where = open_directory(directory)
-        for name in names:
-            path = (where / name).path
-            with errors.reported_as(errors.InvalidLayoutError, f"cannot read {path}"):
-                data = where.read(name)
-            if data is not None:
-                return parse(data, path)
-        raise errors.InvalidLayoutError(f"{(where / names[0]).path} is missing")
-
-    return await loop.to_worker(read)
+    async def metadata(self, directory: Path) -> None:
+        """Returns None, the abstract form of any document: it does not say what it holds."""
 
 
-class JsonHandler:
+def _read(directory: Path, names: Sequence[str], parse: Callable[[bytes, str], Any]) -> Any:
+    """Returns what the first of some files that is there holds."""
+    where = open_directory(directory)
+    for name in names:
+        path = (where / name).path
+        with reading(path):
+            data = where.read(name)
+        if data is not None:
+            return parse(data, path)
+    raise errors.InvalidLayoutError(f"{(where / names[0]).path} is missing")
+
+
+class JsonHandler(_DocumentHandler):
     """Saves and loads JSON values: dicts, lists, strings, numbers, booleans and None.
 
     A value comes back as JSON has it: tuples as lists, keys as strings.
@@ -76,7 +88,8 @@ class JsonHandler:
     """
 
     def __init__(self, filename: str | None = None) -> None:
-        self._filename = filename
+        super().__init__(filename or _JSON_FILE)
+        self._names = [filename] if filename else [_JSON_FILE, _OLDER_JSON_FILE]
 
     def encode(self, checkpointable: Any) -> Encoded:
         """Captures a value; `save` accepts the result.
@@ -89,28 +102,18 @@ class JsonHandler:
         except (TypeError, ValueError, RecursionError) as error:
             raise errors.NotJsonError(_explain(checkpointable, error)) from None
 
-    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
-        """Captures a value (tier 1) and returns what writes it (tier 2)."""
-        is_encoded = isinstance(checkpointable, Encoded)
-        encoded = checkpointable if is_encoded else self.encode(checkpointable)
-        return _write(directory, self._filename or _JSON_FILE, encoded)
-
     async def load(self, directory: Path, abstract_checkpointable: None = None) -> Awaitable[Any]:
         """Returns what reads the value.
 
         Raises:
           AbstractLeafError: something is asked for: a document is loaded as it is.
-          InvalidLayoutError: (in tier 2) the file is missing or damaged.
+          InvalidLayoutError: (in phase 2) the file is missing or damaged.
         """
         if abstract_checkpointable is not None:
             raise errors.AbstractLeafError(
                 "", f"JSON is loaded as it is: ask for None, not for {abstract_checkpointable!r}"
             )
-        names = [self._filename] if self._filename else [_JSON_FILE, _OLDER_JSON_FILE]
-        return _read(directory, names, lambda data, path: parse_json(data, path, object))
-
-    async def metadata(self, directory: Path) -> None:
-        """Returns None, which is the abstract form of any JSON value."""
+        return loop.to_worker(_read, directory, self._names, _parse_json)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether JSON can hold a value."""
@@ -122,6 +125,10 @@ class JsonHandler:
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Returns None: what a value is loaded as does not tell that it is JSON."""
+
+
+def _parse_json(data: bytes, path: str) -> Any:
+    return parse_json(data, path, object)
 
 
 class MetricsHandler(JsonHandler):
@@ -147,7 +154,7 @@ def _explain(value: Any, error: Exception, where: str = "") -> str:
     return f"not a JSON value{f' at {where}' if where else ''}: {error}"
 
 
-class ProtoHandler:
+class ProtoHandler(_DocumentHandler):
     """Saves and loads protobuf messages, as text.
 
     protobuf itself is imported when a message is at hand.
@@ -163,7 +170,7 @@ class ProtoHandler:
     """
 
     def __init__(self, filename: str = _PROTO_FILE) -> None:
-        self._filename = filename
+        super().__init__(filename)
 
     def encode(self, checkpointable: Any) -> Encoded:
         """Captures a message; `save` accepts the result.
@@ -177,12 +184,6 @@ class ProtoHandler:
             )
         return Encoded(_text_format().MessageToString(checkpointable).encode())
 
-    async def save(self, directory: PathAwaitingCreation, checkpointable: Any) -> Awaitable[None]:
-        """Captures a message (tier 1) and returns what writes it (tier 2)."""
-        is_encoded = isinstance(checkpointable, Encoded)
-        encoded = checkpointable if is_encoded else self.encode(checkpointable)
-        return _write(directory, self._filename, encoded)
-
     async def load(
         self, directory: Path, abstract_checkpointable: type[Any] | None = None
     ) -> Awaitable[Any]:
@@ -191,7 +192,7 @@ class ProtoHandler:
         Raises:
           MissingAbstractError: no class is given.
           AbstractLeafError: what is given is no class of messages.
-          InvalidLayoutError: (in tier 2) the file is missing, or holds no such message.
+          InvalidLayoutError: (in phase 2) the file is missing, or holds no such message.
         """
         if abstract_checkpointable is None:
             raise errors.MissingAbstractError(
@@ -201,14 +202,8 @@ class ProtoHandler:
             raise errors.AbstractLeafError(
                 "", f"no class of protobuf messages, but {abstract_checkpointable!r}"
             )
-        return _read(
-            directory,
-            [self._filename],
-            lambda data, path: _parse(data, path, abstract_checkpointable),
-        )
-
-    async def metadata(self, directory: Path) -> None:
-        """Returns None: a file does not say of which class its message is."""
+        parse = functools.partial(_parse, message=abstract_checkpointable)
+        return loop.to_worker(_read, directory, [self._filename], parse)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether an object is a protobuf message."""

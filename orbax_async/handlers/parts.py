@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
 from orbax_async import _names as names
@@ -24,18 +24,19 @@ from orbax_async._storage.directory import Directory
 from orbax_async._storage.json_documents import damage_in, read_json
 from orbax_async._storage.openers import open_directory
 from orbax_async.handlers import leaves
-from orbax_async.handlers.forms import TreeForm
+from orbax_async.handlers.pytree import PyTreeHandler
+from orbax_async.handlers.write_plan import WritePlan
 from orbax_async.path import PathAwaitingCreation
-from orbax_async.tree import keypath, schema, union
+from orbax_async.tree import keypath, merging, schema
 
-__all__ = ["check_part", "put_together"]
+__all__ = ["PartsHandler", "check_part"]
 
 _DATABASES = names.PROCESS_DATABASE.format("")
 _DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.ARRAY_METADATAS}
 _ADVICE = "Remove that partial save and make it again."
 
 
-def check_part(form: TreeForm, options: ambient.Context, parts: Sequence[Directory]) -> None:
+def check_part(plan: WritePlan, parts: Sequence[Directory]) -> None:
     """Raises if a tree can't be added to those of earlier partial saves; blocks.
 
     Raises:
@@ -44,8 +45,7 @@ def check_part(form: TreeForm, options: ambient.Context, parts: Sequence[Directo
       PartialSaveError: they are stored in another format.
       InvalidLayoutError: a document of theirs is damaged.
     """
-    trees = _read_trees(parts)
-    saving = options.array.saving
+    trees, saving = _read_trees(parts), plan.saving
     for part, tree in trees:
         for name, theirs, ours in (
             ("use_ocdbt", tree.uses_ocdbt, saving.use_ocdbt),
@@ -56,21 +56,20 @@ def check_part(form: TreeForm, options: ambient.Context, parts: Sequence[Directo
                     f"the partial save {part.path} has array.saving.{name} = {theirs}, and this "
                     f"one {ours}; the parts of one checkpoint are stored alike. Save with {theirs}."
                 )
-    taken = union.Taken(as_files=not saving.use_ocdbt)
+    taken = merging.Taken(as_files=not saving.use_ocdbt)
     for _, tree in trees:
         taken.add(tree.entries)
-    entries = [schema.Entry(leaf.keys, leaf.kind, leaf.name) for leaf in form.leaves]
-    _refuse(taken, entries, is_new=True)
+    _refuse(taken, [leaf.entry() for leaf in plan.leaves], is_new=True)
 
 
-def _refuse(taken: union.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
+def _refuse(taken: merging.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
     refused = [_refusal(taken, entry, is_new=is_new) for entry in entries]
     found = [each for each in refused if each is not None]
     if found:
         raise leaves.summary(found)
 
 
-def _refusal(taken: union.Taken, entry: schema.Entry, *, is_new: bool) -> errors.LeafError | None:
+def _refusal(taken: merging.Taken, entry: schema.Entry, *, is_new: bool) -> errors.LeafError | None:
     label = keypath.label(entry.keys)
     there = taken.replaced_by(entry)
     if there is not None:
@@ -122,7 +121,17 @@ def _read_trees(parts: Sequence[Directory]) -> list[tuple[Directory, schema.Tree
     return trees
 
 
-async def put_together(directory: PathAwaitingCreation, session: Session) -> None:
+class PartsHandler(PyTreeHandler):
+    """Saves all partial saves of a session as one tree."""
+
+    async def save(
+        self, directory: PathAwaitingCreation, checkpointable: Session
+    ) -> Awaitable[None]:
+        """Captures nothing, and returns what writes the tree."""
+        return _put_together(directory, checkpointable)
+
+
+async def _put_together(directory: PathAwaitingCreation, session: Session) -> None:
     """Writes the tree of all parts of a session that is claimed once there is the directory.
 
     Raises:
@@ -156,7 +165,7 @@ def _serial(part: Directory) -> str:
 
 def _write_documents(parts: Sequence[Directory], target: Directory) -> None:
     """Writes the documents of all parts, and refuses them if they don't fit together."""
-    taken = union.Taken()
+    taken = merging.Taken()
     formats = set()
     for _, tree in _read_trees(parts):
         _refuse(taken, tree.entries)
@@ -175,18 +184,18 @@ def _write_documents(parts: Sequence[Directory], target: Directory) -> None:
     documents: dict[str, Any] = {}
     trees = read(names.TREE_METADATA)
     if trees:
-        documents[names.TREE_METADATA] = union.merge_trees(trees)
+        documents[names.TREE_METADATA] = merging.merge_trees(trees)
     for name in (names.SHARDINGS, names.STRINGS):
         found = read(name)
         if found:
-            documents[name] = functools.reduce(union.merge_json, found)
+            documents[name] = functools.reduce(merging.merge_json, found)
     of_processes = {
         f"{names.ARRAY_METADATAS}/{entry.name}"
         for part in parts
         for entry in (_tree_of(part) / names.ARRAY_METADATAS).entries()
     }
     for name in of_processes:
-        documents[name] = union.merge_array_metadatas(read(name))
+        documents[name] = merging.merge_array_metadatas(read(name))
     for name, document in documents.items():
         target.write(name, json.dumps(document).encode())
 

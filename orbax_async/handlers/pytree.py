@@ -7,31 +7,26 @@ matches them with the abstract tree, plans what this process reads, and rebuilds
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Awaitable, Hashable
+from collections.abc import Awaitable
 from typing import Any
 
-import anyio
 import jax
 
 from orbax_async import _operation as operation
 from orbax_async import context as ambient
-from orbax_async import errors, multihost
-from orbax_async._commit.sessions import Session
+from orbax_async import errors
 from orbax_async._engine import loop
-from orbax_async.handlers import forms, leaves, ordering, parts, storing, targets
-from orbax_async.handlers.forms import PreparedTree
-from orbax_async.handlers.reading import AbstractTree, Loading, ShardingFunction
-from orbax_async.handlers.saving import Saving
-from orbax_async.handlers.stored import read_metadata
+from orbax_async._layouts.table import layout_of
+from orbax_async._storage.openers import open_directory
+from orbax_async.handlers import read_plan, write_plan
+from orbax_async.handlers.read_plan import AbstractTree, Loading, ShardingFunction
+from orbax_async.handlers.tree_writer import TreeWriter
+from orbax_async.handlers.write_plan import PreparedTree
 from orbax_async.path import Path, PathAwaitingCreation
-from orbax_async.tree import structure
-from orbax_async.tree.selection import Select, Selection
+from orbax_async.tree.selection import Select
 
 __all__ = ["PyTreeHandler"]
-
-_HEAD_START_SECS = 1e-3  # for the caller that is let go: what follows would keep the GIL from it
 
 
 class PyTreeHandler:
@@ -67,19 +62,7 @@ class PyTreeHandler:
         """
         if state is None:
             raise errors.UnsupportedLeafError("", "checkpointable must not be None for saving.")
-        options = self._options()
-        processes = multihost.participants(options.multiprocessing.active_processes)
-        prepared = forms.prepare(
-            state,
-            as_files=not options.array.saving.use_ocdbt,
-            are_several=len(processes) > 1,
-        )
-        prepared.stored = storing.choose(prepared, options.array.saving)
-        if options.memory.serialization_status_callback is not None:
-            prepared.delays = ordering.delays(
-                prepared, options.memory.serialization_status_callback
-            )
-        return prepared
+        return write_plan.prepare(state, self._options())
 
     def validate_leaves_handleable(self, checkpointable: Any) -> None:
         """Raises what `save` would raise for a tree; returns None for a good one."""
@@ -90,31 +73,28 @@ class PyTreeHandler:
 
         Args:
           directory: where to; it may not exist before tier 2.
-          checkpointable: a pytree, or what `flatten` made of it, or partial saves to be one.
+          checkpointable: a pytree, or what `flatten` made of it.
         """
-        if isinstance(checkpointable, Session):
-            return parts.put_together(directory, checkpointable)
         prepared = (
             checkpointable
             if isinstance(checkpointable, PreparedTree)
             else self.flatten(checkpointable)
         )
         doing = operation.current("save")
-        options = self._options()
-        # A tree that a handler of the user's passes on may be only a part of what that captures.
-        is_all = prepared is checkpointable
-        may_copy = not doing.transfer_budget.has_limit
-        hold = functools.partial(prepared.hold, options, may_copy=may_copy)
-        if is_all and not _asks_callbacks(options) and await loop.to_worker(hold):
-            doing.release_caller(directory.path.name)
-            await anyio.sleep(_HEAD_START_SECS)
-        saving = Saving(prepared, options, doing, is_part=self._partial_save_mode)
-        running = doing.background(lambda: saving.run(directory))
+
+        writer = TreeWriter(prepared, doing, is_part=self._partial_save_mode)
+        pipeline = writer.pipeline
+        await pipeline.capture()
+        if pipeline.staged.is_set():
+            return writer.run(directory)
+        # Copies are limited: some have to be written before the others are made.
+        running = doing.background(lambda: writer.run(directory))
         try:
-            await saving.pipeline.let_go.wait()
-            if is_all and not saving.pipeline.staged.is_set():
+            await pipeline.released.wait()
+            # A tree that a user's handler passes on may be only a part of what that captures.
+            if prepared is checkpointable:
                 doing.release_caller(directory.path.name, is_captured=False)
-            await saving.pipeline.staged.wait()
+            await pipeline.staged.wait()
         except BaseException:
             await running.cancel()
             raise
@@ -148,26 +128,7 @@ class PyTreeHandler:
           TypeError: `select` or `sharding` is something else.
           ValueError: a pattern of `select` is empty.
         """
-        selection = None if select is None else Selection(select)
-        if isinstance(sharding, jax.sharding.Sharding):
-            sharding = targets.concrete("", sharding)
-        elif sharding is not None and not callable(sharding):
-            raise TypeError(
-                f"sharding must be a jax.sharding.Sharding or a function, not {sharding!r}"
-            )
-        if abstract is None:
-            return AbstractTree(None, [], selection, sharding)
-        flat = structure.flatten(abstract)
-        wanted, refused = [], []
-        alike: dict[Hashable, targets.Wanted] = {}
-        for keys, leaf in flat.entries:
-            try:
-                wanted.append(targets.want(keys, leaf, alike))
-            except errors.LeafError as error:
-                refused.append(error)
-        if refused:
-            raise leaves.summary(refused)
-        return AbstractTree(flat, wanted, selection, sharding)
+        return read_plan.understand(abstract, select, sharding)
 
     async def load(
         self, directory: Path, abstract_checkpointable: Any | None = None
@@ -192,7 +153,13 @@ class PyTreeHandler:
 
     async def metadata(self, directory: Path) -> Any:
         """Returns the stored tree with each leaf's metadata, without reading array data."""
-        return await loop.to_worker(read_metadata, os.fspath(directory), self._options())
+        options = self._options()
+
+        def read() -> Any:
+            layout = layout_of(open_directory(os.fspath(directory)), options)
+            return read_plan.describe(layout.open_tree(), options)
+
+        return await loop.to_worker(read)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether every leaf of a tree can be stored."""
@@ -212,11 +179,3 @@ class PyTreeHandler:
 
     def _options(self) -> ambient.Context:
         return self._context or ambient.current()
-
-
-def _asks_callbacks(options: ambient.Context) -> bool:
-    """Says whether functions of the user's are asked while a save is planned and captured."""
-    memory = options.memory
-    return (
-        memory.is_prioritized_key_fn is not None or memory.serialization_status_callback is not None
-    )

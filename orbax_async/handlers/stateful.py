@@ -6,8 +6,8 @@ from collections.abc import Awaitable
 from typing import Any
 
 from orbax_async import errors
-from orbax_async.handlers import foreign
-from orbax_async.handlers.protocols import StatefulCheckpointable
+from orbax_async.handlers import user_code
+from orbax_async.handlers.protocol import StatefulCheckpointable
 from orbax_async.path import Path, PathAwaitingCreation
 
 __all__ = ["StatefulCheckpointableHandler", "is_stateful"]
@@ -19,9 +19,9 @@ class StatefulCheckpointableHandler:
     async def save(
         self, directory: PathAwaitingCreation, checkpointable: StatefulCheckpointable
     ) -> Awaitable[None]:
-        """Lets the object capture its state (tier 1), and returns what writes it (tier 2)."""
+        """Lets the object capture its state (phase 1), and returns what writes it (phase 2)."""
         code = f"{type(checkpointable).__name__}.save"
-        writing: Awaitable[None] = await foreign.checked(checkpointable.save(directory), code)
+        writing: Awaitable[None] = await user_code.checked(checkpointable.save(directory), code)
         return writing
 
     async def load(
@@ -38,8 +38,8 @@ class StatefulCheckpointableHandler:
                 "its state is loaded into that"
             )
         code = f"{type(abstract_checkpointable).__name__}.load"
-        loading = await foreign.checked(abstract_checkpointable.load(directory), code)
-        return foreign.Then(foreign.checked(loading, code), abstract_checkpointable)
+        loading = await user_code.checked(abstract_checkpointable.load(directory), code)
+        return user_code.Then(user_code.checked(loading, code), abstract_checkpointable)
 
     async def metadata(self, directory: Path) -> None:
         """Returns None: only the object itself can read what it has written."""

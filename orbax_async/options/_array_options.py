@@ -89,7 +89,6 @@ class ArrayOptions(OptionGroup):
                 self, key: tuple[Any, ...], value: Any
             ) -> ArrayOptions.Saving.StorageOptions | None:
                 """Return options for a leaf, or None to leave it to `storage_options`."""
-                ...
 
         storage_options: StorageOptions = option(default_factory=StorageOptions)
         use_ocdbt: bool = True

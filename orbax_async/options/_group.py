@@ -17,7 +17,6 @@ import enum
 import functools
 import math
 import numbers
-import threading
 from collections.abc import Callable, Iterable
 from typing import (
     TYPE_CHECKING,
@@ -150,31 +149,25 @@ def _is_real(value: Any) -> bool:
 class Freeze:
     """The state that all option groups of one context share: whether they may be changed.
 
-    Invariant: `_depth` is the number of `with` blocks, in all threads and tasks, that are inside
-    the context right now. It is guarded by `_lock`, because `+=` is not atomic.
+    Invariant: `_blocks` has an entry for each `with` block, in all threads and tasks, that is
+    inside the context right now. Lists add and remove in one step, so it needs no lock.
     """
 
-    __slots__ = ("_depth", "_lock")
+    __slots__ = ("_blocks",)
 
     def __init__(self) -> None:
-        self._depth = 0
-        self._lock = threading.Lock()
+        self._blocks: list[None] = []
 
     def enter(self) -> None:
         """Count one more block that is inside the context."""
-        with self._lock:
-            self._depth += 1
+        self._blocks.append(None)
 
     def leave(self) -> None:
-        """Count one block less.
-
-        Raises:
-          RuntimeError: No block is inside the context.
-        """
-        with self._lock:
-            if not self._depth:
-                raise RuntimeError("a Context was left that had not been entered")
-            self._depth -= 1
+        """Count one block less."""
+        try:
+            self._blocks.pop()
+        except IndexError:
+            raise RuntimeError("a Context was left that had not been entered") from None
 
     def is_on(self) -> bool:
         """Say whether changes are refused here and now.
@@ -182,7 +175,7 @@ class Freeze:
         They are while any block is inside the context, seen from every thread; and in a task that
         started inside such a block, for as long as the context stays active in that task.
         """
-        return self._depth > 0 or any(context._freeze is self for context in ACTIVE.get())
+        return bool(self._blocks) or any(context._freeze is self for context in ACTIVE.get())
 
 
 ACTIVE: contextvars.ContextVar[tuple[OptionGroup, ...]] = contextvars.ContextVar(
@@ -247,7 +240,9 @@ class OptionGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         # For pickle and copy: a copy is nobody's, so the freeze stays behind.
-        return {name: value for name, value in vars(self).items() if name != "_freeze"}
+        options = vars(self).copy()
+        options.pop("_freeze", None)
+        return options
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self._copied()

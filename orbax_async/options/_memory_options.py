@@ -50,23 +50,18 @@ class SerializationStatusCallback(Protocol):
 
     def key_priority(self, keypath: tuple[Any, ...]) -> TransferPriority:
         """Choose when the leaf at a key path is copied from its device."""
-        ...
 
     def on_transfer_start(self, keypath: tuple[Any, ...]) -> None:
         """Learn that copying the leaf from its device begins."""
-        ...
 
     def on_transfer_end(self, keypath: tuple[Any, ...]) -> None:
         """Learn that the leaf is in host memory."""
-        ...
 
     def on_write_start(self, keypath: tuple[Any, ...]) -> None:
         """Learn that writing the leaf begins."""
-        ...
 
     def on_write_end(self, keypath: tuple[Any, ...]) -> None:
         """Learn that the leaf is written."""
-        ...
 
 
 class MemoryProfiler(Protocol):
@@ -75,28 +70,22 @@ class MemoryProfiler(Protocol):
     @property
     def peak_usage_bytes(self) -> int:
         """The highest use of host memory during the last save, in bytes."""
-        ...
 
     @property
     def total_memory_gib(self) -> float:
         """The host's memory, in GiB."""
-        ...
 
     def profiler_start(self) -> None:
         """Begin to measure."""
-        ...
 
     def profiler_end(self) -> None:
         """Stop measuring."""
-        ...
 
     def get_expected_surge_gib(self) -> float:
         """Return how much other memory the next save will have to leave free, in GiB."""
-        ...
 
     def get_prev_blocking_time_sec(self) -> float:
         """Return how long the last save waited for memory, in seconds."""
-        ...
 
 
 class MemoryOptions(OptionGroup):

@@ -10,14 +10,14 @@ import jax
 
 from orbax_async import _names as names
 from orbax_async import context as ambient
-from orbax_async._api import layout
 from orbax_async._api import load as loading
 from orbax_async._api import metadata as describing
-from orbax_async._api.narrowing import Selects, Shardings
-from orbax_async._api.older_names import older_method
+from orbax_async._api.deprecated import older_method
+from orbax_async._api.load import Selects, Shardings
+from orbax_async._layouts.orbax import check_name
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
-from orbax_async.handlers.reading import ShardingFunction
+from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.options._group import flag
 from orbax_async.path import Path, PathLike
 from orbax_async.path.step import NameFormat, as_step
@@ -402,7 +402,7 @@ class Checkpointer:
           ClosedError: the Checkpointer is closed.
           Exception: what `ocp.load_async` raises.
         """
-        layout.check_name(checkpointable_name, is_saved=True)
+        check_name(checkpointable_name, is_saved=True)
         return step_access.load(
             self._run,
             "load",

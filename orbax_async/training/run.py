@@ -12,13 +12,12 @@ from typing import Any
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._api import delete as deleting
-from orbax_async._api import layout
 from orbax_async._api.save import SaveRequest, prepare
 from orbax_async._engine import loop
+from orbax_async._layouts.orbax import writes_in_place
 from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
-from orbax_async.options import AtomicityMode
 from orbax_async.options._group import flag, whole
 from orbax_async.path import PathLike, pathlike
 from orbax_async.path.step import NameFormat, StepMetadata, standard_name_format
@@ -103,7 +102,7 @@ class Run:
                 f"{name_format!r} has not"
             )
         path = pathlike.absolute(directory, self.context.file.path_class)
-        is_in_place = layout.commit_mode(self.context) is AtomicityMode.COMMIT_FILE
+        is_in_place = writes_in_place(self.context)
         self.directory = RunDirectory(path, name_format, needs_proof=is_in_place)
         self._entries = EntryLog(path, logger)
         self.queue = SaveQueue(most, supersede_queued)

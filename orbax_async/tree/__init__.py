@@ -1,19 +1,20 @@
 """Pytrees and their description on disk.
 
 Does:
-  - name what trees are made of (`treelike`), and merge trees (`merging`);
   - spell key paths, for people and for the format (`keypath`);
-  - flatten trees, rebuild them, and match an abstract tree to what is stored (`structure`);
+  - name what trees are made of, flatten them, rebuild them, and match an abstract tree to what is
+    stored (`structure`);
   - select leaves by patterns of their key paths (`selection`);
   - write and read the documents that describe a tree (`schema`), with the types of its containers
-    where they are asked for (`rich`), and make one of several (`union`).
+    where they are asked for (`rich`);
+  - put trees together, in memory and in documents (`merging`).
 
 Does not:
   - look at the values of leaves, or know how arrays are stored.
 """
 
 from orbax_async.tree.merging import merge
-from orbax_async.tree.treelike import (
+from orbax_async.tree.structure import (
     AbstractLeaf,
     JsonType,
     Leaf,

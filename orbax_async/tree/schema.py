@@ -47,6 +47,10 @@ _DICT_KEY = 2
 _PRIVATE = "orbax_async"
 
 
+def _parsed(data: bytes | str) -> Any:
+    return json.loads(data)
+
+
 class Entry(NamedTuple):
     """One leaf, or one empty node, of a stored tree.
 
@@ -73,12 +77,6 @@ class Entry(NamedTuple):
     def empty_value(self) -> Any:
         """Returns a new empty node of the recorded kind."""
         return _EMPTY[self.kind]()
-
-
-@functools.lru_cache(maxsize=1024)
-def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns a shape, the same object for those that are equal."""
-    return shape
 
 
 class TreeDocument(NamedTuple):
@@ -122,42 +120,40 @@ class TreeDocument(NamedTuple):
             document["value_metadata_tree"] = json.dumps(rich.fill(self.containers, values))
         return json.dumps(document).encode()
 
-    @classmethod
-    def load(cls, data: bytes) -> TreeDocument:
-        """Reads the document; raises ValueError or KeyError where it is damaged."""
-        return _tree_document(data)
-
-
-@functools.lru_cache(maxsize=4)  # the checkpoints of a run have equal ones
-def _tree_document(data: bytes) -> TreeDocument:
-    document = json.loads(data)
-    tree = document["tree_metadata"]
-    entries = []
-    for path in list(tree.keys()):  # what is no dict has none, and is damage
-        item = tree.pop(path)  # fewer objects at a time are less work for the collector
-        value = item["value_metadata"]
-        shape = value.get("write_shape")
-        keys = tuple(
-            [
-                keypath.key(each["key"], each["key_type"] == _SEQUENCE_KEY)
-                for each in item["key_metadata"]
-            ]
-        )
-        entries.append(
-            Entry(
-                keys,
-                value["value_type"],
-                stored_name(keys),
-                None if shape is None else _shared(tuple(shape)),
-                value.get(_PRIVATE, _NOTHING),
+    @staticmethod
+    @functools.lru_cache(maxsize=4)  # the checkpoints of a run have equal ones
+    def load(data: bytes) -> TreeDocument:
+        """Reads the document; raises ValueError, KeyError, or their like, where it is damaged."""
+        document = _parsed(data)
+        tree = document["tree_metadata"]
+        entries = []
+        shapes: dict[Any, tuple[int, ...] | None] = {None: None}  # few differ
+        for path in list(tree.keys()):  # what is no dict has none, and is damage
+            item = tree.pop(path)  # fewer objects at a time are less work for the collector
+            value = item["value_metadata"]
+            shape = value.get("write_shape")
+            shape = None if shape is None else tuple(shape)
+            keys = tuple(
+                [
+                    keypath.key(each["key"], each["key_type"] == _SEQUENCE_KEY)
+                    for each in item["key_metadata"]
+                ]
             )
+            entries.append(
+                Entry(
+                    keys,
+                    value["value_type"],
+                    stored_name(keys),
+                    shapes.setdefault(shape, shape),
+                    value.get(_PRIVATE, _NOTHING),
+                )
+            )
+        return TreeDocument(
+            entries=tuple(entries),
+            uses_zarr3=bool(document.get("use_zarr3", False)),
+            uses_ocdbt=document.get("use_ocdbt"),
+            rich=document.get("value_metadata_tree"),
         )
-    return TreeDocument(
-        entries=tuple(entries),
-        uses_zarr3=bool(document.get("use_zarr3", False)),
-        uses_ocdbt=document.get("use_ocdbt"),
-        rich=document.get("value_metadata_tree"),
-    )
 
 
 def dump_shardings(shardings: Mapping[str, Mapping[str, Any]]) -> bytes:
@@ -175,11 +171,11 @@ def load_shardings(data: bytes) -> dict[str, dict[str, Any]]:
     """Reads the `_sharding` document; an entry that says nothing is left out."""
     parsed: dict[str, dict[str, Any]] = {}  # few differ
     shardings = {}
-    for key, text in json.loads(data).items():
+    for key, text in _parsed(data).items():
         if isinstance(text, str) and text:
             padded = key + "=" * (-len(key) % 4)
             if text not in parsed:
-                parsed[text] = json.loads(text)
+                parsed[text] = _parsed(text)
             shardings[base64.urlsafe_b64decode(padded).decode()] = parsed[text]
     return shardings
 
@@ -206,7 +202,7 @@ def dump_strings(strings: Mapping[str, str]) -> bytes:
 
 def load_strings(data: bytes, wanted: Iterable[str]) -> dict[str, str]:
     """Reads the strings of the `wanted` stored names; names that are absent are left out."""
-    root = json.loads(data)
+    root = _parsed(data)
     found = {}
     for name in wanted:
         node: Any = root
@@ -246,7 +242,7 @@ def dump_array_metadatas(
 def load_array_metadatas(data: bytes) -> dict[str, str]:
     """Reads an `array_metadatas` document: the PRNG implementation by stored name."""
     impls = {}
-    for item in json.loads(data)["array_metadatas"]:
+    for item in _parsed(data)["array_metadatas"]:
         array = item["array_metadata"]
         impl = (array.get("ext_metadata") or {}).get("random_key_impl")
         if impl is not None:

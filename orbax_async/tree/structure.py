@@ -5,19 +5,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import jax
+import jax.tree_util as jtu
 import numpy as np
 
 from orbax_async import errors
+from orbax_async.arrays import AbstractArray, AbstractShardedArray
 from orbax_async.tree import keypath
 from orbax_async.tree.keypath import KeyPath
 
 __all__ = [
     "LEFT_OUT",
+    "AbstractLeaf",
     "FlatTree",
+    "JsonType",
+    "Leaf",
+    "PyTree",
+    "PyTreeKey",
+    "PyTreeKeyPath",
+    "PyTreeOf",
     "empty_kind",
     "flatten",
     "flatten_with_path",
@@ -66,7 +75,7 @@ class FlatTree(NamedTuple):
 
     keys: Sequence[KeyPath]
     leaves: Sequence[Any]
-    treedef: jax.tree_util.PyTreeDef
+    treedef: jtu.PyTreeDef
 
     @property
     def entries(self) -> Iterator[tuple[KeyPath, Any]]:
@@ -75,19 +84,19 @@ class FlatTree(NamedTuple):
 
     def rebuild(self, values: Sequence[Any]) -> Any:
         """Returns a tree of the same containers around other values."""
-        return jax.tree_util.tree_unflatten(self.treedef, values)
+        return jtu.tree_unflatten(self.treedef, values)
 
 
 def flatten_with_path(
     tree: Any,
-) -> tuple[list[tuple[keypath.JaxKeyPath, Any]], jax.tree_util.PyTreeDef]:
+) -> tuple[list[tuple[keypath.JaxKeyPath, Any]], jtu.PyTreeDef]:
     """Takes a tree apart as `flatten` does, and keeps the key paths of jax."""
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)
+    return jtu.tree_flatten_with_path(tree, is_leaf=is_empty)
 
 
 def flatten(tree: Any) -> FlatTree:
     """Takes a tree apart, keeping None and empty containers as leaves."""
-    leaves, treedef = jax.tree_util.tree_flatten(tree, is_leaf=is_empty)
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_empty)
     try:
         keys = _known_keys.get(treedef)
     except Exception:  # whatever comparing what the user's nodes hold may raise
@@ -103,7 +112,7 @@ def flatten(tree: Any) -> FlatTree:
 
 
 # Of the trees that were taken apart last. A program has few, and most of the work is their keys.
-_known_keys: dict[jax.tree_util.PyTreeDef, tuple[KeyPath, ...]] = {}
+_known_keys: dict[jtu.PyTreeDef, tuple[KeyPath, ...]] = {}
 _KEPT = 8
 _lock = threading.Lock()
 
@@ -154,7 +163,6 @@ def match(
     abstract: FlatTree,
     stored: Mapping[KeyPath, Any],
     *,
-    is_stored_empty: Callable[[Any], bool],
     is_partial: bool = False,
 ) -> tuple[list[Any], list[str]]:
     """Finds the stored entry for each entry of an abstract tree.
@@ -164,8 +172,7 @@ def match(
 
     Args:
       abstract: what is asked for.
-      stored: what there is.
-      is_stored_empty: says whether a stored entry is an empty node.
+      stored: the entries that there are; see `schema.Entry`.
       is_partial: whether dicts of both trees may have keys that the other has not.
 
     Returns:
@@ -184,7 +191,7 @@ def match(
         if entry is None:
             if not is_partial and wanted is not ... and not is_empty(wanted):
                 problems.append(f"{_named(keys)}: asked for, not in the checkpoint")
-        elif is_stored_empty(entry):
+        elif entry.is_empty:
             if wanted is not ... and not is_empty(wanted):
                 problems.append(f"{_named(keys)}: the checkpoint holds an empty node, not a leaf")
             entry = None
@@ -194,13 +201,13 @@ def match(
             )
         found.append(entry if wanted is not None and wanted is not ... else None)
     if is_partial:
-        leaves = {keys for keys, entry in stored.items() if not is_stored_empty(entry)}
+        leaves = {keys for keys, entry in stored.items() if not entry.is_empty}
         problems += _misfits(abstract, stored, leaves)
     else:
         problems += [
             f"{_named(keys)}: in the checkpoint, not asked for"
             for keys, entry in unused.items()
-            if not is_stored_empty(entry)
+            if not entry.is_empty
         ]
     return found, problems
 
@@ -247,3 +254,40 @@ def _inner(paths: Iterable[KeyPath]) -> dict[KeyPath, set[keypath.Key]]:
 
 def _kind(children: Iterable[keypath.Key]) -> str:
     return "list" if all(key.is_index for key in children) else "dict"
+
+
+# What trees are made of, to a type checker. None knows a pytree when it sees one, so `PyTree` and
+# `PyTreeOf` stand for anything; they say in a signature what is meant.
+
+LeafT = TypeVar("LeafT")
+
+Leaf: TypeAlias = jax.Array | np.ndarray | int | float | np.number | bytes | bool | str
+"""What a leaf may be when it is saved, as Orbax names it; `save` takes more."""
+
+AbstractLeaf: TypeAlias = (
+    AbstractArray | AbstractShardedArray | int | float | np.number | bytes | bool | str
+)
+"""What may be asked for in place of a leaf; types, None and `...` besides."""
+
+PyTreeKey: TypeAlias = jtu.SequenceKey | jtu.DictKey | jtu.GetAttrKey | jtu.FlattenedIndexKey
+"""One step of a key path."""
+
+PyTreeKeyPath: TypeAlias = tuple[PyTreeKey, ...]
+"""Where a leaf lies in its tree."""
+
+JsonValue: TypeAlias = "str | int | float | bool | JsonType | None"
+JsonType: TypeAlias = list["JsonValue"] | dict[str, "JsonValue"]
+"""A JSON document."""
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeAliasType
+
+    PyTreeOf = TypeAliasType("PyTreeOf", Any, type_params=(LeafT,))
+    PyTree: TypeAlias = Any
+else:
+
+    class PyTreeOf(Generic[LeafT]):
+        """A pytree all of whose leaves are of one type; to a type checker, anything."""
+
+    class PyTree:
+        """A pytree of any leaves; to a type checker, anything."""

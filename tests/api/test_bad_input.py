@@ -19,9 +19,11 @@ import pytest
 import refusals
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from refusals import STATE, snapshot
+from watched_directory import instead, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
+from orbax_async._storage.openers import opened_by
 
 checkpoint = refusals.checkpoint
 the_engine_goes_on = refusals.the_engine_goes_on
@@ -266,13 +268,13 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "text"
 
 
-def test_a_directory_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_is_not_writable(tmp_path: Path) -> None:
     """It is refused by the call, which names the directory and says what to do."""
-    access = os.access
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: path != str(tmp_path) and access(path, mode)
-    )
-    with pytest.raises(errors.CommitError, match=r"not writable.*permissions") as caught:
+    unwritable = instead(on("is_writable", path=str(tmp_path)), False)
+    with (
+        opened_by(watched(unwritable)),
+        pytest.raises(errors.CommitError, match=r"not writable.*permissions") as caught,
+    ):
         ocp.save_async(tmp_path / "a" / "checkpoint", STATE)
     assert str(tmp_path) in str(caught.value)
     assert os.listdir(tmp_path) == []

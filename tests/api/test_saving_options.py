@@ -23,7 +23,7 @@ from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.direct import DirectReader
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.local import LocalDirectory
-from orbax_async.handlers import forms, saving
+from orbax_async.handlers import tree_writer, write_plan
 from orbax_async.options import CheckpointingImpl
 
 StorageOptions = ocp.options.ArrayOptions.Saving.StorageOptions
@@ -277,12 +277,12 @@ def test_a_widening_cast_counts_against_the_budget(
     """What is written, not what it was made of, is limited where that is more."""
     pipelines = []
 
-    class Watched(saving.SavePipeline):
+    class Watched(tree_writer.SavePipeline):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             pipelines.append(self)
 
-    monkeypatch.setattr(saving, "SavePipeline", Watched)
+    monkeypatch.setattr(tree_writer, "SavePipeline", Watched)
     context = with_saving(storage_options=StorageOptions(dtype=np.float64))
     context.memory.write_concurrent_bytes = 9000
     with context:
@@ -301,7 +301,7 @@ OPTIONS_IN_TURN: list[Callable[[], ocp.Context]] = [
 ]
 
 
-def test_a_remembered_form_does_not_remember_options(tmp_path: Path) -> None:
+def test_a_kept_plan_is_one_of_its_options(tmp_path: Path) -> None:
     """One structure saved under one set of options after another has the chunks of each."""
     state = {"w": jnp.arange(64.0).reshape(8, 8)}
     found = []
@@ -325,19 +325,20 @@ def test_the_plan_of_one_structure_is_made_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With storage options set, a second save of the same structure plans nothing anew."""
-    made = []
-    monkeypatch.setattr(
-        saving, "WritePlan", lambda *args, **kwargs: made.append(1) or _WritePlan(*args, **kwargs)
-    )
+    made: list[int] = []
+    write_batches = write_plan.write_batches
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        made.append(1)
+        return write_batches(*args, **kwargs)
+
+    monkeypatch.setattr(write_plan, "write_batches", noted)
     state = {"w": jnp.arange(49.0).reshape(7, 7)}
     with with_saving(storage_options=StorageOptions(chunk_byte_size=28, dtype=np.float16)):
         for name in "abc":
             ocp.save(tmp_path / name, state)
     assert len(made) == 1
-    assert forms._forms
-
-
-_WritePlan = saving.WritePlan
+    assert write_plan._kept
 
 
 # -------------------------------------------------------------------------------- rich types
@@ -500,13 +501,13 @@ def test_prioritized_leaves_stay_first_with_separate_folders(
 ) -> None:
     """A prioritized leaf is captured before the others, whichever database it goes to."""
     order: list[str] = []
-    capture = saving.SavePipeline._capture
+    capture = tree_writer.SavePipeline._capture
 
     def noted(self: Any, batch: Any) -> Any:
-        order.extend(self._leaves[request.leaf].name for request in batch.requests)
+        order.extend(leaf.name for leaf in batch.leaves)
         return capture(self, batch)
 
-    monkeypatch.setattr(saving.SavePipeline, "_capture", noted)
+    monkeypatch.setattr(tree_writer.SavePipeline, "_capture", noted)
     context = with_saving(enable_replica_parallel_separate_folder=True)
     context.memory.is_prioritized_key_fn = lambda key: key[0].key in ("replicated", "host")
     with context:

@@ -6,6 +6,7 @@ Further tests of the same numbers lie with their subjects; `test_wN_` finds them
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import subprocess
@@ -20,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from watched_directory import Fault, before, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._commit import sequence
 from orbax_async._engine import loop
+from orbax_async._storage.openers import opened_by
 
 
 def data_files(checkpoint: Path) -> list[Path]:
@@ -59,16 +61,9 @@ async def test_w2_responses_can_be_awaited(tmp_path: Path) -> None:
     assert await ocp.load_async(tmp_path / "checkpoint") == {"a": 1}
 
 
-async def test_w3_the_callers_loop_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_w3_the_callers_loop_goes_on(tmp_path: Path) -> None:
     """While a save is under way, other tasks of the caller's loop run; so they do during a load."""
     held = threading.Event()
-    original = sequence.Save._sync
-
-    def sync(*args: Any) -> None:
-        held.wait(30)
-        original(*args)
-
-    monkeypatch.setattr(sequence.Save, "_sync", sync)
     ticks = 0
 
     async def tick() -> None:
@@ -79,7 +74,8 @@ async def test_w3_the_callers_loop_goes_on(tmp_path: Path, monkeypatch: pytest.M
         held.set()
 
     ticking = asyncio.create_task(tick())
-    await ocp.save_async(tmp_path / "checkpoint", {"a": np.arange(10)})
+    with opened_by(watched(before(on("sync"), lambda: held.wait(30)))):
+        await ocp.save_async(tmp_path / "checkpoint", {"a": np.arange(10)})
     assert ticks == 20  # the save could end only after all of them
     await ticking
 
@@ -337,18 +333,12 @@ def test_w27_bad_custom_metadata_is_refused_by_the_call(
     assert os.listdir(tmp_path) == []
 
 
-def test_w28_a_failure_leaves_no_temporary_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("verb", "nth"), [("make", 1), ("write", 1), ("sync", 1), ("sync", 4)])
+def test_w28_a_failure_leaves_no_temporary_directory(verb: str, nth: int, tmp_path: Path) -> None:
     """A save that fails in the background removes what it wrote."""
-
-    def fail(*_: Any) -> None:
-        raise errors.CommitError("no")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sequence.Save, "_sync", fail)
-        with pytest.raises(errors.CommitError):
-            ocp.save(tmp_path / "checkpoint", {"a": np.arange(10)})
+    fault = Fault(errno.EIO, on(verb), nth=nth)
+    with opened_by(watched(fault)), pytest.raises(errors.CommitError, match="Input/output error"):
+        ocp.save(tmp_path / "checkpoint", {"a": np.arange(10)})
     assert os.listdir(tmp_path) == []
 
 

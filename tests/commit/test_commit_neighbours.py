@@ -23,7 +23,7 @@ from watched_directory import Fault, Held, Log, before, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._api import layout
+from orbax_async._api import reader
 from orbax_async._commit import leftovers, sequence
 from orbax_async._commit.marker import MarkerCommit
 from orbax_async._engine import loop
@@ -152,7 +152,7 @@ def test_i4_a_reader_that_can_not_put_back_says_so_or_waits_in_bounds(
     is_held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One who may not rename waits a little for a writer that is at it, and else says why."""
-    monkeypatch.setattr(layout, "_LOOKS", 2)
+    monkeypatch.setattr(reader, "_LOOKS", 2)
     final = tmp_path / "checkpoint"
     save_and_sweep(final, {"a": 1})
     aside = Path(leftovers.temporary_path(str(final), "old"))

@@ -22,11 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._engine import load_pipeline, save_pipeline
-from orbax_async._engine.transfer import Piece
+from orbax_async._engine import batches, load_pipeline, save_pipeline
+from orbax_async._engine.capture import Piece
 from orbax_async._storage import codecs
 from orbax_async._storage.array_store import ArrayStore
-from orbax_async.handlers import pytree, reading, saving
+from orbax_async.handlers import pytree, read_plan, tree_writer
 
 
 class Watched:
@@ -52,14 +52,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
         def _capture(self, batch: Any) -> Any:
             pieces = super()._capture(batch)
-            for request, piece in zip(batch.requests, pieces, strict=True):
-                label = self._leaves[request.leaf].label
-                seen.captured.append(label)
-                seen.pieces.setdefault(label, []).append(piece)
+            for leaf, piece in zip(batch.leaves, pieces, strict=True):
+                seen.captured.append(leaf.label)
+                seen.pieces.setdefault(leaf.label, []).append(piece)
             return list(pieces)
 
         async def _write(self, store: Any, batch: Any, *others: Any) -> None:
-            seen.written += [self._leaves[request.leaf].label for request in batch.requests]
+            seen.written += [leaf.label for leaf in batch.leaves]
             await super()._write(store, batch, *others)
 
     class Loading(load_pipeline.LoadPipeline):
@@ -67,8 +66,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             super().__init__(*args, **kwargs)
             seen.loads.append(self)
 
-    monkeypatch.setattr(saving, "SavePipeline", Saving)
-    monkeypatch.setattr(reading, "LoadPipeline", Loading)
+    monkeypatch.setattr(tree_writer, "SavePipeline", Saving)
+    monkeypatch.setattr(read_plan, "LoadPipeline", Loading)
     return seen
 
 
@@ -339,21 +338,20 @@ def test_i3_a_view_keeps_a_donated_buffer(tmp_path: Path, watched: Watched) -> N
     assert np.array_equal(loaded["b"], np.arange(10_000.0) + 1)
 
 
-def test_views_let_the_caller_go_before_the_plan(
+def test_the_caller_is_released_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A save of views alone is staged before it is planned; copies have to wait for the plan."""
+    """A save is staged as soon as all is captured, views and copies alike, whatever comes of it."""
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no plan")
+    async def refuse(*_: Any) -> None:
+        raise RuntimeError("not written")
 
-    monkeypatch.setattr(pytree, "Saving", refuse)
-    response = ocp.save_async(tmp_path / "views", {"a": jnp.ones(3), "b": 1.5})
-    response.wait_staged(timeout=0)
-    with pytest.raises(RuntimeError, match="no plan"):
-        response.result()
-    with pytest.raises(RuntimeError, match="no plan"):
-        ocp.save_async(tmp_path / "copies", {"a": jnp.ones(3), "b": np.ones(3)})
+    monkeypatch.setattr(tree_writer.TreeWriter, "run", refuse)
+    for name, leaf in {"views": jnp.ones(3), "copies": np.ones(3)}.items():
+        response = ocp.save_async(tmp_path / name, {"a": leaf, "b": 1.5})
+        response.wait_staged(timeout=0)
+        with pytest.raises(RuntimeError, match="not written"):
+            response.result()
 
 
 def test_i3_a_tree_within_another_handler_lets_nobody_go(tmp_path: Path) -> None:
@@ -470,7 +468,7 @@ def test_as_many_batches_are_encoded_at_a_time_as_there_are_cores(
     original = save_pipeline.SavePipeline._fill
     monkeypatch.setattr(save_pipeline.SavePipeline, "_fill", fill)
     monkeypatch.setattr(save_pipeline, "_ENCODED_NBYTES", 1 << 19)
-    monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 18)
+    monkeypatch.setattr(batches, "_BATCH_NBYTES", 1 << 18)
     context = ocp.Context()
     context.array.saving.use_compression = compressed
     context.array.saving.compression_min_saving = 0
@@ -500,7 +498,7 @@ def test_batches_are_smaller_where_they_take_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is likely to be encoded counts twice, and within a limit batches are half as large."""
-    monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 20)
+    monkeypatch.setattr(batches, "_BATCH_NBYTES", 1 << 20)
     context = ocp.Context()
     for name, value in options.items():
         setattr(context.memory if "bytes" in name else context.array.saving, name, value)
@@ -508,20 +506,21 @@ def test_batches_are_smaller_where_they_take_memory(
     with context:
         ocp.save(tmp_path / "checkpoint", [jnp.full(side, i, dtype) for i in range(8)])
     (pipeline,) = watched.saves
-    assert [len(batch.requests) for batch in pipeline._plan.batches] == counts
+    assert [len(batch.requests) for batch in pipeline._batches] == counts
 
 
 def test_batches_of_small_pieces_take_little_memory(
     tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is encoded here, up to 64 KiB each, counts twice too, and is written batch by batch."""
-    monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 20)
+    monkeypatch.setattr(batches, "_BATCH_NBYTES", 1 << 20)
     ocp.save(tmp_path / "checkpoint", [jnp.full(1 << 14, i, jnp.float32) for i in range(16)])
     (pipeline,) = watched.saves
-    batches = pipeline._plan.batches
-    assert [len(batch.requests) for batch in batches] == [8, 8]
-    assert pipeline._slots.of(batches[0].nbytes, 8) is pipeline._slots.of(8, 8)
-    assert pipeline._encoded_nbytes(batches[0]) == batches[0].nbytes
+    assert [len(batch.requests) for batch in pipeline._batches] == [8, 8]
+    batch = pipeline._batches[0]
+    assert pipeline._slots.of(batch.nbytes, 8) is pipeline._slots.of(8, 8)
+    # All of it is encoded, one batch at a time.
+    assert pipeline._encoding_budget.statistics().peak_nbytes == batch.nbytes
 
 
 def test_the_disk_gets_something_to_do_soon(
@@ -536,13 +535,13 @@ def test_the_disk_gets_something_to_do_soon(
 
     original = ArrayStore.start_writeback
     monkeypatch.setattr(ArrayStore, "start_writeback", tell)
-    monkeypatch.setattr(save_pipeline, "_FIRST_NBYTES", 1 << 18)
+    monkeypatch.setattr(batches, "_FIRST_NBYTES", 1 << 18)
     state = [np.full(1 << 15, i, np.float32) for i in range(30)]
     ocp.save(tmp_path / "small", state)
     assert not told
     monkeypatch.setattr(save_pipeline, "_WRITTEN_BACK_NBYTES", 1 << 18)
     ocp.save(tmp_path / "checkpoint", state)
-    assert [len(batch.requests) for batch in watched.saves[1]._plan.batches] == [2, 4, 8, 16]
+    assert [len(batch.requests) for batch in watched.saves[1]._batches] == [2, 4, 8, 16]
     assert told
 
 
@@ -562,7 +561,7 @@ def test_one_worker_at_a_time_waits_for_a_busy_disk(
 
     monkeypatch.setattr(ArrayStore, "start_writeback", tell)
     monkeypatch.setattr(save_pipeline, "_WRITTEN_BACK_NBYTES", 0)
-    monkeypatch.setattr(saving, "_BATCH_NBYTES", 1 << 18)
+    monkeypatch.setattr(batches, "_BATCH_NBYTES", 1 << 18)
     ocp.save(tmp_path / "checkpoint", [jnp.full(1 << 16, i, jnp.float32) for i in range(6)])
     assert most == 1
     assert seen >= set(os.listdir(tmp_path / "checkpoint" / "state" / "d"))

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,11 +16,23 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from orbax_async._engine import plan
-from orbax_async.handlers import leaves
+from orbax_async.handlers import shardings
+
+
+class Spec(NamedTuple):
+    """What a plan asks of a leaf, and the shape that tests compare with."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    shards: tuple[plan.ShardSpec, ...]
+    priority: int = 1
+
+    def write_shape(self, policy: plan.ReplicaParallel | None) -> tuple[int, ...]:
+        return plan.write_shape(self.shards, self.itemsize, policy)
 
 
 @st.composite
-def topologies(draw: st.DrawFn) -> tuple[plan.LeafSpec, int]:
+def topologies(draw: st.DrawFn) -> tuple[Spec, int]:
     """Draws an array, divided and replicated over a mesh of devices that some processes own."""
     mesh = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
     # Each mesh axis divides one axis of the array, or replicates it.
@@ -42,7 +54,7 @@ def topologies(draw: st.DrawFn) -> tuple[plan.LeafSpec, int]:
                 at[axis] = at[axis] * count + coordinate
         box = tuple((i * side, (i + 1) * side) for i, side in zip(at, sides, strict=True))
         shards.append(plan.ShardSpec(device, draw(st.integers(0, processes - 1)), box))
-    leaf = plan.LeafSpec(0, shape, draw(st.sampled_from([1, 2, 4, 8])), tuple(shards))
+    leaf = Spec(shape, draw(st.sampled_from([1, 2, 4, 8])), tuple(shards))
     return leaf, processes
 
 
@@ -61,7 +73,7 @@ def slices(box: plan.Box) -> tuple[slice, ...]:
 @settings(max_examples=max(200, settings().max_examples))
 @given(topology=topologies(), policy=POLICIES)
 def test_i1_each_element_is_written_once(
-    topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None
+    topology: tuple[Spec, int], policy: plan.ReplicaParallel | None
 ) -> None:
     """Over all processes, the write requests of a leaf cover it without gap or overlap."""
     leaf, processes = topology
@@ -76,7 +88,7 @@ def test_i1_each_element_is_written_once(
 @settings(max_examples=max(200, settings().max_examples))
 @given(topology=topologies(), policy=POLICIES)
 def test_i1_a_piece_is_written_by_a_process_that_holds_it(
-    topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None
+    topology: tuple[Spec, int], policy: plan.ReplicaParallel | None
 ) -> None:
     """Each request names a device of the process that plans, and lies within that device's box."""
     leaf, processes = topology
@@ -93,11 +105,11 @@ def test_i1_a_piece_is_written_by_a_process_that_holds_it(
 @settings(max_examples=max(200, settings().max_examples))
 @given(topology=topologies(), policy=POLICIES)
 def test_i1_pieces_are_whole_chunks(
-    topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None
+    topology: tuple[Spec, int], policy: plan.ReplicaParallel | None
 ) -> None:
     """All pieces of a leaf have the shape that is its chunk shape, and lie on that grid."""
     leaf, processes = topology
-    shape = plan.write_shape(leaf, policy)
+    shape = leaf.write_shape(policy)
     for process in range(processes):
         for request in plan.plan_writes([leaf], process=process, policy=policy):
             assert plan.box_shape(request.box) == shape
@@ -109,7 +121,7 @@ def test_i1_pieces_are_whole_chunks(
 @settings(max_examples=max(200, settings().max_examples))
 @given(topology=topologies())
 def test_i1_each_process_reads_once_what_its_devices_need(
-    topology: tuple[plan.LeafSpec, int],
+    topology: tuple[Spec, int],
 ) -> None:
     """A process reads each box of its devices once, for all of them, and nothing else."""
     leaf, processes = topology
@@ -127,7 +139,7 @@ def test_i1_each_process_reads_once_what_its_devices_need(
 @settings(max_examples=max(200, settings().max_examples))
 @given(topology=topologies(), data=st.data())
 def test_i1_no_stored_chunk_is_decoded_twice(
-    topology: tuple[plan.LeafSpec, int], data: st.DataObject
+    topology: tuple[Spec, int], data: st.DataObject
 ) -> None:
     """However arrays are divided in storage, no two regions share bytes of an encoded chunk."""
     leaf, processes = topology
@@ -165,7 +177,7 @@ def _bytes_read(
 
 
 def _regions(
-    leaf: plan.LeafSpec, process: int, *, chunk_shape: Any, is_raw: bool = False
+    leaf: Spec, process: int, *, chunk_shape: Any, is_raw: bool = False
 ) -> tuple[plan.Region, ...]:
     return plan.read_regions(
         leaf.shards,
@@ -180,11 +192,11 @@ def _regions(
 @settings(max_examples=max(200, settings().max_examples))
 @given(topology=topologies(), policy=POLICIES)
 def test_i1_all_processes_agree_without_talking(
-    topology: tuple[plan.LeafSpec, int], policy: plan.ReplicaParallel | None
+    topology: tuple[Spec, int], policy: plan.ReplicaParallel | None
 ) -> None:
     """The plan depends on the specification alone, not on the order of its shards."""
     leaf, processes = topology
-    shuffled = plan.LeafSpec(leaf.place, leaf.shape, leaf.itemsize, leaf.shards[::-1])
+    shuffled = Spec(leaf.shape, leaf.itemsize, leaf.shards[::-1])
     for process in range(processes):
         one = plan.plan_writes([leaf], process=process, policy=policy)
         other = plan.plan_writes([shuffled], process=process, policy=policy)
@@ -194,7 +206,7 @@ def test_i1_all_processes_agree_without_talking(
 def test_the_work_of_replicas_is_shared_among_processes() -> None:
     """With replica-parallel saving every process that holds a replica writes an equal part."""
     shards = tuple(plan.ShardSpec(device, device // 2, ((0, 8),)) for device in range(8))
-    leaf = plan.LeafSpec(0, (8,), 4, shards)
+    leaf = Spec((8,), 4, shards)
     shares = [
         sum(r.nbytes for r in plan.plan_writes([leaf], process=p, policy=plan.ReplicaParallel()))
         for p in range(4)
@@ -239,14 +251,14 @@ def test_b5_6_replica_parallel_pieces_are_those_of_orbax(
 ) -> None:
     """Replicas divide the first axis that their number divides, as far as the options allow."""
     sharding = NamedSharding(mesh8, PartitionSpec(*spec))
-    leaf = plan.LeafSpec(0, shape, 4, leaves.shards_of(sharding, shape))
-    assert plan.write_shape(leaf, policy) == piece
+    leaf = Spec(shape, 4, shardings.shards_of(sharding, shape))
+    assert leaf.write_shape(policy) == piece
     assert len(plan.plan_writes([leaf], process=0, policy=policy)) == count
 
 
 def test_a_leaf_without_elements_has_nothing_to_write() -> None:
     """A zero-size leaf has no write request, but its devices still get their empty arrays."""
-    leaf = plan.LeafSpec(0, (0, 3), 4, (plan.ShardSpec(0, 0, ((0, 0), (0, 3))),))
+    leaf = Spec((0, 3), 4, (plan.ShardSpec(0, 0, ((0, 0), (0, 3))),))
     assert plan.plan_writes([leaf], process=0) == []
     assert [r.nbytes for r in _regions(leaf, 0, chunk_shape=(1, 3))] == [0]
 
@@ -254,8 +266,8 @@ def test_a_leaf_without_elements_has_nothing_to_write() -> None:
 def test_w14_prioritized_leaves_are_planned_first() -> None:
     """Prioritized leaves come first; within both groups the order of the leaves stays."""
     shard = (plan.ShardSpec(0, 0, ((0, 4),)),)
-    leaf_specs = [plan.LeafSpec(i, (4,), 4, shard, is_prioritized=i in (2, 4)) for i in range(5)]
-    requests = plan.plan_writes(leaf_specs, process=0)
+    specs = [Spec((4,), 4, shard, priority) for priority in (1, 1, 0, 1, 0)]
+    requests = plan.plan_writes(specs, process=0)
     assert [request.leaf for request in requests] == [2, 4, 0, 1, 3]
 
 

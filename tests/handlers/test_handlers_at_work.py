@@ -21,14 +21,14 @@ from points import Point, PointHandler, typestrs, using
 import orbax_async as ocp
 from orbax_async import errors, registration
 from orbax_async._engine import loop
-from orbax_async.handlers import foreign
-from orbax_async.handlers.builtin import TYPESTRS
+from orbax_async.handlers import user_code
+from orbax_async.handlers.choose import TYPESTRS
 
 # Users' code on the engine's loop.
 
 
 def test_handlers_see_the_callers_context(tmp_path: Path) -> None:
-    """B6.13: options that are active at the call hold in both tiers."""
+    """B6.13: options that are active at the call hold in both phases."""
     seen = []
 
     class Looking(PointHandler):
@@ -54,7 +54,7 @@ def test_handlers_see_the_callers_context(tmp_path: Path) -> None:
 
 @pytest.mark.leaves_threads
 def test_handlers_may_use_asyncio(tmp_path: Path) -> None:
-    """`asyncio.to_thread`, `create_task`, `gather`, `sleep` and locks work in both tiers."""
+    """`asyncio.to_thread`, `create_task`, `gather`, `sleep` and locks work in both phases."""
 
     class Busy(PointHandler):
         """Uses what asyncio has."""
@@ -88,7 +88,7 @@ def test_a_handler_that_blocks_works_and_is_told_of(
         """Takes its time."""
 
         async def _write(self, directory: Any, text: str) -> None:
-            time.sleep(1.5 * foreign._LONG_SECS)  # noqa: ASYNC251 - what it must not do
+            time.sleep(1.5 * user_code._LONG_SECS)  # noqa: ASYNC251 - what it must not do
             await super()._write(directory, text)
 
     with using(Blocking), caplog.at_level(logging.WARNING):
@@ -107,7 +107,7 @@ def test_waiting_is_not_blocking(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         """Awaits."""
 
         async def _write(self, directory: Any, text: str) -> None:
-            await asyncio.sleep(1.5 * foreign._LONG_SECS)
+            await asyncio.sleep(1.5 * user_code._LONG_SECS)
             await super()._write(directory, text)
 
     with using(Waiting), caplog.at_level(logging.WARNING):
@@ -156,14 +156,14 @@ async def test_awaitables_of_every_kind_are_stepped_through() -> None:
         def __await__(self) -> Any:
             return works().__await__()
 
-    assert await foreign.awaited(works(), "it") == 8
-    assert await foreign.awaited(Own(), "it") == 8
-    assert await foreign.awaited(asyncio.ensure_future(works()), "it") == 8
-    assert await foreign.awaited(catches(), "it") == "caught"
+    assert await user_code.awaited(works(), "it") == 8
+    assert await user_code.awaited(Own(), "it") == 8
+    assert await user_code.awaited(asyncio.ensure_future(works()), "it") == 8
+    assert await user_code.awaited(catches(), "it") == "caught"
     with pytest.raises(KeyError, match="inner"):
-        await foreign.awaited(fails(), "it")
+        await user_code.awaited(fails(), "it")
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(foreign.awaited(asyncio.sleep(60), "it"), 0.01)
+        await asyncio.wait_for(user_code.awaited(asyncio.sleep(60), "it"), 0.01)
 
 
 # Built-in handlers.

@@ -128,8 +128,8 @@ def _members(kind: type) -> set[str]:
     for each in kind.__mro__:
         if each.__module__.startswith((THEIRS, OURS)):
             declared |= {*vars(each), *vars(each).get("__annotations__", ())}
-    if dataclasses.is_dataclass(kind):  # what it is made of; the base of options has no options
-        declared -= {*inspect.signature(kind).parameters, "copied"}
+    if _takes_its_fields(kind):
+        declared -= {*inspect.signature(kind).parameters}
     return {name for name in declared if not name.startswith("_")}
 
 
@@ -183,11 +183,19 @@ def _parameters(function: Any) -> _Parameters:
 
 def _constructor(kind: type) -> _Parameters:
     found = _parameters(kind.__init__)  # type: ignore[misc]
-    if dataclasses.is_dataclass(kind):
+    if _takes_its_fields(kind):
         for field in dataclasses.fields(kind):
             if field.init and field.default_factory is not dataclasses.MISSING:
                 found[field.name] = (found[field.name][0], spelled(field.default_factory()))
     return found
+
+
+def _takes_its_fields(kind: type) -> bool:
+    """Whether a class is a dataclass, and its constructor takes what it is made of."""
+    if not dataclasses.is_dataclass(kind):
+        return False
+    parameters = inspect.signature(kind).parameters
+    return all(field.name in parameters for field in dataclasses.fields(kind) if field.init)
 
 
 def _of_parameters(theirs: _Parameters, ours: _Parameters) -> Iterator[str]:

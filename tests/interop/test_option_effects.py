@@ -223,7 +223,7 @@ def options_of(group: object, prefix: str = "") -> Iterator[tuple[str, object]]:
                 yield f"{prefix}regulator_options.{field.name}", field.default
 
 
-OPTIONS = dict(options_of(ocp.Context()._groups))
+OPTIONS = dict(options_of(ocp.Context()))
 
 
 # Programs that tests run, in which options are set.

@@ -339,11 +339,13 @@ def test_a_header_beyond_measure_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_link_to_nothing_is_a_missing_part(tmp_path: Path) -> None:
-    """A file of a model that was not brought along is an error, not a smaller model."""
+    """F23: a file of a model that was not brought along is an error, not a smaller model."""
     write(tmp_path / "a.safetensors", TENSORS)
     (tmp_path / "b.safetensors").symlink_to("gone")
-    with pytest.raises(FileNotFoundError, match=r"b\.safetensors"):
+    with pytest.raises(errors.UnreadableError, match=r"b\.safetensors") as caught:
         load(tmp_path)
+    assert isinstance(caught.value, OSError)
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
     with layout():
         (found,) = ocp.verify(tmp_path).damage
     assert found.path.endswith("b.safetensors")

@@ -66,6 +66,22 @@ STRAYS = {
     "uvloop.new_event_loop": "import uvloop\nuvloop.new_event_loop()\n",
     "uvloop.run": "import uvloop\nuvloop.run(None)\n",
 }
+# What reaches for files without a `Directory`: functions of `os` and `os.path`, methods of paths.
+FILE_FUNCTIONS = {
+    *("access", "chmod", "fdatasync", "fsync", "fwalk", "link", "listdir", "lstat", "makedirs"),
+    *("mkdir", "open", "readlink", "remove", "removedirs", "rename", "renames", "replace", "rmdir"),
+    *("scandir", "stat", "statvfs", "symlink", "sync", "truncate", "unlink", "utime", "walk"),
+    *("exists", "getmtime", "getsize", "isdir", "isfile", "islink", "lexists", "samefile"),
+}
+FILE_METHODS = {
+    *("exists", "glob", "is_dir", "is_file", "is_symlink", "iterdir", "lstat", "mkdir", "rmdir"),
+    *("read_bytes", "read_text", "rglob", "unlink", "write_bytes", "write_text"),
+}
+FILE_MODULES = {"fcntl", "shutil", "tempfile"}
+# The directories themselves, and what looks at a process in /proc.
+REACHES_FOR_FILES = ("_storage/", "_commit/leftovers.py")
+# Rooms that do so still.
+REACHES_FOR_FILES += ("_api/", "handlers/", "path/step.py", "training/")
 # Methods of a loop that start a thread, or drive a loop that someone else owns.
 LOOP_METHODS = {"run_forever", "run_in_executor", "run_until_complete"}
 
@@ -134,6 +150,49 @@ def test_loops_are_driven_by_the_loop_room_alone(path: Path) -> None:
         return
     names = {node.attr for node in ast.walk(_parsed(path)) if isinstance(node, ast.Attribute)}
     assert not names & LOOP_METHODS
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_ids)
+def test_files_are_reached_through_directories(path: Path) -> None:
+    """No other room opens, lists, moves or removes files by itself, and none looks for them."""
+    if path.relative_to(PACKAGE).as_posix().startswith(REACHES_FOR_FILES):
+        return
+    assert not _file_calls(path.read_text("utf-8"))
+
+
+def _file_calls(source: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=aliases):
+                found += [alias.name for alias in aliases if alias.name in FILE_MODULES]
+            case ast.ImportFrom(module=str(module), names=aliases):
+                of_os = module in ("os", "os.path", "pathlib")
+                found += [a.name for a in aliases if of_os or module in FILE_MODULES]
+            case ast.Attribute(value=ast.Name("os"), attr=name) if name in FILE_FUNCTIONS:
+                found.append(f"os.{name}")
+            case ast.Attribute(value=ast.Attribute(attr="path"), attr=name) if (
+                name in FILE_FUNCTIONS
+            ):
+                found.append(f"os.path.{name}")
+            case ast.Call(func=ast.Attribute(attr=name)) if name in FILE_METHODS:
+                found.append(f".{name}()")
+            case ast.Call(func=ast.Name("open")):
+                found.append("open()")
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("open('x')", "os.open('x', 0)", "os.path.exists('x')", "path.read_text()"),
+        *("import shutil", "from os import rename", "from os.path import isdir"),
+        *("from shutil import rmtree", "from pathlib import Path", "(a / 'b').mkdir()"),
+    ],
+)
+def test_the_search_for_files_that_are_reached_for_finds_them(source: str) -> None:
+    """The test above would fail."""
+    assert _file_calls(source)
 
 
 def test_mypy_is_strict_and_excuses_nothing_of_ours() -> None:

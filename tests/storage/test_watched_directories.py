@@ -21,6 +21,7 @@ from watched_directory import (
     Latency,
     Log,
     before,
+    instead,
     on,
     watched,
 )
@@ -123,6 +124,15 @@ def test_a_call_is_held_until_it_is_released(tmp_path: Path) -> None:
     held.is_released.set()
     thread.join()
     assert directory.read("file") == b""
+
+
+def test_a_call_can_have_another_answer(tmp_path: Path) -> None:
+    """Such as an exchange that turns out impossible."""
+    directory = watched(instead(on("exchange"), False))(str(tmp_path))
+    for name in ("a", "b"):
+        directory.write(f"{name}/{name}", b"")
+    assert not (directory / "a").exchange(directory / "b")
+    assert sorted(directory.walk()[0]) == ["a/a", "b/b"]
 
 
 def test_something_is_done_before_each_call(tmp_path: Path) -> None:

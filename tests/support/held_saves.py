@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
+from watched_directory import Fault, before, on, watched
 
 import orbax_async as ocp
-from orbax_async import errors
 from orbax_async._commit import sequence
-from orbax_async._commit.leftovers import Held
+from orbax_async._storage.openers import opened_by
 from orbax_async.handlers.pytree import PyTreeHandler
 
 STATE = {"a": np.arange(1000), "b": 1}
@@ -53,18 +54,16 @@ def before_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 @pytest.fixture
-def at_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """Holds every save once it has passed its commit point."""
+def at_commit() -> Iterator[Gate]:
+    """Holds a save once it has passed its commit point, when it takes its name."""
     gate = Gate()
-    original = sequence.Save._publish
 
-    def held(self: sequence.Save) -> Held | None:
+    def hold() -> None:
         gate.reached.set()
         gate.opened.wait(30)
-        return original(self)
 
-    monkeypatch.setattr(sequence.Save, "_publish", held)
-    yield gate
+    with opened_by(watched(before(on("rename", "exchange"), hold))):
+        yield gate
     gate.open()
 
 
@@ -84,13 +83,10 @@ def before_staging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+def failing() -> Iterator[None]:
     """Makes every save fail when it should become durable."""
-
-    def fail(*_: Any) -> None:
-        raise errors.CommitError("the disk is full")
-
-    monkeypatch.setattr(sequence.Save, "_sync", fail)
+    with opened_by(watched(Fault(errno.ENOSPC, on("sync"), times=None))):
+        yield
 
 
 def with_async(**asynchronous: Any) -> ocp.Context:

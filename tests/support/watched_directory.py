@@ -321,6 +321,11 @@ class Held:
         return proceed()
 
 
+def instead(when: Callable[[Call], bool], answer: Any) -> Watcher:
+    """Returns a watcher that has calls of a kind do nothing, and return something."""
+    return lambda call, proceed: answer if when(call) else proceed()
+
+
 def before(when: Callable[[Call], bool], action: Callable[[], Any]) -> Watcher:
     """Returns a watcher that does something before each call of a kind."""
 

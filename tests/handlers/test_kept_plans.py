@@ -1,4 +1,4 @@
-"""Forms: what is worked out once for a structure serves its later saves, and only those."""
+"""Kept plans: what is worked out once for a structure serves its later saves, and only those."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async.handlers import forms, saving
+from orbax_async.handlers import write_plan
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Notes each form and each plan that is made."""
+    """Notes each plan that is made, and each division into batches."""
     seen: list[str] = []
-    for module, name in ((forms, "TreeForm"), (saving, "_Plan")):
+    write_batches = write_plan.write_batches
 
-        class Noted(getattr(module, name)):  # type: ignore[misc]
-            def __init__(self, *args: Any) -> None:
-                seen.append(type(self).__mro__[1].__name__)
-                super().__init__(*args)
+    class Noted(write_plan.WritePlan):
+        def __init__(self, *args: Any) -> None:
+            seen.append("plan")
+            super().__init__(*args)
 
-        monkeypatch.setattr(module, name, Noted)
-    monkeypatch.setattr(forms, "_forms", {})
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append("batches")
+        return write_batches(*args, **kwargs)
+
+    monkeypatch.setattr(write_plan, "WritePlan", Noted)
+    monkeypatch.setattr(write_plan, "write_batches", noted)
+    monkeypatch.setattr(write_plan, "_kept", {})
     return seen
 
 
@@ -65,10 +70,10 @@ def assert_same(loaded: Any, expected: Any) -> None:
 
 
 def test_a_structure_is_described_and_planned_once(tmp_path: Path, made: list[str]) -> None:
-    """Saves of other values of one structure share its form and plan, and hold their own values."""
+    """Saves of other values of one structure share its plan, and hold their own values."""
     for seed in range(4):
         ocp.save(tmp_path / str(seed), state(seed))
-    assert made == ["TreeForm", "_Plan"]
+    assert made == ["plan", "batches"]
     for seed in range(4):
         assert_same(ocp.load(tmp_path / str(seed)), state(seed))
         described = ocp.metadata(tmp_path / str(seed)).metadata
@@ -97,19 +102,19 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_structure_has_a_form_of_its_own(
+def test_another_structure_has_a_plan_of_its_own(
     change: str, tmp_path: Path, made: list[str]
 ) -> None:
-    """Whatever of a leaf or the containers is different makes another form and another plan."""
+    """Whatever of a leaf or the containers is different makes another plan."""
     ocp.save(tmp_path / "first", state(1))
     other = state(2) | CHANGES[change]
     ocp.save(tmp_path / "second", other)
-    assert made == ["TreeForm", "_Plan"] * 2
+    assert made == ["plan", "batches"] * 2
     assert_same(ocp.load(tmp_path / "first"), state(1))
     assert_same(ocp.load(tmp_path / "second"), other)
 
 
-def test_another_sharding_has_a_form_of_its_own(
+def test_another_sharding_has_a_plan_of_its_own(
     tmp_path: Path, made: list[str], mesh8: Mesh
 ) -> None:
     """The same values on other devices, or divided in another way, are planned anew."""
@@ -121,11 +126,11 @@ def test_another_sharding_has_a_form_of_its_own(
         loaded = ocp.load(path)["w"]
         assert loaded.sharding == sharding
         assert np.array_equal(loaded, value)
-    assert made == ["TreeForm", "_Plan"] * 4
+    assert made == ["plan", "batches"] * 4
 
 
 def test_other_options_are_planned_anew(tmp_path: Path, made: list[str]) -> None:
-    """A form is shared among contexts, a plan only among those with the same options."""
+    """A plan is shared among contexts with the same options only."""
     values = {"w": np.zeros(100_000, np.float32)}
     sizes = []
     for index, compresses in enumerate([True, False, False]):
@@ -135,7 +140,7 @@ def test_other_options_are_planned_anew(tmp_path: Path, made: list[str]) -> None
             ocp.save(tmp_path / str(index), values)
         files = (each for each in (tmp_path / str(index)).rglob("*") if each.is_file())
         sizes.append(sum(each.stat().st_size for each in files))
-    assert made == ["TreeForm", "_Plan", "_Plan"]
+    assert made == ["plan", "batches"] * 2
     assert sizes[0] < 50_000 < 400_000 < sizes[1]
 
 
@@ -148,7 +153,7 @@ def test_a_priority_function_is_asked_at_each_save(tmp_path: Path, made: list[st
         for index in range(3):
             ocp.save(tmp_path / str(index), {"a": index})
     assert len(asked) == 3
-    assert made == ["TreeForm", "_Plan", "_Plan", "_Plan"]
+    assert made == ["plan", "batches"] * 3
 
 
 class Unhashable:
@@ -172,11 +177,11 @@ def test_a_definition_that_cannot_be_compared_is_saved_all_the_same(
     for index in range(2):
         ocp.save(tmp_path / str(index), [Unhashable(jnp.full(3, index))])
         assert np.array_equal(ocp.load(tmp_path / str(index))[0]["value"], np.full(3, index))
-    assert made == ["TreeForm", "_Plan"] * 2
+    assert made == ["plan", "batches"] * 2
 
 
 def test_a_known_structure_with_a_bad_leaf_is_refused(tmp_path: Path) -> None:
-    """A deleted array or an int that is too large is told by key path, form or no form."""
+    """A deleted array or an int that is too large is told by key path, kept plan or not."""
     good = {"a": [jnp.ones(3), 5]}
     ocp.save(tmp_path / "good", good)
     gone = jnp.ones(3)
@@ -188,8 +193,21 @@ def test_a_known_structure_with_a_bad_leaf_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 
-def test_few_forms_are_kept(tmp_path: Path, made: list[str]) -> None:
-    """A program that saves ever other structures does not collect their forms."""
+def test_few_plans_are_kept(tmp_path: Path, made: list[str]) -> None:
+    """A program that saves ever other structures does not collect their plans."""
     for count in range(20):
         ocp.save(tmp_path / str(count), [1] * (count + 1))
-    assert len(forms._forms) <= 8
+    assert len(write_plan._kept) <= 8
+
+
+def test_another_limit_makes_other_batches_of_the_same_plan(
+    tmp_path: Path, made: list[str]
+) -> None:
+    """What is decided of leaves holds under any budget; how many go together does not."""
+    for index, limit in enumerate([None, None, 1 << 20, 1 << 20, None]):
+        context = ocp.Context()
+        context.memory.write_concurrent_bytes = limit
+        with context:
+            ocp.save(tmp_path / str(index), state(index))
+        assert_same(ocp.load(tmp_path / str(index)), state(index))
+    assert made == ["plan", "batches", "batches", "batches"]

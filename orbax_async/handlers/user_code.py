@@ -35,8 +35,8 @@ def checked(returned: Any, what: str) -> Awaitable[Any]:
     """
     if not inspect.isawaitable(returned):
         raise errors.HandlerError(
-            f"{what} must be a coroutine function, the first tier, which returns an awaitable, the "
-            f"second; it returned {returned!r}"
+            f"{what} must be a coroutine function, the first phase, which returns an awaitable, "
+            f"the second; it returned {returned!r}"
         )
     return returned
 

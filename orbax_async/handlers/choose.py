@@ -1,4 +1,4 @@
-"""Choosing the handler of a checkpointable.
+"""Choosing the handler of a checkpointable, from those of the package and of the user.
 
 Rules, of Orbax and in this order
   To save: an object that saves itself goes to the newest handler that takes it. For any other the
@@ -10,6 +10,9 @@ Rules, of Orbax and in this order
   pytree is loaded as one if everything else fails.
 
   A handler that is bound to a name serves no other.
+
+Checkpoints name Orbax's own handler classes. Those names stand for the classes here, and these
+write those names, so that either library finds its own.
 """
 
 from __future__ import annotations
@@ -19,17 +22,65 @@ from typing import Any, NamedTuple
 
 import jax
 
+from orbax_async import _names as names
 from orbax_async import errors, registration
 from orbax_async._trace import logger
-from orbax_async.handlers import builtin, stateful
+from orbax_async.handlers import stateful
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler, ProtoHandler
+from orbax_async.handlers.parts import PartsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
-from orbax_async.handlers.reading import ShardingFunction
+from orbax_async.handlers.read_plan import ShardingFunction
+from orbax_async.handlers.stateful import StatefulCheckpointableHandler
 from orbax_async.tree.selection import Select
 
-__all__ = ["Part", "for_loading", "for_saving", "state_for_loading"]
+__all__ = ["TYPESTRS", "Part", "for_loading", "for_saving", "state_for_loading"]
 
 Registry = registration.CheckpointableHandlerRegistry
+
+_MODULES = names.PYTREE_TYPESTR.removesuffix("pytree_handler.PyTreeHandler")
+TYPESTRS: dict[type, str] = {
+    PyTreeHandler: names.PYTREE_TYPESTR,
+    PartsHandler: names.PYTREE_TYPESTR,
+    JsonHandler: f"{_MODULES}json_handler.JsonHandler",
+    MetricsHandler: f"{_MODULES}json_handler.MetricsHandler",
+    ProtoHandler: f"{_MODULES}proto_handler.ProtoHandler",
+    StatefulCheckpointableHandler: (
+        f"{_MODULES}stateful_checkpointable_handler.StatefulCheckpointableHandler"
+    ),
+}
+"""What the package's handlers are called on disk."""
+
+
+def _older(*classes: str) -> list[str]:
+    """Returns the names of handlers of older Orbax versions, which lay in two places."""
+    return [
+        f"orbax.checkpoint.{version}_src.handlers.{name}"
+        for name in classes
+        for version in ("", "v0.")
+    ]
+
+
+_OLDER_TREES = _older(
+    "pytree_checkpoint_handler.PyTreeCheckpointHandler",
+    "standard_checkpoint_handler.StandardCheckpointHandler",
+)
+_OLDER_JSON = _older("json_checkpoint_handler.JsonCheckpointHandler")
+_OLDER_PROTO = _older("proto_checkpoint_handler.ProtoCheckpointHandler")
+
+# The newest is asked first: most of what is saved is a pytree.
+registration.begin_with(
+    registration.HandlerRegistry()
+    .add(ProtoHandler, secondary_typestrs=_OLDER_PROTO)
+    .add(JsonHandler, secondary_typestrs=_OLDER_JSON)
+    .add(StatefulCheckpointableHandler)
+    .add(MetricsHandler, checkpointable_name=names.METRICS)
+    .add(PyTreeHandler, secondary_typestrs=_OLDER_TREES)
+    .add(
+        PyTreeHandler,
+        checkpointable_name=names.DEFAULT_CHECKPOINTABLE,
+        secondary_typestrs=_OLDER_TREES,
+    )
+)
 
 # What takes a value apart before any work starts, and refuses what can't be saved.
 _PREPARE_TO_SAVE: dict[type, Callable[[Any, Any], Any]] = {
@@ -61,9 +112,9 @@ class Part(NamedTuple):
 
     def code(self, verb: str) -> str | None:
         """Names a user's code behind a verb of the handler; None if that is our own."""
-        if isinstance(self.handler, stateful.StatefulCheckpointableHandler):
+        if isinstance(self.handler, StatefulCheckpointableHandler):
             return f"{type(self.value).__name__}.{verb}"
-        if type(self.handler) in builtin.TYPESTRS:
+        if type(self.handler) in TYPESTRS:
             return None
         return f"{type(self.handler).__name__}.{verb}"
 
@@ -135,11 +186,11 @@ def for_loading(
       HandlerError: the handler bound to the name can't be made.
       AbstractLeafError: it is a pytree, and what is asked for is none.
     """
-    if typestr == builtin.STATEFUL_TYPESTR:
+    if typestr == TYPESTRS[StatefulCheckpointableHandler]:
         if stateful.is_stateful(abstract):
-            return Part(name, stateful.StatefulCheckpointableHandler(), abstract)
+            return Part(name, StatefulCheckpointableHandler(), abstract)
         if is_pytree:  # Orbax's partial saves call the handler of their trees so
-            typestr = builtin.TYPESTRS[PyTreeHandler]
+            typestr = TYPESTRS[PyTreeHandler]
     bound = _made(registry.get(name)) if registry.has(name) else None
     if bound is not None:
         verdict, value = _asked(bound, abstract)
@@ -229,7 +280,7 @@ def _made(handler: Any) -> Any:
 
 def _typestr(handler_type: type) -> str:
     own = f"{handler_type.__module__}.{handler_type.__qualname__}"
-    return builtin.TYPESTRS.get(handler_type, own)
+    return TYPESTRS.get(handler_type, own)
 
 
 def _typestrs(handler: Any, registry: Registry) -> list[str]:

@@ -32,12 +32,12 @@ class AbstractCheckpointable(Protocol):
 
 @runtime_checkable
 class CheckpointableHandler(Protocol[T, AbstractT]):
-    """Saves and loads one kind of object, in two tiers.
+    """Saves and loads one kind of object, in two phases.
 
-    `save` and `load` are coroutines: what they do before they return is tier 1, in which an
-    object's state is captured. What they return is awaited as tier 2, in the background. In tier
-    1 of a save the directory may not exist yet; tier 2 awaits `directory.await_creation()`. Each
-    tier of all checkpointables of one checkpoint runs concurrently, tier 2 after the last tier 1.
+    `save` and `load` are coroutines: what they do before they return is phase 1, in which an
+    object's state is captured. What they return is awaited as phase 2, in the background. In phase
+    1 of a save the directory may not exist yet; phase 2 awaits `directory.await_creation()`. All
+    checkpointables of one checkpoint are saved at once, each phase 2 after the last phase 1.
 
     Handlers run on the engine's loop. Work that takes long belongs into `asyncio.to_thread`: while
     a coroutine blocks, no other operation is scheduled. They are constructed without arguments,
@@ -76,21 +76,17 @@ class CheckpointableHandler(Protocol[T, AbstractT]):
 
     async def save(self, directory: PathAwaitingCreation, checkpointable: T) -> Awaitable[None]:
         """Captures `checkpointable`, and returns what writes it."""
-        ...
 
     async def load(
         self, directory: Path, abstract_checkpointable: AbstractT | None = None
     ) -> Awaitable[T]:
         """Checks what is asked for, and returns what reads it."""
-        ...
 
     async def metadata(self, directory: Path) -> AbstractT:
         """Returns the abstract form of what is stored, without reading its data."""
-        ...
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether this handler can save an object."""
-        ...
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Says whether this handler can load what an abstract object asks for.
@@ -98,12 +94,11 @@ class CheckpointableHandler(Protocol[T, AbstractT]):
         None says that it can't tell: it is then asked to load what it has saved. An abstract object
         of None asks for what is stored, and this method is not asked about it.
         """
-        ...
 
 
 @runtime_checkable
 class StatefulCheckpointable(Protocol):
-    """An object that saves and loads its own state, in two tiers, without any handler.
+    """An object that saves and loads its own state, in two phases, without any handler.
 
     Grain's iterators are such objects. One is loaded into an instance, which is given as its own
     abstract form and is what the load returns. Its coroutines run where those of handlers do.
@@ -117,8 +112,6 @@ class StatefulCheckpointable(Protocol):
 
     async def save(self, directory: PathAwaitingCreation) -> Awaitable[None]:
         """Captures the object's state, and returns what writes it."""
-        ...
 
     async def load(self, directory: Path) -> Awaitable[None]:
         """Returns what reads the state and puts it into the object."""
-        ...

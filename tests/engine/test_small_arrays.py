@@ -16,20 +16,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._engine import loop, transfer
-from orbax_async.handlers import forms
+from orbax_async._engine import capture, gil
+from orbax_async._engine.save_pipeline import SavePipeline
+from orbax_async._operation import Operation
+from orbax_async.handlers import write_plan
+from orbax_async.handlers.tree_writer import TreeWriter
 
 
-def held(state: Any) -> list[Any]:
-    """Captures a state by views and copies, and returns its arrays as they are captured."""
-    prepared = forms.prepare(state, as_files=False, are_several=False)
-    prepared.hold(ocp.Context())
-    return prepared.arrays
+def pipeline_of(state: Any, context: ocp.Context | None = None) -> SavePipeline:
+    """Returns what would capture a state, and write it."""
+    with context or ocp.Context() as options:
+        return TreeWriter(write_plan.prepare(state, options), Operation("save")).pipeline
 
 
-def is_view(captured: Any, source: jax.Array) -> bool:
+def captured(state: Any) -> list[Any]:
+    """Captures a state, and returns its arrays as they are captured."""
+    pipeline = pipeline_of(state)
+    return [piece for pieces in pipeline._capture_some(pipeline._batches) for piece in pieces]
+
+
+def copied(state: Any, context: ocp.Context | None = None) -> dict[int, int]:
+    """Returns the bytes of each array, by its index, that would be captured by a copy."""
+    batches = pipeline_of(state, context)._batches
+    return {leaf: nbytes for batch in batches for _, leaf, _, _, nbytes in batch.small}
+
+
+def is_view(piece: Any, source: jax.Array) -> bool:
     """Says whether a captured array is where its source is."""
-    address: int = np.asarray(captured).ctypes.data
+    address: int = np.asarray(piece).ctypes.data
     return address == source.unsafe_buffer_pointer()
 
 
@@ -48,24 +62,30 @@ def is_view(captured: Any, source: jax.Array) -> bool:
 def test_which_arrays_are_copied(shape: tuple[int, ...], dtype: str, is_copied: bool) -> None:
     """Up to 16 KiB and one dimension, whose elements lie in their order in any layout."""
     source = jnp.ones(shape, dtype)
-    (captured,) = held([source])
-    assert is_view(captured, source) != is_copied
-    assert captured.shape == shape and captured.dtype == source.dtype
-    assert np.array_equal(captured, source)
+    (piece,) = captured([source])
+    assert is_view(piece, source) != is_copied
+    assert piece.shape == shape and piece.dtype == source.dtype
+    assert np.array_equal(piece, source)
 
 
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "int2", "float8_e4m3fn", "float4_e2m1fn"])
 def test_elements_that_numpy_has_no_type_for_are_left_to_jax(dtype: str) -> None:
     """How a device packs them is its own business."""
-    assert transfer.small_ones([((4,), jnp.dtype(dtype), jnp.ones(3).sharding)]) == []
+    assert copied([jnp.ones(4, dtype)]) == {}
 
 
 def test_copies_take_a_bounded_memory() -> None:
     """The first 16 MiB of a state are copied, and of what follows views are taken."""
-    described = [((1 << 12,), np.dtype(np.float32), jnp.ones(3).sharding)] * 1500
-    groups = transfer.small_ones(described)
-    assert [index for group in groups for index in group.indexes] == list(range(1024))
-    assert {sum(group.nbytes) for group in groups} == {128 << 14}
+    state = [jnp.ones(1 << 12)] * 1500
+    assert copied(state) == dict.fromkeys(range(1024), 1 << 14)
+
+
+def test_no_copies_are_made_that_a_budget_does_not_count() -> None:
+    """Where copies are limited, views are taken of all."""
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = 1 << 30
+    assert copied([jnp.ones(3)]) == {0: 12}
+    assert copied([jnp.ones(3)], context) == {}
 
 
 def test_only_what_is_on_one_cpu_device_is_copied(mesh8: Mesh) -> None:
@@ -76,8 +96,10 @@ def test_only_what_is_on_one_cpu_device_is_copied(mesh8: Mesh) -> None:
         None,
         SingleDeviceSharding(jax.devices()[3]),
     ]
-    (group,) = transfer.small_ones([((8,), np.dtype(np.float32), where) for where in wheres])
-    assert group.indexes == (3,)
+    values = [
+        np.ones(8) if where is None else jax.device_put(jnp.ones(8), where) for where in wheres
+    ]
+    assert list(copied(values)) == [3]
 
 
 @pytest.mark.parametrize("kind", ["device", "pinned_host"])
@@ -90,15 +112,15 @@ def test_an_array_that_other_processes_hold_is_captured_by_them(kind: str) -> No
         device_set = (types.SimpleNamespace(id=7, platform="gpu"),)
 
     where: Any = Elsewhere()
-    assert transfer.capture_mode(where) == ("view" if kind == "pinned_host" else "fetch")
-    assert transfer.small_ones([((8,), np.dtype(np.float32), where)]) == []
+    assert capture.capture_mode(where) == ("view" if kind == "pinned_host" else "fetch")
+    assert not capture.is_small((8,), np.dtype(np.float32), where)
 
 
 def test_i3_small_arrays_survive_what_their_owner_does(tmp_path: Path) -> None:
     """Donated, deleted or dropped once the save is staged, they are saved as they were."""
     update = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     donated, deleted = [jnp.full(300, i + 0.5) for i in range(200)], jnp.arange(5.0)
-    # A leaf of two dimensions and one of NumPy's: this state is captured by the pipeline.
+    # Copies, a view and a copy of a NumPy leaf.
     state = [donated, deleted, jnp.ones((2, 2)), np.zeros(3)]
     response = ocp.save_async(tmp_path / "checkpoint", state)
     for array in donated:
@@ -119,15 +141,15 @@ def test_i3_an_array_that_is_donated_while_it_is_copied_is_not_saved(
     This rests on XLA marking arrays as deleted before it writes to their memory.
     """
 
-    def pointer_of(array: jax.Array) -> int:
-        pointer: int = original(array)
+    def address_of(array: jax.Array) -> int:
+        address: int = original(array)
         if array is victim:
             array.delete()
-        return pointer
+        return address
 
     victim = jnp.arange(5.0)
-    original = transfer._pointer_of
-    monkeypatch.setattr(transfer, "_pointer_of", pointer_of)
+    original = gil._address_of
+    monkeypatch.setattr(gil, "_address_of", address_of)
     with pytest.raises(errors.StagingError, match=r"\['b'\].*captured.*deleted"):
         ocp.save(tmp_path / "checkpoint", {"a": jnp.ones(3), "b": victim})
     assert list(tmp_path.iterdir()) == []
@@ -143,14 +165,14 @@ def test_where_one_cannot_be_waited_for_each_is_captured_by_itself(
 
     sources = [jnp.ones(3), jnp.zeros(3)]
     monkeypatch.setattr(jax, "block_until_ready", fail)
-    assert all(map(is_view, held(sources), sources))
+    assert all(map(is_view, captured(sources), sources))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not count a thread's waits")
 def test_beside_a_program_in_python_capturing_waits_seldom() -> None:
     """Of 2,000 arrays views would ask for the GIL each, and wait for it some hundred times."""
     state = jax.block_until_ready([jnp.full(8, i) for i in range(2000)])
-    prepared = forms.prepare(state, as_files=False, are_several=False)
+    pipeline = pipeline_of(state)
     stop = threading.Event()
 
     def count() -> None:
@@ -160,11 +182,11 @@ def test_beside_a_program_in_python_capturing_waits_seldom() -> None:
     counting = threading.Thread(target=count)
     counting.start()
     try:
-        before = loop._waits()
-        assert prepared.hold(ocp.Context())
-        waits = loop._waits() - before
+        before = gil._waits()
+        (pieces,) = pipeline._capture_some(pipeline._batches)
+        waits = gil._waits() - before
     finally:
         stop.set()
         counting.join()
     assert waits < 100
-    assert [array[0] for array in prepared.arrays] == list(range(2000))
+    assert [piece[0] for piece in pieces] == list(range(2000))

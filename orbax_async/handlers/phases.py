@@ -1,0 +1,115 @@
+"""The two phases of all checkpointables of an operation: concurrent, and with one end for all.
+
+The first failure cancels the others, and disposes of second phases that will not be awaited any
+more. It leaves with a note that names its checkpointable; its class and message stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import anyio
+
+from orbax_async import errors
+from orbax_async.handlers import user_code
+
+__all__ = ["Phase", "first", "naming", "second"]
+
+
+class Phase(NamedTuple):
+    """One phase of one checkpointable.
+
+    Attributes:
+      name: the checkpointable's.
+      begin: returns what is to be awaited.
+      code: what a user calls the code behind it, "PointHandler.save"; None for code of ours.
+    """
+
+    name: str
+    begin: Callable[[], Any]
+    code: str | None
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Notes a checkpointable's name on an error that leaves the block."""
+    try:
+        yield
+    except Exception as error:
+        if name:  # a flat, older checkpoint has none
+            error.add_note(f"checkpointable: {name!r}")
+        raise
+
+
+async def first(
+    phases: Sequence[Phase], *, when_done: Callable[[str], None] = lambda name: None
+) -> list[Phase]:
+    """Runs the first phases, and returns the second ones.
+
+    Args:
+      phases: of all checkpointables.
+      when_done: called with the name of each that has ended well.
+
+    Raises:
+      HandlerError: a handler does not keep to its protocol.
+      Exception: what a handler raised.
+    """
+    seconds: dict[str, Phase] = {}
+
+    async def run(phase: Phase) -> None:
+        name, begin, code = phase
+        with naming(name):
+            if code is None:
+                awaitable = await begin()
+            else:
+                awaitable = user_code.checked(await user_code.awaited(begin(), code), code)
+        seconds[name] = Phase(name, lambda: awaitable, code)
+        when_done(name)
+
+    await _run_all(run, phases, unused=seconds.values())
+    return [seconds[phase.name] for phase in phases]
+
+
+async def second(phases: Sequence[Phase]) -> dict[str, Any]:
+    """Runs the second phases, and returns their results by name.
+
+    Raises:
+      Exception: what a handler raised.
+    """
+    results = dict[str, Any].fromkeys(phase.name for phase in phases)
+    not_begun = {phase.name: phase for phase in phases}
+
+    async def run(phase: Phase) -> None:
+        name, begin, code = not_begun.pop(phase.name)
+        with naming(name):
+            awaitable = begin()
+            results[name] = await (
+                awaitable if code is None else user_code.awaited(awaitable, code)
+            )
+
+    await _run_all(run, phases, unused=not_begun.values())
+    return results
+
+
+async def _run_all(
+    run: Callable[[Phase], Coroutine[Any, Any, None]],
+    phases: Sequence[Phase],
+    *,
+    unused: Iterable[Phase],
+) -> None:
+    """Runs phases concurrently; after a failure it disposes of the `unused` second ones."""
+    try:
+        if len(phases) == 1:  # the usual case needs no task of its own
+            await run(phases[0])
+            return
+        with errors.ungrouped():
+            async with anyio.create_task_group() as group:
+                for phase in phases:
+                    group.start_soon(run, phase)
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            for phase in unused:
+                await user_code.dispose(phase.begin())
+        raise

@@ -1,0 +1,470 @@
+"""What a load reads of a stored tree, and what it makes of that.
+
+`AbstractTree` says what is asked for. `Loading` matches it with what is stored, plans what is read
+of each array (`plan_leaf`), reports everything at once that can't be had, reads, and rebuilds the
+tree. Leaves that are stored alike and asked for alike share one plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from orbax_async import _operation as operation
+from orbax_async import arrays, errors
+from orbax_async import context as ambient
+from orbax_async._engine import loop, place, plan
+from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
+from orbax_async._layouts.protocol import StoredTree, reading
+from orbax_async._layouts.table import layout_of
+from orbax_async._storage import zarr
+from orbax_async._storage.array_store import ArrayStore
+from orbax_async._storage.openers import open_directory
+from orbax_async._trace import logger
+from orbax_async.handlers import kinds, leaves, shardings
+from orbax_async.handlers.kinds import LeafRecord, Request
+from orbax_async.tree import keypath, schema, structure
+from orbax_async.tree.selection import Select, Selection
+from orbax_async.tree.structure import FlatTree
+
+__all__ = ["AbstractTree", "Loading", "ShardingFunction", "describe", "understand"]
+
+ShardingFunction = Callable[
+    [tuple[Any, ...], tuple[int, ...], np.dtype[Any]], jax.sharding.Sharding | None
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractTree:
+    """What is asked for, understood.
+
+    Attributes:
+      flat: the abstract tree; None for what is stored.
+      requests: its leaves.
+      selection: which leaves are loaded; None for all.
+      sharding: of jax arrays of which the tree says none: one for all, or a function.
+    """
+
+    flat: FlatTree | None
+    requests: Sequence[Request]
+    selection: Selection | None = None
+    sharding: jax.sharding.Sharding | ShardingFunction | None = None
+
+
+def understand(
+    abstract: Any,
+    select: Select | None = None,
+    sharding: jax.sharding.Sharding | ShardingFunction | None = None,
+) -> AbstractTree:
+    """Understands an abstract tree; see `PyTreeHandler.read_abstract`."""
+    selection = None if select is None else Selection(select)
+    if isinstance(sharding, jax.sharding.Sharding):
+        try:
+            sharding = shardings.concrete(sharding)
+        except ValueError as reason:
+            raise errors.AbstractLeafError("", str(reason)) from None
+    elif sharding is not None and not callable(sharding):
+        raise TypeError(f"sharding must be a jax.sharding.Sharding or a function, not {sharding!r}")
+    if abstract is None:
+        return AbstractTree(None, (), selection, sharding)
+    flat = structure.flatten(abstract)
+    alike: dict[Hashable, Request] = {}  # by what makes leaves alike, and by themselves
+    requests: list[Request] = []
+    refused: list[errors.LeafError] = []
+    for keys, leaf in flat.entries:
+        key = None
+        if type(leaf) is jax.ShapeDtypeStruct or isinstance(leaf, jax.Array):
+            key = (leaf.shape, leaf.dtype, leaf.sharding, getattr(leaf, "weak_type", False))
+        request = alike.get(key)
+        if request is None:
+            try:
+                request = kinds.want(leaf)
+            except ValueError as reason:
+                refused.append(errors.AbstractLeafError(keypath.label(keys), str(reason)))
+                continue
+            request = alike.setdefault(request, request)
+            if key is not None:
+                alike[key] = request
+        requests.append(request)
+    if refused:
+        raise leaves.summary(refused)
+    return AbstractTree(flat, requests, selection, sharding)
+
+
+class Loading:
+    """One load of one tree; building it reads documents, so it is built on a worker."""
+
+    def __init__(
+        self,
+        directory: str,
+        abstract: AbstractTree,
+        options: ambient.Context,
+        doing: operation.Operation,
+    ) -> None:
+        self._abstract = abstract
+        self._options = options.array.loading
+        self._operation = doing
+        self._problems: list[str] = []
+        self._refused: list[errors.LeafError] = []
+        layout = layout_of(open_directory(directory), doing.context)
+        self._stored = layout.open_tree(is_for_jax=abstract.sharding is not None)
+        self._nest = self._stored.nest_for(options)
+        self._requests = self._matched(is_partial=options.pytree.loading.partial_load)
+        to_load = self._without_data()
+        self._plans: dict[int, LeafPlan] = {}
+        self._pipeline: LoadPipeline | None = None
+        store = self._stored.open_store() if to_load else None
+        if store is not None:
+            self._plan(store, to_load)
+        self._raise_problems(directory)
+        if store is not None:
+            self._pipeline = LoadPipeline(
+                to_load,
+                {index: each.read for index, each in self._plans.items()},
+                store,
+                read_budget=doing.read_budget,
+                recorder=doing.recorder,
+                broadcast=self._options.load_and_broadcast_options,
+            )
+            self._pipeline.map_memory()
+
+    def _matched(self, *, is_partial: bool) -> Sequence[Request]:
+        """Finds what is stored for each leaf, notes all differences; returns what is asked for."""
+        flat, selection = self._abstract.flat, self._abstract.selection
+        entries = self._stored.entries
+        by_keys = {entry.keys: entry for entry in entries}
+        selected = by_keys
+        if selection is not None:
+            selected = {keys: entry for keys, entry in by_keys.items() if selection.has(keys)}
+            self._problems += selection.problems(by_keys)
+        if flat is None:
+            self._entries: list[schema.Entry | None] = list(entries)
+            is_wanted = [entry.keys in selected for entry in entries]
+            self._values: list[Any] = [None if each else structure.LEFT_OUT for each in is_wanted]
+            return [kinds.STORED if each else kinds.SKIPPED for each in is_wanted]
+        if selection is not None:
+            flat = flat._replace(
+                leaves=[
+                    leaf
+                    if keys in selected or structure.empty_kind(leaf) or selection.has(keys)
+                    else ...
+                    for keys, leaf in flat.entries
+                ],
+            )
+        if self._stored.may_be_asked_in_part:
+            asked = set(flat.keys)
+            selected = {keys: entry for keys, entry in selected.items() if keys in asked}
+        self._entries, problems = structure.match(flat, selected, is_partial=is_partial)
+        self._problems += problems
+        self._values = list(flat.leaves)
+        return self._abstract.requests
+
+    def _without_data(self) -> dict[int, schema.Entry]:
+        """Sets the values that are in the documents; returns the leaves that are not."""
+        to_load: dict[int, schema.Entry] = {}
+        texts: dict[int, schema.Entry] = {}
+        for index, (entry, request) in enumerate(zip(self._entries, self._requests, strict=True)):
+            if entry is None or request is kinds.SKIPPED:
+                continue
+            if entry.is_empty:
+                self._values[index] = entry.empty_value()
+            elif entry.kind != schema.STRING:
+                to_load[index] = entry
+            elif (request.kind or kinds.TEXT).value_type == schema.STRING:
+                texts[index] = entry
+            else:
+                self._refused.append(
+                    errors.DtypeMismatchError(
+                        keypath.label(entry.keys),
+                        "the checkpoint holds a str, and something else was asked for",
+                    )
+                )
+        found = self._stored.strings(list(texts.values())) if texts else {}
+        for index, entry in texts.items():
+            request = self._requests[index]
+            kind = request.kind or kinds.TEXT
+            self._values[index] = kind.decode(found[entry.name], LeafRecord(entry), request)
+        return to_load
+
+    def _plan(self, store: ArrayStore, to_load: Mapping[int, schema.Entry]) -> None:
+        """Decides how each array is read."""
+        documents = self._stored.documents(store, list(to_load.values()))
+        dtypes = {id(document): zarr.stored_dtype(document) for document in documents.values()}
+        # Typed keys are stored as uint32; nothing else needs the records of arrays.
+        may_hold_keys = any([dtype == np.uint32 for dtype in dtypes.values()])
+        impls = self._stored.prng_impls() if may_hold_keys else {}
+        saved = self._stored.shardings() if self._needs_saved_shardings(to_load) else {}
+        alike: dict[Hashable, LeafPlan] = {}
+        for index, entry in to_load.items():
+            request, document = self._requests[index], documents[entry.name]
+            record = LeafRecord(
+                entry,
+                tuple(document["shape"]),
+                dtypes[id(document)],
+                impls.get(entry.name),
+                saved.get(entry.name),
+            )
+            sharding = self._sharding_for(record, request)
+            private = tuple(sorted(entry.private.items())) if entry.private else ()
+            key = (
+                (id(document), id(request), id(record.sharding)),
+                (entry.kind, record.prng_impl, private),
+                sharding,
+            )
+            found = alike.get(key)
+            if found is None:
+                try:
+                    found = alike[key] = self._plan_leaf(record, document, request, sharding)
+                except errors.LeafError as error:
+                    self._refused.append(error)
+                    continue
+            self._plans[index] = found
+
+    def _needs_saved_shardings(self, to_load: Iterable[int]) -> bool:
+        if isinstance(self._abstract.sharding, jax.sharding.Sharding):
+            return False
+        return any(
+            [
+                each.kind is None or (each.kind.is_on_devices and each.sharding is None)
+                for each in map(self._requests.__getitem__, to_load)
+            ]
+        )
+
+    def _sharding_for(self, record: LeafRecord, request: Request) -> jax.sharding.Sharding | None:
+        """Returns where an array goes that goes to devices, if the caller says so."""
+        given = self._abstract.sharding
+        if request.sharding is not None:
+            return request.sharding
+        if given is None or isinstance(given, jax.sharding.Sharding):
+            return given
+        if not kinds.result_kind(record, request).is_on_devices:
+            return None
+        shape = record.shape if request.shape is None else request.shape
+        dtype = record.dtype if request.dtype is None else request.dtype
+        try:
+            sharding = given(keypath.jax_path(record.entry.keys), shape, dtype)
+        except Exception as error:
+            error.add_note(f"while asking for the sharding of leaf {record.label}")
+            raise
+        if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
+            raise TypeError(f"the sharding function returned {sharding!r} for leaf {record.label}")
+        try:
+            return shardings.concrete(sharding)
+        except ValueError as reason:
+            raise errors.AbstractLeafError(record.label, str(reason)) from None
+
+    def _plan_leaf(
+        self,
+        record: LeafRecord,
+        document: Mapping[str, Any],
+        request: Request,
+        sharding: jax.sharding.Sharding | None,
+    ) -> LeafPlan:
+        """Decides how one array is read, and what is made of it.
+
+        Raises:
+          ShapeMismatchError: another shape was asked for.
+          DtypeMismatchError: the dtype can't be had without losing values.
+          ShardingMismatchError: a sharding does not fit.
+        """
+        stored_dtype = record.dtype
+        logical = record.entry.private.get("logical_dtype")
+        if logical is not None:
+            record = record._replace(dtype=zarr.dtype_named(logical))
+        kind = kinds.result_kind(record, request)
+        kind.check(record, request)
+        are_keys = record.prng_impl is not None or kinds.is_prng_key(request)
+        pads = self._options.enable_padding_and_truncation and not are_keys
+        shape = _shape(record, request, may_differ=pads)
+        dtype = record.dtype if request.dtype is None or are_keys else request.dtype
+        process = self._operation.processes.index
+        if kind.is_on_devices:
+            self._check_width(record, dtype)
+            sharding = sharding or self._saved_sharding(record)
+            try:
+                placement = shardings.on_devices(sharding, shape, process, self._options)
+            except ValueError as error:
+                raise errors.ShardingMismatchError(record.label, str(error)) from None
+        else:
+            sharding = None
+            placement = shardings.on_host(shape, process)
+        piece_shape = None
+        if shape != record.shape:
+            # Every shard has one shape; what lies beyond the stored array is not read.
+            piece_shape = plan.box_shape(placement.shards[0].box)
+            placement = placement.clipped(record.shape)
+        read = ArrayRead(
+            document,
+            dtype,
+            view_dtype=None if logical is None else record.dtype,
+            sharding=sharding,
+            device_shardings=placement.devices,
+            piece_shape=piece_shape,
+            copies=placement.copies,
+            fills_missing=not self._options.raise_array_data_missing_error,
+        )
+        is_cast = logical is not None and record.dtype != dtype
+        read.regions = plan.read_regions(
+            placement.shards,
+            dtype.itemsize + (stored_dtype.itemsize if is_cast else 0),  # both are there at once
+            process=process,
+            shape=record.shape,
+            chunk_shape=zarr.chunk_shape(document),
+            is_raw=read.raw is not None,
+            is_tight=self._stored.lies_plainly,
+        )
+        if piece_shape is not None and read.regions:  # what is filled up takes memory, too
+            count = sum(len(devices) for region in read.regions for _, devices in region.parts)
+            nbytes = math.prod(piece_shape) * dtype.itemsize * count // len(read.regions)
+            read.regions = tuple(
+                region._replace(nbytes=max(region.nbytes, nbytes)) for region in read.regions
+            )
+
+        def finish(pieces: Sequence[Any]) -> Any:
+            if sharding is None:
+                (array,) = pieces
+            else:
+                array = place.assemble(shape, sharding, pieces)
+            return kind.decode(array, record, request)
+
+        return LeafPlan(read, finish)
+
+    def _check_width(self, record: LeafRecord, dtype: Any) -> None:
+        if kinds.is_wide(dtype) and not self._operation.enable_x64:
+            raise errors.DtypeMismatchError(
+                record.label,
+                f"a jax array of dtype {dtype.name} needs jax_enable_x64, which is off; values "
+                "would be narrowed. Turn it on, or ask for a narrower dtype or for np.ndarray.",
+            )
+
+    def _saved_sharding(self, record: LeafRecord) -> jax.sharding.Sharding:
+        """Returns the saved sharding, or this process's first device where that can't be had."""
+        default = self._stored.default_sharding()
+        if default is not None:
+            return default
+        if record.sharding is not None:
+            try:
+                return shardings.saved(record.sharding, record.entry.private.get("memory_kind"))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                logger.info("leaf %s: %s; it is loaded on one device", record.label, error)
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def _raise_problems(self, directory: str) -> None:
+        """Reports everything at once that keeps the tree from being loaded as it is asked for.
+
+        Raises:
+          TreeMismatchError: the trees differ.
+          LeafError: they don't, but leaves can't be had so; all but the first hang on it.
+        """
+        if not self._problems:
+            if self._refused:
+                raise leaves.summary(self._refused)
+            return
+        lines = [
+            *self._problems,
+            *(str(error).removeprefix("leaf ") for error in self._refused),
+        ]
+        listing = "\n  ".join(lines)
+        raise self._stored.mismatch(
+            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
+            f"{self._stored.mismatch_hint}",
+            tuple(lines),
+        )
+
+    async def run(self) -> Any:
+        """Reads the data and rebuilds the tree."""
+        if self._pipeline is not None:
+            await self._pipeline.run()
+        return await loop.to_worker(self._finish)
+
+    def _finish(self) -> Any:
+        if self._pipeline is not None:
+            pieces = self._pipeline.pieces
+            for index, found in self._plans.items():
+                self._values[index] = found.finish(pieces.get(index, ()))
+        if self._abstract.flat is not None:
+            return self._abstract.flat.rebuild(self._values)
+        # What is left out leaves gaps that only plain containers can have.
+        has_gaps = any(value is structure.LEFT_OUT for value in self._values)
+        nest = structure.nest if has_gaps else self._nest
+        return nest(
+            (entry.keys, value)
+            for entry, value in zip(self._entries, self._values, strict=True)
+            if entry is not None
+        )
+
+
+def describe(stored: StoredTree, options: ambient.Context) -> Any:
+    """Returns a stored tree with the metadata of each leaf; blocks."""
+    if (told := stored.metadata()) is not None:
+        return told
+    store = stored.open_store() if stored.arrays else None
+    documents = {} if store is None else stored.documents(store, stored.arrays)
+    sizes = {} if store is None else _sizes(store, {entry.name for entry in stored.arrays})
+    saved = stored.shardings()
+
+    def leaf(entry: schema.Entry) -> Any:
+        record = LeafRecord(entry, sharding=saved.get(entry.name))
+        document = documents.get(entry.name)
+        if document is not None:
+            record = record._replace(
+                shape=tuple(document["shape"]),
+                dtype=zarr.stored_dtype(document),
+                storage=arrays.StorageMetadata(
+                    zarr.chunk_shape(document), entry.write_shape, sizes.get(entry.name)
+                ),
+            )
+        return kinds.of_stored(entry).describe(record)
+
+    nest = stored.nest_for(options)
+    return nest((entry.keys, leaf(entry)) for entry in stored.entries)
+
+
+def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
+    """Returns the bytes that each array takes on disk, where the store's index tells."""
+    sizes = dict.fromkeys(array_names, 0)
+    with reading(store.directory.path):
+        stored = store.sizes().items()
+    for key, nbytes in stored:
+        name = zarr.array_of(key, array_names, zarr3=store.zarr3)
+        if name is not None:
+            sizes[name] += nbytes
+    return {name: nbytes for name, nbytes in sizes.items() if nbytes}
+
+
+class LeafPlan(NamedTuple):
+    """How leaves are loaded that are stored alike and asked for alike.
+
+    Attributes:
+      read: what is read of each.
+      finish: makes a leaf's value of its pieces.
+    """
+
+    read: ArrayRead
+    finish: Callable[[Sequence[Any]], Any]
+
+
+def _shape(record: LeafRecord, request: Request, *, may_differ: bool) -> tuple[int, ...]:
+    """Returns the shape that an array gets."""
+    expected = record.shape[:-1] if kinds.is_prng_key(request) else record.shape
+    if request.shape is None or request.shape == expected:
+        return record.shape
+    if may_differ and len(request.shape) == len(record.shape):
+        return request.shape
+    if may_differ:
+        why = "Ranks do not match, and padding and truncation keep the rank."
+    else:
+        why = (
+            "Ask for the stored shape, or allow padding and truncation: "
+            "array.loading.enable_padding_and_truncation."
+        )
+    raise errors.ShapeMismatchError(
+        record.label,
+        f"Requested shape: {request.shape} is not compatible with the stored shape: {expected}. "
+        f"{why}",
+    )

@@ -41,7 +41,7 @@ from orbax_async._operation import Operation
 from orbax_async._trace import logger
 from orbax_async.path import Path, PathAwaitingCreation
 
-__all__ = ["Save", "checkpoint_document"]
+__all__ = ["Save"]
 
 _SYNCS_AT_ONCE = 4
 _SWEEP_GRACE_SECS = 1.0
@@ -54,8 +54,9 @@ _RENEW_SECS = 10.0
 class _Awaited:
     """A directory that handlers may write to once it is there."""
 
-    def __init__(self, path: Path, created: anyio.Event) -> None:
+    def __init__(self, path: Path, wanted: anyio.Event, created: anyio.Event) -> None:
         self._path = path
+        self._wanted = wanted
         self._created = created
 
     @property
@@ -65,31 +66,12 @@ class _Awaited:
     def __truediv__(self, other: Any) -> _Awaited:
         if not isinstance(other, (str, os.PathLike)):
             raise TypeError(f"Expected PathLike, got {type(other)}.")
-        return _Awaited(self._path / other, self._created)
+        return _Awaited(self._path / other, self._wanted, self._created)
 
     async def await_creation(self) -> Path:
+        self._wanted.set()
         await self._created.wait()
         return self._path
-
-
-def checkpoint_document(
-    handlers: Mapping[str, str],
-    *,
-    init_nsecs: int,
-    commit_nsecs: int | None,
-    custom_metadata: Mapping[str, Any] | None,
-) -> bytes:
-    """Returns the `_CHECKPOINT_METADATA` document."""
-    return json.dumps(
-        {
-            "item_handlers": dict(handlers),
-            "metrics": {},
-            "performance_metrics": {},
-            "init_timestamp_nsecs": init_nsecs,
-            "commit_timestamp_nsecs": commit_nsecs,
-            "custom_metadata": dict(custom_metadata or {}),
-        }
-    ).encode()
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -158,14 +140,16 @@ class Save:
 
     async def _write(self) -> None:
         where = await self._agree_on_paths()
-        created = anyio.Event()
-        directory = _Awaited(Path(where), created)
+        wanted, created = anyio.Event(), anyio.Event()
+        directory = _Awaited(Path(where), wanted, created)
         if not self.operation.context.asynchronous.create_directories_asynchronously:
             await self._create(created)
         async with anyio.create_task_group() as group:
             if not created.is_set():
-                group.start_soon(self._create, created)
+                # Not before somebody wants it: the caller is waiting for values to be captured.
+                group.start_soon(self._create, created, wanted)
             await self.write(directory)
+            wanted.set()
 
     async def _agree_on_paths(self) -> str:
         processes = self.operation.processes
@@ -178,7 +162,9 @@ class Save:
             )
         return str(directory)
 
-    async def _create(self, created: anyio.Event) -> None:
+    async def _create(self, created: anyio.Event, wanted: anyio.Event | None = None) -> None:
+        if wanted is not None:
+            await wanted.wait()
         if self.operation.path_lock is not None:
             await self.operation.path_lock.acquire()
         if self.operation.processes.is_primary:
@@ -247,14 +233,18 @@ class Save:
             begun_nsecs, custom_metadata = self._begun_nsecs, self.custom_metadata
             if self.inherit is not None:
                 begun_nsecs, custom_metadata = self.inherit()
-            document = checkpoint_document(
-                self.handlers,
-                init_nsecs=begun_nsecs,
-                commit_nsecs=time.time_ns(),
-                custom_metadata=custom_metadata,
-            )
-            proof = f"Checkpoint commit was successful to {self.final}".encode()
-            self._documents = {names.CHECKPOINT_METADATA: document, names.COMMIT_MARKER: proof}
+            document = {
+                "item_handlers": dict(self.handlers),
+                "metrics": {},
+                "performance_metrics": {},
+                "init_timestamp_nsecs": begun_nsecs,
+                "commit_timestamp_nsecs": time.time_ns(),
+                "custom_metadata": custom_metadata,
+            }
+            self._documents = {
+                names.CHECKPOINT_METADATA: json.dumps(document).encode(),
+                names.COMMIT_MARKER: f"Checkpoint commit was successful to {self.final}".encode(),
+            }
             self.commit.complete(self._documents)
         with self._reporting_sync():
             return self.commit.directory.walk()

@@ -67,7 +67,8 @@ def _read(directory: Path, names: Sequence[str], parse: Callable[[bytes, str], A
             data = where.read(name)
         if data is not None:
             return parse(data, path)
-    raise errors.InvalidLayoutError(f"{(where / names[0]).path} is missing")
+    path = (where / names[0]).path
+    raise errors.InvalidLayoutError.of_file(f"{path} is missing", path)
 
 
 class JsonHandler(_DocumentHandler):

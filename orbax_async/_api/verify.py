@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from orbax_async import _names as names
@@ -12,7 +12,7 @@ from orbax_async._api.reader import Reader
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import ArrayRead, VerifyPipeline
 from orbax_async._layouts import table
-from orbax_async._layouts.protocol import COPY_AGAIN, Checkpointable, Damage, StoredTree
+from orbax_async._layouts.layout import Checkpointable, Damage, StoredTree
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.array_store import ArrayStore
@@ -140,7 +140,7 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
                     await _Inspection(name, each.directory, operation, findings).run()
                 elif each.typestr in _DOCUMENTS or name == names.METRICS:
                     kind = _DOCUMENTS.get(each.typestr or "", MetricsHandler)
-                    await _inspect_document(name, each.directory, kind(), findings)
+                    findings.add(name, await _inspect_document(each.directory, kind()))
                 else:
                     findings.unchecked.append(name)
             return VerificationReport(
@@ -168,18 +168,17 @@ class _Findings:
     unproven: list[str] = dataclasses.field(default_factory=list)
     unchecked: list[str] = dataclasses.field(default_factory=list)
 
+    def add(self, name: str, damage: Iterable[Damage]) -> None:
+        """Adds what is wrong with the documents of a checkpointable."""
+        self.damage += [dataclasses.replace(each, checkpointable=name) for each in damage]
 
-async def _inspect_document(
-    name: str, directory: Directory, handler: JsonHandler, findings: _Findings
-) -> None:
+
+async def _inspect_document(directory: Directory, handler: JsonHandler) -> list[Damage]:
     try:
         await (await handler.load(Path(directory.path)))
-    except errors.UnreadableError as error:
-        findings.damage.append(Damage(name, "", directory.path, str(error), ""))
     except errors.InvalidLayoutError as error:
-        path, _, problem = str(error).partition(" is ")
-        problem = f"it is {problem}" if problem else path
-        findings.damage.append(Damage(name, "", path, problem, COPY_AGAIN))
+        return [Damage.of(directory, error)]
+    return []
 
 
 class _Inspection:
@@ -219,9 +218,9 @@ class _Inspection:
             damage += layout.find_damage()
             stored = layout.open_tree()
         except errors.InvalidLayoutError as error:
-            self._add(*damage or [Damage.of(self._directory.path, error, COPY_AGAIN)])
+            self._findings.add(self._name, damage or [Damage.of(self._directory, error)])
             return None
-        self._add(*damage)
+        self._findings.add(self._name, damage)
         entries = [entry for entry in stored.entries if not entry.is_empty]
         self._findings.leaves += len(entries)
         self._check_strings(stored, [each for each in entries if each.kind == schema.STRING])
@@ -246,9 +245,8 @@ class _Inspection:
             for entry in texts:
                 self._attempt(entry.keys, stored.strings, [entry])
         except errors.InvalidLayoutError as error:
-            file = (self._directory / names.STRINGS).path
-            hint = f"{COPY_AGAIN} All leaves that are no strings load without it."
-            self._add(Damage.of(file, error, hint))
+            hint = "All leaves that are no strings load without it."
+            self._findings.add(self._name, [Damage.of(self._directory, error, hint)])
             for entry in texts:
                 self._add_leaf(entry.keys, error)
 
@@ -260,10 +258,8 @@ class _Inspection:
             documents = stored.documents(store, stored.arrays)
         except errors.CheckpointError as error:
             if isinstance(error, errors.InvalidLayoutError):
-                file = (self._directory / names.OCDBT_MANIFEST).path
-                self._add(
-                    Damage.of(file, error, f"{COPY_AGAIN} Leaves may be readable without it.")
-                )
+                hint = "Leaves may be readable without it."
+                self._findings.add(self._name, [Damage.of(self._directory, error, hint)])
                 store.forgo_direct()
         else:
             return [(entry, documents[entry.name]) for entry in stored.arrays]
@@ -309,11 +305,6 @@ class _Inspection:
                 pattern=pattern,
             )
         )
-
-    def _add(self, *found: Damage) -> None:
-        """Notes damage of this tree's documents."""
-        named = [dataclasses.replace(each, checkpointable=self._name) for each in found]
-        self._findings.damage += named
 
 
 def _array_read(document: ArrayDocument, lies_plainly: bool) -> ArrayRead:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,10 +37,14 @@ class Destination(NamedTuple):
         Args:
           may_look: whether it may look at the path. It is of no use before another save there.
         """
-        is_first = not self.overwrite or (may_look and self._is_free())
+        with self._looking():
+            is_first = not self.overwrite or (may_look and self._is_free())
         if self.is_in_place and (is_first or not self.final.can(Capability.RENAME)):
             return MarkerCommit(self.final)
         return RenameCommit(self.final, self.check if self.overwrite else None)
+
+    def _looking(self) -> contextlib.AbstractContextManager[None]:
+        return errors.reported_as(errors.CommitError, f"cannot save to {self.final.path}")
 
     def _is_free(self) -> bool:
         return self.final.status() is None or leftovers.is_hollow(self.final)
@@ -52,6 +57,10 @@ class Destination(NamedTuple):
           DeletionInProgressError: a deletion there was begun and not finished.
           CommitError: no directory can be made there.
         """
+        with self._looking():
+            self._check()
+
+    def _check(self) -> None:
         final = self.final
         leftovers.settle(final.path)
         leftovers.clear(final)

@@ -28,8 +28,8 @@ import tensorstore as ts
 from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.budget import BatchSlots, ByteBudget
-from orbax_async._engine.capture import Piece
 from orbax_async._engine.host_memory import aligned_empty, lies_on_host
+from orbax_async._engine.leaf import Piece
 from orbax_async._engine.place import free_nbytes, place, send
 from orbax_async._engine.plan import ReadRequest
 from orbax_async._storage import zarr

@@ -2,7 +2,6 @@
 
 Does:
   - names every file and key of the format, once (`names`);
-  - writes, syncs and removes plain files (`files`);
   - opens key-value stores and merges per-process databases (`kvstore`, `ocdbt`);
   - reads values straight from a local database's files (`direct`), and tensors from safetensors
     files (`safetensors`);

@@ -24,7 +24,8 @@ __all__ = ["LocalDirectory"]
 
 _SYNC_FILE_RANGE_WRITE = 2
 _AT_CWD, _RENAME_EXCHANGE = -100, 2
-_NO_EMPTY_DIRECTORY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR)
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_NO_EMPTY_DIRECTORY = (errno.ENOTEMPTY, errno.EEXIST, *_NOTHING_THERE)
 
 
 @final
@@ -158,12 +159,13 @@ class LocalDirectory:
         path = self._at(name)
         try:
             os.unlink(path)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
         except (IsADirectoryError, PermissionError):  # what some systems say of a directory
             if not os.path.isdir(path) or os.path.islink(path):
                 raise
             _remove_tree(path)
+        except OSError as error:
+            if error.errno not in _NOTHING_THERE:
+                raise
 
     def remove_if_empty(self) -> None:
         """Removes the directory, unless there is something in it, or no directory."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections import Counter
 
 from orbax_async import _names as names
@@ -11,8 +10,9 @@ from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
 from orbax_async._engine.save_pipeline import SavePipeline
-from orbax_async._storage import array_store, files
+from orbax_async._storage import array_store
 from orbax_async._storage.array_store import ArrayStore
+from orbax_async._storage.directory import Directory
 from orbax_async._storage.openers import open_directory
 from orbax_async.handlers.status import StatusReporter
 from orbax_async.handlers.write_plan import PreparedTree
@@ -64,24 +64,24 @@ class TreeWriter:
         """Writes arrays and documents; nothing is visible yet."""
         await self.pipeline.run(lambda is_separate: self._open_store(directory, is_separate))
         await self._processes.gather(f"arrays of {directory.path.name} written")
-        path = os.fspath(await directory.await_creation())
+        where = open_directory(await directory.await_creation())
         if not self._processes.is_primary:
             return
         if self._is_divided and not self._is_part:
-            await loop.to_worker(array_store.merge_process_databases, open_directory(path))
+            await loop.to_worker(array_store.merge_process_databases, where)
             if self._plan.saving.enable_post_merge_validation:
-                await loop.to_worker(self._validate, path)
-        await loop.to_worker(self._write_documents, path)
+                await loop.to_worker(self._validate, where)
+        await loop.to_worker(self._write_documents, where)
 
     async def _open_store(self, directory: PathAwaitingCreation, is_separate: bool) -> ArrayStore:
-        path = os.fspath(await directory.await_creation())
+        where = open_directory(await directory.await_creation())
         saving = self._plan.saving
         if self._is_divided:
             name = names.PROCESS_REPLICA_DATABASE if is_separate else names.PROCESS_DATABASE
-            path = os.path.join(path, name.format(self._processes.index))
+            where /= name.format(self._processes.index)
         return await loop.to_worker(
             lambda: ArrayStore.create(
-                open_directory(path),
+                where,
                 ocdbt=saving.use_ocdbt,
                 zarr3=saving.use_zarr3,
                 syncs=self._processes.are_several,
@@ -89,24 +89,20 @@ class TreeWriter:
             )
         )
 
-    def _write_documents(self, path: str) -> None:
+    def _write_documents(self, where: Directory) -> None:
         documents = dict(self._plan.documents)
         if self._strings is not None:
             documents[names.STRINGS] = self._strings
-        try:
-            for name, data in documents.items():
-                files.write_bytes(os.path.join(path, name), data)
-        except OSError as error:
-            raise errors.CommitError(
-                f"cannot write {name} in {path}: {error.strerror or error}"
-            ) from error
+        for name, data in documents.items():
+            with errors.reported_as(errors.CommitError, f"cannot write {name} in {where.path}"):
+                where.write(name, data)
 
-    def _validate(self, path: str) -> None:
+    def _validate(self, where: Directory) -> None:
         """Checks that every array that was planned is in the merged store."""
         saving = self._plan.saving
         if not self._plan.arrays:
             return
-        store = ArrayStore(open_directory(path), ocdbt=saving.use_ocdbt, zarr3=saving.use_zarr3)
+        store = ArrayStore(where, ocdbt=saving.use_ocdbt, zarr3=saving.use_zarr3)
         keys = store.list_keys()
         for leaf in self._plan.arrays:
             assert leaf.shape is not None

@@ -12,7 +12,7 @@ import pytest
 
 import orbax_async as ocp
 from acceptance import children, states
-from orbax_async._commit import atomicity
+from orbax_async._commit import leftovers as owners
 
 MARK = ".orbax-checkpoint-tmp"
 FIRST_SAVE_SECS = 60.0
@@ -85,7 +85,14 @@ class Victim:
         wait_until(lambda: not self.before & leftovers(self.directory), "a sweep", SWEEP_SECS)
 
 
-@pytest.mark.parametrize("mode", ["fresh", "overwrite"])
+def in_mode(mode: str) -> ocp.Context:
+    """Returns the context of a mode of the programs."""
+    context = ocp.Context()
+    context.atomicity.mode = "commit_file" if "in-place" in mode.split() else "auto"
+    return context
+
+
+@pytest.mark.parametrize("mode", ["fresh", "overwrite", "in-place fresh", "in-place overwrite"])
 def test_a_kill_at_any_moment(mode: str, tmp_path: Path, soak: Callable[[int, int], int]) -> None:
     """The last acknowledged checkpoint loads bit-exact, and no half of one is ever visible."""
     kills, killed_in_a_save, visible = soak(3, 50), 0, 0
@@ -98,10 +105,18 @@ def test_a_kill_at_any_moment(mode: str, tmp_path: Path, soak: Callable[[int, in
         last = acknowledged(tmp_path)[-1]
         finals = [path for path in tmp_path.iterdir() if path.is_dir() and MARK not in path.name]
         # The victim removes old checkpoints of its own, and may have been at it.
-        finals = [path for path in finals if mode == "overwrite" or int(path.name) >= last]
-        found = {path.name: check_whole(path) for path in finals}
+        finals = [path for path in finals if "overwrite" in mode or int(path.name) >= last]
+        with in_mode(mode):
+            unfinished = [path for path in finals if not ocp.is_orbax_checkpoint(path)]
+            assert len(unfinished) <= ("in-place" in mode)
+            finals = [path for path in finals if path not in unfinished]
+            found = {path.name: check_whole(path) for path in finals}
+            for path in unfinished:  # what is left of it is in nobody's way
+                assert int(path.name) == last + 1
+                ocp.save(path, {"step": 0})
+                shutil.rmtree(path)
         visible += len(found)
-        if mode == "overwrite":
+        if "overwrite" in mode:
             assert last <= found["latest"] <= last + 1
         else:
             assert str(last) in found
@@ -117,32 +132,42 @@ def test_a_kill_at_any_moment(mode: str, tmp_path: Path, soak: Callable[[int, in
     wait_until(lambda: not leftovers(tmp_path), "the last sweep", SWEEP_SECS)
 
 
-@pytest.mark.parametrize("mode", ["fresh", "overwrite", "aside"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        *("fresh", "overwrite", "overwrite aside"),
+        *("in-place fresh", "in-place overwrite", "in-place overwrite aside"),
+    ],
+)
 def test_a_kill_at_every_step(mode: str, tmp_path: Path, soak: Callable[[int, int], int]) -> None:
     """Killed before any change to the file system, a save leaves the old state, or the new one."""
-    stride = soak(5, 1)
-    count = int(children.output("kill_points.py", tmp_path, mode, stride, timeout=1800))
-    assert count > 15
+    stride = soak(7, 1)
+    said = children.output("kill_points.py", tmp_path, mode, stride, timeout=1800)
+    points = [int(word) for word in said.split()]
+    assert points[-1] > 15
     serials = []
-    for point in range(0, count, stride):
+    for point in points:
         path = tmp_path / str(point) / "checkpoint"
-        if mode == "fresh" and not ocp.is_orbax_checkpoint(path):
-            assert not path.exists()
-            serials.append(0)
-        else:
-            loaded = ocp.load(path)
-            serial = loaded["serial"]
-            assert not states.differences(loaded, states.expected(serial, mebibytes=1)), point
-            serials.append(serial)
-        assert not any(ocp.is_orbax_checkpoint(left) for left in leftovers(path.parent)), point
-        ocp.save(path, states.make(3, mebibytes=1), overwrite=True)
-        assert ocp.load(path)["serial"] == 3
+        with in_mode(mode):
+            if "fresh" in mode and not ocp.is_orbax_checkpoint(path):
+                assert "in-place" in mode or not path.exists()
+                serials.append(0)
+            else:
+                loaded = ocp.load(path)
+                serial = loaded["serial"]
+                assert not states.differences(loaded, states.expected(serial, mebibytes=1)), point
+                serials.append(serial)
+            assert not any(ocp.is_orbax_checkpoint(left) for left in leftovers(path.parent)), point
+            ocp.save(path, states.make(3, mebibytes=1), overwrite=True)
+            assert ocp.load(path)["serial"] == 3
         wait_until(lambda path=path: not leftovers(path.parent), f"sweep {point}", SWEEP_SECS)
         shutil.rmtree(path.parent)
-    print(f"\n{mode}: killed at {len(serials)} steps of {count}; what was visible: {serials}")
+    print(
+        f"\n{mode}: killed at {len(serials)} steps of {points[-1] + 1}; what was visible: {serials}"
+    )
     # Once the new one is visible it stays.
     assert serials == sorted(serials)
-    assert set(serials) == {0 if mode == "fresh" else 1, 2}
+    assert set(serials) == {0 if "fresh" in mode else 1, 2}
 
 
 def test_a_killed_process_that_nobody_waited_for_is_dead(tmp_path: Path) -> None:
@@ -157,7 +182,7 @@ def test_a_killed_process_that_nobody_waited_for_is_dead(tmp_path: Path) -> None
         started = stat.read_text().rsplit(")", 1)[1].split()[19]
         zombie.send_signal(signal.SIGKILL)
         wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "Z", "a death", 30)
-        owner = f"{atomicity._host()}-{zombie.pid}-{started}"
+        owner = f"{owners._host_before()}-{zombie.pid}-{started}"
         path.rename(tmp_path / f"checkpoint{MARK}-{owner}-0-old")
         (tmp_path / f"checkpoint{MARK}-{owner}-1-new").mkdir()
         assert ocp.load(path) == {"step": 1}

@@ -22,7 +22,8 @@ from parts import BOTH, FIRST, SECOND, Held, check, gathered, storing
 
 import orbax_async as ocp
 from orbax_async import errors, partial
-from orbax_async._storage import files
+from orbax_async._storage.directory import sizes
+from orbax_async._storage.local import LocalDirectory
 from orbax_async.handlers.pytree import PyTreeHandler
 
 formats = pytest.mark.parametrize("use_zarr3", [True, False])
@@ -71,11 +72,11 @@ def test_a_part_holds_its_own_data_alone(tmp_path: Path) -> None:
     """B14.3: a part is never copied into a later one, nor changed by it."""
     path = tmp_path / "c"
     partial.save(path, {"large": np.zeros(1 << 18)})
-    before = files.sizes(str(gathered(path)[0]))
+    before = sizes(LocalDirectory(str(gathered(path)[0])))
     partial.save(path, {"small": 1})
     first, second = gathered(path)
-    assert files.sizes(str(first)) == before
-    assert sum(files.sizes(str(second)).values()) < 10_000
+    assert sizes(LocalDirectory(str(first))) == before
+    assert sum(sizes(LocalDirectory(str(second))).values()) < 10_000
     partial.finalize(path)
 
 

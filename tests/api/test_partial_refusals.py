@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from parts import BOTH, FIRST, SECOND, check, gathered, storing
+from watched_directory import Log, watched
 
 import orbax_async as ocp
 from orbax_async import errors, partial
-from orbax_async._storage import files
+from orbax_async._storage.openers import opened_by
 
 stores = pytest.mark.parametrize("use_ocdbt", [True, False])
 
@@ -188,13 +189,17 @@ def test_there_must_be_something_to_finalize(tmp_path: Path) -> None:
 
 
 def test_a_file_in_the_place_of_the_parts_is_told_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """W27: what can't hold parts is refused by name, and left alone."""
     (tmp_path / "c.partial_save").write_text("mine")
-    monkeypatch.setattr(files, "walk", None)  # what is written would be synced
-    with pytest.raises(errors.CommitError, match=r"c\.partial_save: it is a file"):
+    log = Log()
+    with (
+        opened_by(watched(log)),
+        pytest.raises(errors.CommitError, match=r"c\.partial_save: it is a file"),
+    ):
         partial.save(tmp_path / "c", FIRST)
+    assert not log.of("kvstore", "walk", "sync")  # neither values nor documents
     assert (tmp_path / "c.partial_save").read_text() == "mine"
 
 

@@ -503,9 +503,9 @@ def test_prioritized_leaves_stay_first_with_separate_folders(
     order: list[str] = []
     capture = tree_writer.SavePipeline._capture
 
-    def noted(self: Any, batch: Any) -> Any:
+    def noted(self: Any, batch: Any, *others: Any) -> Any:
         order.extend(leaf.name for leaf in batch.leaves)
-        return capture(self, batch)
+        return capture(self, batch, *others)
 
     monkeypatch.setattr(tree_writer.SavePipeline, "_capture", noted)
     context = with_saving(enable_replica_parallel_separate_folder=True)

@@ -2,9 +2,10 @@
 
     kill_points.py DIRECTORY MODE STRIDE
 
-MODE is fresh, overwrite, or aside: an overwrite where names can't be exchanged. Each save runs in
-a forked child, in DIRECTORY/NUMBER, and is killed just before its call NUMBER that makes, renames,
-syncs or removes something. Ends when a save has no such call left, and prints how many there were.
+MODE has words: fresh or overwrite; aside, where names can't be exchanged; in-place, for
+`atomicity.mode = 'commit_file'`. Each save runs in a forked child, in DIRECTORY/NUMBER, and is
+killed just before its call NUMBER that makes, writes, locks, renames, syncs or removes something.
+Ends when a save has no such call left, and prints their numbers.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from typing import Any
 from acceptance import states
 
 import orbax_async as ocp
-from orbax_async._commit import atomicity
-from orbax_async._storage import files
+from orbax_async._storage import files, local
 
 CALLS = [
     (os, "mkdir"),
@@ -31,7 +31,9 @@ CALLS = [
     (os, "unlink"),
     (os, "rmdir"),
     (files, "_write"),
-    (atomicity, "_exchange"),
+    (local, "_write"),
+    (local.LocalDirectory, "lock"),
+    (local.LocalDirectory, "exchange"),
 ]
 OLD, NEW, MEBIBYTES = 1, 2, 1
 
@@ -43,14 +45,14 @@ class Killer:
         self.point = point
         self.calls = itertools.count()  # counts without a lock
 
-    def patch(self, owner: Any, name: str, *, always_returns: Any = None) -> None:
+    def patch(self, owner: Any, name: str) -> None:
         """Makes a function count."""
         function: Callable[..., Any] = getattr(owner, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             if next(self.calls) == self.point:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs) if always_returns is None else always_returns
+            return function(*args, **kwargs)
 
         setattr(owner, name, counted)
 
@@ -59,30 +61,43 @@ def save(directory: Path, mode: str, point: int) -> None:
     """Saves the new state over the old one, if the mode says so, and dies on the way."""
     directory.mkdir()
     path = directory / "checkpoint"
-    if mode != "fresh":
-        ocp.save(path, states.make(OLD, mebibytes=MEBIBYTES))
-    killer = Killer(point)
-    for owner, name in CALLS:
-        is_refused = mode == "aside" and name == "_exchange"
-        killer.patch(owner, name, always_returns=False if is_refused else None)
-    ocp.save(path, states.make(NEW, mebibytes=MEBIBYTES), overwrite=mode != "fresh")
+    words = mode.split()
+    if "aside" in words:
+        local._renameat2 = lambda: None
+    context = ocp.Context()
+    context.atomicity.mode = "commit_file" if "in-place" in words else "auto"
+    with context:
+        if "fresh" not in words:
+            ocp.save(path, states.make(OLD, mebibytes=MEBIBYTES))
+        killer = Killer(point)
+        for owner, name in CALLS:
+            killer.patch(owner, name)
+        ocp.save(path, states.make(NEW, mebibytes=MEBIBYTES), overwrite="fresh" not in words)
     os._exit(0)  # without the sweep, whose calls come at any time
 
 
+def dies(directory: Path, mode: str, point: int) -> bool:
+    """Saves in a forked child; no thread runs here, so a fork is safe."""
+    child = os.fork()
+    if child == 0:
+        save(directory / str(point), mode, point)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        shutil.rmtree(directory / str(point))
+        assert os.WEXITSTATUS(status) == 0, status
+        return False
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+    return True
+
+
 def main(directory: Path, mode: str, stride: int) -> None:
-    """Forks a child for each point; no thread runs here, so a fork is safe."""
-    point = 0
-    while True:
-        child = os.fork()
-        if child == 0:
-            save(directory / str(point), mode, point)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            shutil.rmtree(directory / str(point))
-            sys.exit(os.WEXITSTATUS(status)) if os.WEXITSTATUS(status) else print(point)
-            return
-        assert os.WTERMSIG(status) == signal.SIGKILL, status
-        point += stride
+    """Saves over and over; the last of the calls is among those that kill."""
+    points = list(
+        itertools.takewhile(lambda at: dies(directory, mode, at), itertools.count(0, stride))
+    )
+    between = range(points[-1] + stride - 1, points[-1], -1)
+    points += itertools.islice((at for at in between if dies(directory, mode, at)), 1)
+    print(*points)
 
 
 main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

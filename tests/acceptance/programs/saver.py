@@ -2,7 +2,8 @@
 
     saver.py DIRECTORY MODE FIRST SEED
 
-MODE is fresh, for a new path each time, or overwrite, for one path.
+MODE has words: fresh, for a new path each time, or overwrite, for one path; in-place, for
+`atomicity.mode = 'commit_file'`.
 """
 
 from __future__ import annotations
@@ -23,21 +24,20 @@ KEPT = 3
 
 def main(directory: Path, mode: str, first: int, seed: int) -> None:
     """Saves for ever."""
-    sizes = random.Random(seed)
+    sizes, overwrite = random.Random(seed), "overwrite" in mode.split()
+    context = ocp.Context()
+    context.atomicity.mode = "commit_file" if "in-place" in mode.split() else "auto"
     log = os.open(directory / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for serial in itertools.count(first):
         mebibytes = sizes.choice([1, 1, 4, 16])
-        name = "latest" if mode == "overwrite" else str(serial)
+        name = "latest" if overwrite else str(serial)
         state = states.make(serial, mebibytes=mebibytes)
-        ocp.save(
-            directory / name,
-            state,
-            overwrite=mode == "overwrite",
-            custom_metadata={"serial": serial, "mebibytes": mebibytes},
-        )
+        about = {"serial": serial, "mebibytes": mebibytes}
+        with context:
+            ocp.save(directory / name, state, overwrite=overwrite, custom_metadata=about)
         os.write(log, f"{serial}\n".encode())
         os.fsync(log)
-        if mode == "fresh" and serial - KEPT >= first:
+        if not overwrite and serial - KEPT >= first:
             shutil.rmtree(directory / str(serial - KEPT))
 
 

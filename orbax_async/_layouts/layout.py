@@ -24,14 +24,13 @@ from orbax_async.tree.keypath import KeyPath
 
 __all__ = ["COPY_AGAIN", "Checkpointable", "Damage", "Details", "Layout", "StoredTree", "reading"]
 
-
 COPY_AGAIN = "Copy it again from where the checkpoint came from."
 
 
 def reading(path: str) -> AbstractContextManager[None]:
     """Reports an OSError of the block as one of ours: what lies at a path can't be read."""
     return errors.reported_as(
-        errors.UnreadableError,
+        functools.partial(errors.UnreadableError.of_file, path=path),
         f"cannot read {path}",
         "Check that this process may read it, and that its storage works.",
     )
@@ -62,12 +61,13 @@ class Damage:
         return f"{where}: {self.problem}"
 
     @classmethod
-    def of(cls, path: str, problem: str | Exception, hint: str) -> Damage:
-        """Describes a file by what is wrong with it, or by what its use has raised."""
-        if isinstance(problem, OSError):
-            hint = ""  # it is not damaged, and the message says what to do
-        said = str(problem).removeprefix(path).removeprefix(": ").removeprefix(" is damaged: ")
-        return cls("", "", path, said, hint)
+    def of(cls, directory: Directory, error: Exception, hint: str = "") -> Damage:
+        """Describes what the use of a file, or else of a directory, has raised."""
+        path = getattr(error, "path", None) or directory.path
+        problem = str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path}: ")
+        if isinstance(error, errors.UnreadableError):  # which says what to do
+            return cls("", "", path, problem, "")
+        return cls("", "", path, problem, f"{COPY_AGAIN} {hint}".rstrip())
 
 
 class Checkpointable(NamedTuple):
@@ -172,7 +172,7 @@ class Layout:
         try:
             self.open_tree()
         except errors.InvalidLayoutError as error:
-            yield Damage.of(self.directory.path, error, COPY_AGAIN)
+            yield Damage.of(self.directory, error)
 
 
 class StoredTree:

@@ -5,6 +5,7 @@ A checkpoint is one file, or the files of a directory. It is read, and never wri
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._layouts.protocol import COPY_AGAIN, Damage, Details, Layout, StoredTree, reading
+from orbax_async._layouts.layout import Damage, Details, Layout, StoredTree, reading
 from orbax_async._storage import safetensors, zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
@@ -61,9 +62,9 @@ class SafetensorsLayout(Layout):
         """Yields each file that is damaged; where all are whole, what is wrong between them."""
         with reading(self.directory.path):
             found = safetensors.find_damage(self.directory)
-        for path, problem in found:
-            hint = f"{COPY_AGAIN} Nothing can be loaded from here without it."
-            yield Damage.of(path, problem, hint)
+        for path, error in found:
+            hint = "Nothing can be loaded from here without it."
+            yield dataclasses.replace(Damage.of(self.directory, error, hint), path=path)
 
 
 class _Tensors(StoredTree):

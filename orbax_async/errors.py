@@ -50,7 +50,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 __all__ = [
     "AbstractLeafError",
@@ -100,7 +100,20 @@ class CheckpointError(Exception):
 
 
 class InvalidLayoutError(CheckpointError, ValueError):
-    """A path holds no checkpoint, an unfinished one, or a damaged one."""
+    """A path holds no checkpoint, an unfinished one, or a damaged one.
+
+    Attributes:
+      path: the file that is damaged, missing, or unreadable; None where it is not one file.
+    """
+
+    path: str | None = None
+
+    @classmethod
+    def of_file(cls, message: str, path: str) -> Self:
+        """Makes the error of one file."""
+        error = cls(message)
+        error.path = path
+        return error
 
 
 class NotACheckpointError(InvalidLayoutError, NotADirectoryError):

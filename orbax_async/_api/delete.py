@@ -11,8 +11,8 @@ from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit import leftovers, removal
 from orbax_async._engine import loop
+from orbax_async._layouts.layout import reading
 from orbax_async._layouts.orbax import OrbaxLayout, check_name
-from orbax_async._layouts.protocol import reading
 from orbax_async._layouts.table import find_checkpoint
 from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
@@ -132,17 +132,16 @@ def _is_there(
     path = directory.path
     with reading(path):
         status = directory.status()
-        if status is None or status.kind == "directory":
-            leftovers.settle(path)
-            status = directory.status()
+        if status is not None and status.kind == "link":
+            raise ValueError(
+                f"Cannot delete a checkpoint through a symlink: {path}. Delete what it leads to."
+            )
+        leftovers.settle(path)
+        status = directory.status()
         if status is None:
             if missing_ok:
                 return False
             raise errors.NothingToDeleteError(f"Checkpoint does not exist: {path}.")
-        if status.kind == "link":
-            raise ValueError(
-                f"Cannot delete a checkpoint through a symlink: {path}. Delete what it leads to."
-            )
         if status.kind == "file":
             raise errors.NotACheckpointError(f"{path} is a file, not the directory of a checkpoint")
         layout = OrbaxLayout(directory, options)
@@ -158,39 +157,38 @@ def _is_there(
 
 def _holds(layout: OrbaxLayout, name: str, *, missing_ok: bool) -> bool:
     """Says whether a checkpoint holds what is to be deleted of it."""
-    directory = layout.directory
-    record = removal.read_record(directory.path)
+    path = layout.directory.path
+    record = removal.read_record(path)
     if record is not None:
         if record["checkpointable_name"] == name:
             return True
         raise errors.DeletionRecoveryError(
-            f"the deletion of {record['checkpointable_name']!r} of {directory.path} was begun and "
-            f"not finished: delete it again before {name!r}, or delete the checkpoint"
+            f"the deletion of {record['checkpointable_name']!r} of {path} was begun and not "
+            f"finished: delete it again before {name!r}, or delete the checkpoint"
         )
     found: list[str] = []
     if layout.inside:
-        found = list(find_checkpoint(directory, layout.options).checkpointables())
-    if name not in found and missing_ok:
-        return False
+        found = list(find_checkpoint(layout.directory, layout.options).checkpointables())
     if name not in found:
+        if missing_ok:
+            return False
         raise errors.NothingToDeleteError(
-            f"Checkpointable {name!r} does not exist at {directory.path}; it holds {found}"
+            f"Checkpointable {name!r} does not exist at {path}; it holds {found}"
         )
     if len(found) == 1:
         raise ValueError(
-            f"Cannot delete the final checkpointable, {name!r} of {directory.path}; delete the "
-            "whole checkpoint instead."
+            f"Cannot delete the final checkpointable, {name!r} of {path}; delete the whole "
+            "checkpoint instead."
         )
     return True
 
 
 def _remove(directory: Directory, name: str | None, options: ambient.Context) -> None:
     path = directory.path
-    with errors.reported_as(errors.CommitError, f"cannot delete {path}"):
-        if name is None:
-            removal.remove_whole(path)
-            return
-        record = removal.read_record(path)
-        if record is None:
-            record = removal.begin(path, name, OrbaxLayout(directory, options).document)
-        removal.finish(path, record)
+    if name is None:
+        removal.remove_whole(path)
+        return
+    record = removal.read_record(path)
+    if record is None:
+        record = removal.begin(path, name, OrbaxLayout(directory, options).document)
+    removal.finish(path, record)

@@ -12,8 +12,8 @@ from orbax_async import _names as names
 from orbax_async._api.metadata import CheckpointMetadata
 from orbax_async._api.reader import Reader
 from orbax_async._engine import loop
+from orbax_async._layouts.layout import Checkpointable, Layout
 from orbax_async._layouts.orbax import check_name
-from orbax_async._layouts.protocol import Checkpointable, Layout
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async.handlers import choose, phases

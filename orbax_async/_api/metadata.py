@@ -11,8 +11,8 @@ from orbax_async import context as ambient
 from orbax_async import registration
 from orbax_async._api.reader import Reader
 from orbax_async._engine import loop
+from orbax_async._layouts.layout import Checkpointable, Details, Layout
 from orbax_async._layouts.orbax import OrbaxLayout, check_name
-from orbax_async._layouts.protocol import Checkpointable, Details, Layout
 from orbax_async._operation import Operation, starting
 from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger

@@ -20,7 +20,7 @@ from orbax_async import errors
 from orbax_async._commit import leftovers
 from orbax_async._engine import loop
 from orbax_async._layouts import table
-from orbax_async._layouts.protocol import Layout, reading
+from orbax_async._layouts.layout import Layout, reading
 from orbax_async._operation import Operation
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.openers import open_directory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from orbax_async import _names as names
@@ -12,12 +12,12 @@ from orbax_async._api.reader import Reader
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import ArrayRead, VerifyPipeline
 from orbax_async._layouts import table
-from orbax_async._layouts.protocol import COPY_AGAIN, Checkpointable, Damage, StoredTree
+from orbax_async._layouts.layout import Checkpointable, Damage, StoredTree
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
+from orbax_async._storage.zarr import ArrayDocument
 from orbax_async.handlers.choose import TYPESTRS
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
@@ -140,7 +140,7 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
                     await _Inspection(name, each.directory, operation, findings).run()
                 elif each.typestr in _DOCUMENTS or name == names.METRICS:
                     kind = _DOCUMENTS.get(each.typestr or "", MetricsHandler)
-                    await _inspect_document(name, each.directory, kind(), findings)
+                    findings.add(name, await _inspect_document(each.directory, kind()))
                 else:
                     findings.unchecked.append(name)
             return VerificationReport(
@@ -168,18 +168,17 @@ class _Findings:
     unproven: list[str] = dataclasses.field(default_factory=list)
     unchecked: list[str] = dataclasses.field(default_factory=list)
 
+    def add(self, name: str, damage: Iterable[Damage]) -> None:
+        """Adds what is wrong with the documents of a checkpointable."""
+        self.damage += [dataclasses.replace(each, checkpointable=name) for each in damage]
 
-async def _inspect_document(
-    name: str, directory: Directory, handler: JsonHandler, findings: _Findings
-) -> None:
+
+async def _inspect_document(directory: Directory, handler: JsonHandler) -> list[Damage]:
     try:
         await (await handler.load(Path(directory.path)))
-    except errors.UnreadableError as error:
-        findings.damage.append(Damage(name, "", directory.path, str(error), ""))
     except errors.InvalidLayoutError as error:
-        path, _, problem = str(error).partition(" is ")
-        problem = f"it is {problem}" if problem else path
-        findings.damage.append(Damage(name, "", path, problem, COPY_AGAIN))
+        return [Damage.of(directory, error)]
+    return []
 
 
 class _Inspection:
@@ -207,7 +206,7 @@ class _Inspection:
         self._findings.unproven += [
             f"{self._name}{keypath.label(entry.keys)}"
             for index, entry in self._arrays.items()
-            if index not in pipeline.damaged and not zarr.has_checksum(self._reads[index].document)
+            if index not in pipeline.damaged and not self._reads[index].document.has_checksum
         ]
 
     def _begin(self) -> VerifyPipeline | None:
@@ -219,9 +218,9 @@ class _Inspection:
             damage += layout.find_damage()
             stored = layout.open_tree()
         except errors.InvalidLayoutError as error:
-            self._add(*damage or [Damage.of(self._directory.path, error, COPY_AGAIN)])
+            self._findings.add(self._name, damage or [Damage.of(self._directory, error)])
             return None
-        self._add(*damage)
+        self._findings.add(self._name, damage)
         entries = [entry for entry in stored.entries if not entry.is_empty]
         self._findings.leaves += len(entries)
         self._check_strings(stored, [each for each in entries if each.kind == schema.STRING])
@@ -246,24 +245,21 @@ class _Inspection:
             for entry in texts:
                 self._attempt(entry.keys, stored.strings, [entry])
         except errors.InvalidLayoutError as error:
-            file = (self._directory / names.STRINGS).path
-            hint = f"{COPY_AGAIN} All leaves that are no strings load without it."
-            self._add(Damage.of(file, error, hint))
+            hint = "All leaves that are no strings load without it."
+            self._findings.add(self._name, [Damage.of(self._directory, error, hint)])
             for entry in texts:
                 self._add_leaf(entry.keys, error)
 
     def _documents(
         self, stored: StoredTree, store: ArrayStore
-    ) -> list[tuple[schema.Entry, dict[str, Any]]]:
+    ) -> list[tuple[schema.Entry, ArrayDocument]]:
         """Reads the arrays' own documents, all of them or, if anything is damaged, each."""
         try:
             documents = stored.documents(store, stored.arrays)
         except errors.CheckpointError as error:
             if isinstance(error, errors.InvalidLayoutError):
-                file = (self._directory / names.OCDBT_MANIFEST).path
-                self._add(
-                    Damage.of(file, error, f"{COPY_AGAIN} Leaves may be readable without it.")
-                )
+                hint = "Leaves may be readable without it."
+                self._findings.add(self._name, [Damage.of(self._directory, error, hint)])
                 store.forgo_direct()
         else:
             return [(entry, documents[entry.name]) for entry in stored.arrays]
@@ -275,7 +271,7 @@ class _Inspection:
         return found
 
     def _plan(
-        self, documents: Sequence[tuple[schema.Entry, dict[str, Any]]], lies_plainly: bool
+        self, documents: Sequence[tuple[schema.Entry, ArrayDocument]], lies_plainly: bool
     ) -> None:
         """Decides how each array is read; those with one document share what is decided."""
         alike: dict[int, ArrayRead] = {}
@@ -310,15 +306,10 @@ class _Inspection:
             )
         )
 
-    def _add(self, *found: Damage) -> None:
-        """Notes damage of this tree's documents."""
-        named = [dataclasses.replace(each, checkpointable=self._name) for each in found]
-        self._findings.damage += named
 
-
-def _array_read(document: dict[str, Any], lies_plainly: bool) -> ArrayRead:
+def _array_read(document: ArrayDocument, lies_plainly: bool) -> ArrayRead:
     """Returns how an array is read, in pieces that can be read alone."""
-    dtype, shape = zarr.stored_dtype(document), tuple(document["shape"])
-    chunk_shape = (1,) * len(shape) if lies_plainly else zarr.chunk_shape(document)
+    shape, dtype = document.shape, document.dtype
+    chunk_shape = (1,) * len(shape) if lies_plainly else document.chunk_shape
     regions = plan.chunk_regions(shape, chunk_shape, dtype.itemsize, _REGION_NBYTES)
     return ArrayRead(document, dtype, list(regions))

@@ -54,8 +54,9 @@ _RENEW_SECS = 10.0
 class _Awaited:
     """A directory that handlers may write to once it is there."""
 
-    def __init__(self, path: Path, created: anyio.Event) -> None:
+    def __init__(self, path: Path, wanted: anyio.Event, created: anyio.Event) -> None:
         self._path = path
+        self._wanted = wanted
         self._created = created
 
     @property
@@ -65,9 +66,10 @@ class _Awaited:
     def __truediv__(self, other: Any) -> _Awaited:
         if not isinstance(other, (str, os.PathLike)):
             raise TypeError(f"Expected PathLike, got {type(other)}.")
-        return _Awaited(self._path / other, self._created)
+        return _Awaited(self._path / other, self._wanted, self._created)
 
     async def await_creation(self) -> Path:
+        self._wanted.set()
         await self._created.wait()
         return self._path
 
@@ -138,14 +140,16 @@ class Save:
 
     async def _write(self) -> None:
         where = await self._agree_on_paths()
-        created = anyio.Event()
-        directory = _Awaited(Path(where), created)
+        wanted, created = anyio.Event(), anyio.Event()
+        directory = _Awaited(Path(where), wanted, created)
         if not self.operation.context.asynchronous.create_directories_asynchronously:
             await self._create(created)
         async with anyio.create_task_group() as group:
             if not created.is_set():
-                group.start_soon(self._create, created)
+                # Not before somebody wants it: the caller is waiting for values to be captured.
+                group.start_soon(self._create, created, wanted)
             await self.write(directory)
+            wanted.set()
 
     async def _agree_on_paths(self) -> str:
         processes = self.operation.processes
@@ -158,7 +162,9 @@ class Save:
             )
         return str(directory)
 
-    async def _create(self, created: anyio.Event) -> None:
+    async def _create(self, created: anyio.Event, wanted: anyio.Event | None = None) -> None:
+        if wanted is not None:
+            await wanted.wait()
         if self.operation.path_lock is not None:
             await self.operation.path_lock.acquire()
         if self.operation.processes.is_primary:

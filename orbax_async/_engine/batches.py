@@ -97,13 +97,13 @@ def _only_index(box: Box, chunk_shape: tuple[int, ...]) -> tuple[int, ...] | Non
 
 def _small_ones(pairs: Iterable[tuple[WriteRequest, Leaf]], most_nbytes: int) -> list[Small]:
     found: list[Small] = []
-    for place, (request, leaf) in enumerate(pairs):
+    for request, leaf in pairs:
         if leaf.storage.is_small and leaf.shape is not None:
             nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
             most_nbytes -= nbytes
             if most_nbytes < 0:
                 break
-            found.append((place, request.leaf, leaf.shape, leaf.dtype, nbytes))
+            found.append((request.leaf, leaf.shape, leaf.dtype, nbytes))
     return found
 
 

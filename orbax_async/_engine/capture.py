@@ -20,23 +20,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from orbax_async._engine import gil, plan
 from orbax_async._engine.host_memory import aligned_empty, fills_bytes, lies_on_host
-from orbax_async._engine.plan import Box
+from orbax_async._engine.leaf import Mode, Piece, Storage
+from orbax_async._engine.plan import WriteRequest
 from orbax_async.arrays import devices_of
 
-__all__ = ["Mode", "Piece", "Small", "capture", "capture_mode", "copy_small", "is_small"]
+__all__ = ["Small", "capture", "capture_mode", "copy_small", "is_small"]
 
-Piece = np.ndarray[Any, Any] | jax.Array
-Mode = Literal["view", "copy", "fetch", "pin"]
 
-# Of a small array: which piece of a batch it is, of which leaf, its shape, dtype and bytes.
-Small = tuple[int, int, tuple[int, ...], np.dtype[Any], int]
+Small = tuple[int, tuple[int, ...], np.dtype[Any], int]  # the leaf, its shape, dtype and bytes
 
 _SMALL_NBYTES = 16 << 10
 _COPIED_AT_ONCE = 128  # small arrays for whose copies the interpreter lock is kept: 0.2 ms
@@ -77,37 +75,39 @@ def _has_pinned_host(sharding: jax.sharding.Sharding) -> bool:
     )
 
 
-def capture(array: Piece, mode: Mode, *, device_id: int | None, shard_box: Box, box: Box) -> Piece:
+def capture(array: Piece, storage: Storage, request: WriteRequest) -> Piece:
     """I3: captures one piece of an array.
 
     Args:
       array: the whole array.
-      mode: how; see `capture_mode`.
-      device_id: whose shard to take; None where the array is a single one.
-      shard_box: where that shard lies in the array.
-      box: where the piece lies in the array.
+      storage: how, and from how many devices.
+      request: which piece.
 
     Returns:
       A host array, or, of mode `pin`, a jax array in host memory whose transfer may be under way:
       `np.asarray` waits for it.
     """
+    is_single = len(storage.shards) == 1
+    if storage.mode == "view" and is_single:  # most arrays by far
+        return np.asarray(array)
+    box, shard_box = request.box, request.shard_box
     is_whole = box is shard_box or box == shard_box
     if isinstance(array, np.ndarray):
         piece = array if is_whole else array[plan.within(box, shard_box)]
-        if mode == "copy":
+        if storage.mode == "copy":
             copied = aligned_empty(piece.shape, piece.dtype)
             copied[...] = piece
             return copied
         return piece
-    shard = array if device_id is None else _shard(array, device_id)
-    if mode == "pin":
+    shard = array if is_single else _shard(array, request.device_id)
+    if storage.mode == "pin":
         if not is_whole:
             shard = shard[plan.within(box, shard_box)]
         (device,) = shard.devices()
         pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
         moved: jax.Array = jax.device_put(shard, pinned, may_alias=False)
         return moved
-    if mode == "fetch":
+    if storage.mode == "fetch":
         # The host copy stays cached on an array object: not on one that the caller holds.
         shard = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
     host = np.asarray(shard)
@@ -147,30 +147,32 @@ def _is_on_one_cpu(sharding: jax.sharding.Sharding) -> bool:
     return bool(devices_of(sharding)[0].platform == "cpu")
 
 
-def copy_small(arrays: Sequence[Piece], small: Sequence[Small], pieces: list[Piece | None]) -> None:
+def copy_small(arrays: Sequence[Piece], small: Sequence[Small]) -> dict[int, Piece]:
     """I3: copies small jax arrays, without letting go of the interpreter lock for each.
-
-    One that can't be copied is left out, for `capture` to say what is wrong with it.
 
     Args:
       arrays: those of all leaves.
       small: which of them to copy.
-      pieces: those of the batch, where the copies go.
+
+    Returns:
+      Copies by leaf. One that can't be copied is left out, for `capture` to say what is wrong.
     """
+    found: dict[int, Piece] = {}
     try:
-        jax.block_until_ready([arrays[leaf] for _, leaf, *_ in small])
+        jax.block_until_ready([arrays[leaf] for leaf, *_ in small])
         for start in gil.sliced(range(0, len(small), _COPIED_AT_ONCE)):
             group = small[start : start + _COPIED_AT_ONCE]
-            places, leaves, shapes, dtypes, nbytes = zip(*group, strict=True)
+            leaves, shapes, dtypes, nbytes = zip(*group, strict=True)
             sources = [arrays[leaf] for leaf in leaves]
             copies = list(map(_array_over, shapes, dtypes, gil.bytes_of(sources, nbytes)))
-            for place, source, copied in zip(places, sources, copies, strict=True):
+            for leaf, source, copied in zip(leaves, sources, copies, strict=True):
                 # It may be donated meanwhile, against the rules, by a thread that computes. XLA
                 # marks it as deleted before it writes to its memory.
                 if not source.is_deleted():
-                    pieces[place] = copied
+                    found[leaf] = copied
     except (RuntimeError, ValueError):
         pass  # one was deleted, or what computes it has failed
+    return found
 
 
 _array_over: Callable[..., Piece] = np.ndarray

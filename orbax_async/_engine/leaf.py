@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from orbax_async._engine.capture import Mode, Piece
 from orbax_async._engine.plan import ShardSpec
 from orbax_async._storage import codecs, zarr
 from orbax_async.tree import keypath, schema
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["Leaf", "Storage"]
+__all__ = ["Leaf", "Mode", "Piece", "Storage"]
+
+Piece = np.ndarray[Any, Any] | jax.Array  # once it is captured, or placed on a device
+Mode = Literal["view", "copy", "fetch", "pin"]
 
 _UINT8 = np.dtype(np.uint8)
 

@@ -28,8 +28,8 @@ import tensorstore as ts
 from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.budget import BatchSlots, ByteBudget
-from orbax_async._engine.capture import Piece
 from orbax_async._engine.host_memory import aligned_empty, lies_on_host
+from orbax_async._engine.leaf import Piece
 from orbax_async._engine.place import free_nbytes, place, send
 from orbax_async._engine.plan import ReadRequest
 from orbax_async._storage import zarr
@@ -62,13 +62,12 @@ class ArrayRead:
       piece_shape: of each piece, where that is not what is stored: zeros fill it up.
       copies: by the id of a device, where its piece is sent from there.
       fills_missing: whether what is missing reads as the array's fill value.
-      shape: of the stored array.
       read_dtype: what to ask TensorStore for: a reinterpreted array is read as it is stored.
       whole: how a small array is decoded that is read as a value; None for others.
       raw: how its chunks lie in the store if they can be read in place; else None.
     """
 
-    document: Mapping[str, Any]
+    document: zarr.ArrayDocument
     dtype: np.dtype[Any]
     regions: Sequence[plan.Region] = ()
     view_dtype: np.dtype[Any] | None = None
@@ -81,18 +80,13 @@ class ArrayRead:
     fills_missing: bool = False
 
     def __post_init__(self) -> None:
-        self.shape = tuple(self.document["shape"])
-        stored = zarr.stored_dtype(self.document)
-        self.read_dtype = self.dtype if self.view_dtype is None else stored
-        whole = zarr.whole_layout(self.document)
-        self.whole = whole if whole is not None and whole.nbytes <= _VALUE_NBYTES else None
-        self.raw = zarr.raw_layout(self.document) if self.read_dtype == stored else None
-
-    @functools.cached_property
-    def only_chunk(self) -> str:
-        """The key, below the array's own, of a small array's chunk."""
-        zarr3 = self.document["zarr_format"] == 3
-        return zarr.chunk_key("", [0] * len(self.shape), zarr3=zarr3)
+        document = self.document
+        self.read_dtype = self.dtype if self.view_dtype is None else document.dtype
+        is_small = document.whole is not None and document.whole.nbytes <= _VALUE_NBYTES
+        self.whole = document.whole if is_small else None
+        self.raw = document.raw if self.read_dtype == document.dtype else None
+        # The key, below the array's own, of a small array's chunk.
+        self.only_chunk = zarr.chunk_key("", [0] * len(document.shape), zarr3=document.zarr3)
 
 
 class _ReadPipeline:
@@ -163,7 +157,9 @@ class _ReadPipeline:
         box, target = request.region.box, self._mapped.get(id(request))
         if target is None or read.raw is None or read.fills_missing:
             return
-        parts = plan.rows(box, read.shape, read.raw.chunk_shape, target.itemsize, _PART_NBYTES)
+        parts = plan.rows(
+            box, read.document.shape, read.raw.chunk_shape, target.itemsize, _PART_NBYTES
+        )
         were_read: list[bool] = []
 
         async def read_part(part: plan.Box) -> None:
@@ -382,7 +378,7 @@ def _from_value(read: ArrayRead, data: bytes | memoryview, box: plan.Box) -> np.
     """Decodes an array; what stays on the host is the caller's own to change."""
     assert read.whole is not None
     array = zarr.decode_whole(read.whole, data)
-    if plan.box_shape(box) != read.shape:
+    if plan.box_shape(box) != read.document.shape:
         array = array[_slices(box)]
     return array if read.sharding is not None else array.copy()
 

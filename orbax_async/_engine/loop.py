@@ -128,14 +128,13 @@ class Engine:
     """The loop thread, the workers and the watcher of one process."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
         self.running: set[_Running] = set()
         self._is_stopping = False
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # Users' callbacks may wait for operations, and those need the workers.
-        self._callbacks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        roles = [(f"worker {index}", self._jobs) for index in range(_WORKERS)]
-        roles.append(("callbacks", self._callbacks))
+        self.callbacks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        roles = [(f"worker {index}", self.jobs) for index in range(_WORKERS)]
+        roles.append(("callbacks", self.callbacks))
         self._workers = [
             threading.Thread(
                 target=self._work, args=(jobs,), name=f"orbax_async {role}", daemon=True
@@ -162,7 +161,7 @@ class Engine:
     def _run_loop(self, started: concurrent.futures.Future[None]) -> None:
         async def run() -> None:
             self.loop, self._stopped = asyncio.get_running_loop(), anyio.Event()
-            self.loop.set_default_executor(_Executor(self._jobs))
+            self.loop.set_default_executor(_Executor(self.jobs))
             started.set_result(None)
             await self._stopped.wait()
 
@@ -174,10 +173,6 @@ class Engine:
             elif not isinstance(error, RuntimeError):
                 raise
             # From Python 3.12 on there is no thread to be had at the end that ends the executor.
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Queues a job for the workers; jobs start in the order of submission."""
-        self._jobs.put(job)
 
     def spawn(self, function: Callable[[], Awaitable[None]], about: _Running) -> None:
         """Runs a coroutine function on the loop under a copy of the caller's context."""
@@ -206,10 +201,6 @@ class Engine:
 
         self.loop.call_soon_threadsafe(begin, context=context)
 
-    def submit_callback(self, job: Callable[[], None]) -> None:
-        """Queues a job for the thread of callbacks, which runs one after the other."""
-        self._callbacks.put(job)
-
     @staticmethod
     def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         while (job := jobs.get()) is not None:
@@ -233,9 +224,9 @@ class Engine:
             worker.join(max(0, until - time.monotonic()))
 
     def _end_threads(self) -> None:
-        self._callbacks.put(None)
+        self.callbacks.put(None)
         for _ in range(_WORKERS):
-            self._jobs.put(None)
+            self.jobs.put(None)
 
     def _is_waited_for(self, thread: threading.Thread) -> bool:
         # The interpreter lets these end before it goes on, so they may still start operations.
@@ -335,7 +326,7 @@ def call_soon(function: Callable[[], object]) -> None:
 
 def submit_callback(job: Callable[[], None]) -> None:
     """Runs a user's callbacks, whose errors are handled, one job after the other."""
-    _current().submit_callback(job)
+    _current().callbacks.put(job)
 
 
 def is_engine_thread() -> bool:
@@ -379,7 +370,7 @@ async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
             engine.loop.call_soon_threadsafe(done.set)
 
-    engine.submit(job)
+    engine.jobs.put(job)
     with anyio.CancelScope(shield=True):
         await done.wait()
     if failure:

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from orbax_async._engine.capture import Piece
 from orbax_async._engine.host_memory import fills_bytes
+from orbax_async._engine.leaf import Piece
 
 __all__ = ["assemble", "free_nbytes", "place", "send"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import itertools
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import anyio
@@ -25,9 +25,9 @@ from orbax_async import errors
 from orbax_async._engine import gil, loop, plan
 from orbax_async._engine.batches import WriteBatch
 from orbax_async._engine.budget import BatchSlots, ByteBudget
-from orbax_async._engine.capture import Piece, capture, copy_small
+from orbax_async._engine.capture import capture, copy_small
 from orbax_async._engine.host_memory import give_back_freed
-from orbax_async._engine.leaf import Leaf
+from orbax_async._engine.leaf import Leaf, Piece
 from orbax_async._storage import codecs, zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._trace import Recorder
@@ -111,16 +111,20 @@ class SavePipeline:
             with errors.ungrouped():
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._open_stores, open_store)
-                    while True:
-                        while self._captured:
-                            group.start_soon(self._write_captured, *self._captured.popleft())
-                        if not self._uncaptured:
-                            break
+                    while self._uncaptured:
+                        self._start_writing(group)
                         await self._capture_next()
+                    # A caller who was just released has the interpreter meanwhile.
+                    await self._stores_are_open.wait()
+                    self._start_writing(group)
         finally:
             self.released.set()
             self.staged.set()
         self._recorder.enter("written")
+
+    def _start_writing(self, group: anyio.abc.TaskGroup) -> None:
+        while self._captured:
+            group.start_soon(self._write_captured, *self._captured.popleft())
 
     async def _open_stores(self, open_store: Callable[[bool], Awaitable[ArrayStore]]) -> None:
         for is_separate in sorted({False, *(batch.is_separate for batch in self._batches)}):
@@ -148,41 +152,36 @@ class SavePipeline:
             self.staged.set()
 
     def _capture_some(self, batches: Sequence[WriteBatch]) -> list[list[Piece]]:
-        return [self._capture(batch) for batch in batches]
-
-    def _capture(self, batch: WriteBatch) -> list[Piece]:
-        """I3: takes the values of a batch; runs on a worker, in the order of the plan."""
-        pieces: list[Any] = [None] * len(batch.requests)
+        """I3: takes the values of some batches; runs on a worker, in the order of the plan."""
+        nbytes = sum(batch.nbytes for batch in batches)
         with (
-            self._recorder.span("stage", batch.nbytes),
+            self._recorder.span("stage", nbytes),
             jax.transfer_guard("allow"),
             jax.enable_x64(True),
         ):
-            if self._report is None:
-                copy_small(self._arrays, batch.small, pieces)
-            others = [place for place, piece in enumerate(pieces) if piece is None]
-            for place in gil.sliced(others):
-                request, leaf = batch.requests[place], batch.leaves[place]
-                if self._report is not None:
-                    self._report("transfer_start", [request.leaf])
-                pieces[place] = self._piece(request, leaf)
-                if self._report is not None:
-                    jax.block_until_ready(pieces[place])
-                    self._report("transfer_end", [request.leaf])
-        self._recorder.add(leaves_staged=batch.leaf_count, bytes_staged=batch.nbytes)
-        return pieces
+            small = [] if self._report else [each for batch in batches for each in batch.small]
+            copies = copy_small(self._arrays, small)
+            captured = [self._capture(batch, copies) for batch in batches]
+        leaf_count = sum(batch.leaf_count for batch in batches)
+        self._recorder.add(leaves_staged=leaf_count, bytes_staged=nbytes)
+        return captured
 
-    def _piece(self, request: plan.WriteRequest, leaf: Leaf) -> Piece:
-        try:
-            return capture(
-                self._arrays[request.leaf],
-                leaf.storage.mode,
-                device_id=None if len(leaf.storage.shards) == 1 else request.device_id,
-                shard_box=request.shard_box,
-                box=request.box,
-            )
-        except Exception as error:
-            raise errors.StagingError(leaf.label, f"cannot be captured: {error}") from error
+    def _capture(self, batch: WriteBatch, copies: Mapping[int, Piece]) -> list[Piece]:
+        report = self._report
+        pieces: list[Any] = [copies.get(request.leaf) for request in batch.requests]
+        others = [place for place, piece in enumerate(pieces) if piece is None]
+        for place in gil.sliced(others):
+            request, leaf = batch.requests[place], batch.leaves[place]
+            if report is not None:
+                report("transfer_start", [request.leaf])
+            try:
+                pieces[place] = capture(self._arrays[request.leaf], leaf.storage, request)
+            except Exception as error:
+                raise errors.StagingError(leaf.label, f"cannot be captured: {error}") from error
+            if report is not None:
+                jax.block_until_ready(pieces[place])
+                report("transfer_end", [request.leaf])
+        return pieces
 
     # Writing.
 

@@ -1,8 +1,13 @@
-"""Layouts: the ways in which a checkpoint can lie in a directory.
+"""The ways in which a checkpoint can lie in a directory.
 
-What this room does: it tells which layout lies at a path (`table`), what a checkpoint of it holds,
-and how a stored tree of it is read (`protocol`, and one module a layout: `orbax`, `safetensors`).
-What it does not: read values, choose handlers, or write. Orbax's layout is written by handlers.
+Does:
+  - tell which layout lies at a path, by one rule over a table (`table`);
+  - say what a layout answers (`layout`), with a module for each (`orbax`, `tensors`): what a
+    checkpoint holds, how a stored tree of it is read, and what of it is damaged.
+
+Does not:
+  - read values (the engine does), choose handlers, or write: Orbax's layout is written by handlers
+    and the commit.
 
 A new layout is a module here and a row of `table.TABLE`.
 """

@@ -14,7 +14,7 @@ from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit import removal, sessions
-from orbax_async._layouts.protocol import (
+from orbax_async._layouts.layout import (
     COPY_AGAIN,
     Checkpointable,
     Damage,
@@ -255,21 +255,21 @@ class OrbaxLayout(Layout):
         """Returns all that is there, a flat tree under the name '', and what is wrong."""
         damage: list[Damage] = []
 
-        def add(name: str, problem: str | Exception, hint: str = COPY_AGAIN) -> None:
-            damage.append(Damage.of((self.directory / name).path, problem, hint))
+        def add(name: str, problem: str, hint: str = COPY_AGAIN) -> None:
+            damage.append(Damage("", "", (self.directory / name).path, problem, hint))
 
         recorded: Mapping[str, str] = {}
         try:
             recorded = _recorded(self._read_document())
         except errors.InvalidLayoutError as error:
-            add(names.CHECKPOINT_METADATA, error)
+            damage.append(Damage.of(self.directory, error))
         if self.is_damaged:
             add(names.CHECKPOINT_METADATA, "it is missing")
         hidden = None
         try:
             hidden = self.hidden
         except errors.CheckpointError as error:
-            add(names.DELETION_RECORD, error, "")
+            add(names.DELETION_RECORD, str(error), "")
         if hidden is not None:
             add(hidden, "its deletion was not finished", "Delete it again.")
         found = [name for name in (*self._directories, names.METRICS) if name in self.inside]
@@ -287,28 +287,23 @@ class OrbaxLayout(Layout):
 
     def find_damage(self) -> Iterator[Damage]:
         """Yields what is wrong with the documents of the tree, apart from strings and arrays."""
-
-        def damage(name: str, error: Exception, hint: str) -> Damage:
-            return Damage.of((self.directory / name).path, error, f"{COPY_AGAIN} {hint}")
-
         try:
             tree = _OrbaxTree(self.directory)
             records = tree.array_metadatas()
         except errors.InvalidLayoutError as error:
-            is_manifest = names.OCDBT_MANIFEST in str(error)
-            file = names.OCDBT_MANIFEST if is_manifest else names.TREE_METADATA
-            yield damage(file, error, "Nothing of this tree can be loaded without that file.")
+            hint = "Nothing of this tree can be loaded without it."
+            yield Damage.of(self.directory, error, hint)
             return
         try:
             tree.shardings()
         except errors.InvalidLayoutError as error:
-            own = "Loading with shardings of your own works without it."
-            yield damage(names.SHARDINGS, error, own)
+            hint = "Loading with shardings of your own works without it."
+            yield Damage.of(self.directory, error, hint)
         for name in records:
             try:
                 tree.read_array_metadatas(name)
             except errors.InvalidLayoutError as error:
-                yield damage(name, error, "Only typed random keys need it.")
+                yield Damage.of(self.directory, error, "Only typed random keys need it.")
 
 
 class _OrbaxTree(StoredTree):
@@ -320,8 +315,9 @@ class _OrbaxTree(StoredTree):
             is_database = index is not None or holds_ocdbt(directory)
         document = _read(directory, names.TREE_METADATA, schema.TreeDocument.load)
         if document is None:
-            raise errors.InvalidLayoutError(
-                f"{directory.path} holds no pytree: it has no {names.TREE_METADATA}"
+            raise errors.InvalidLayoutError.of_file(
+                f"{directory.path} holds no pytree: it has no {names.TREE_METADATA}",
+                (directory / names.TREE_METADATA).path,
             )
         super().__init__(directory, document.entries)
         self._document = document
@@ -329,8 +325,9 @@ class _OrbaxTree(StoredTree):
         self._is_ocdbt = is_database if uses_ocdbt is None else uses_ocdbt
         self._index = index if self._is_ocdbt else None
         if self._is_ocdbt and not is_database and self.arrays:
-            raise errors.InvalidLayoutError(
-                f"{directory.path} is damaged: {names.OCDBT_MANIFEST} is missing"
+            raise errors.InvalidLayoutError.of_file(
+                f"{directory.path} is damaged: {names.OCDBT_MANIFEST} is missing",
+                (directory / names.OCDBT_MANIFEST).path,
             )
 
     def nest_for(self, options: ambient.Context) -> Callable[[Iterable[tuple[KeyPath, Any]]], Any]:
@@ -362,7 +359,7 @@ class _OrbaxTree(StoredTree):
 
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, zarr.ArrayDocument]:
         """Reads the zarr documents of some arrays, by stored name."""
         keys = [zarr.document_key(entry.name, zarr3=store.zarr3) for entry in entries]
         try:
@@ -372,10 +369,12 @@ class _OrbaxTree(StoredTree):
             raise
         except Exception as error:
             text = str(error).split(" [source locations=")[0]
-            raise errors.InvalidLayoutError(
-                f"the array store of {self.directory.path} is damaged: {text}"
+            file = names.OCDBT_MANIFEST if self._is_ocdbt else ""
+            raise errors.InvalidLayoutError.of_file(
+                f"the array store of {self.directory.path} is damaged: {text}",
+                (self.directory / file).path,
             ) from error
-        parsed: dict[bytes, dict[str, Any]] = {}  # few differ
+        parsed: dict[bytes, zarr.ArrayDocument] = {}  # few differ
         found = {}
         for entry, value in zip(entries, values, strict=True):
             if value is None:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 from orbax_async import context as ambient
 from orbax_async import errors
+from orbax_async._layouts.layout import Layout
 from orbax_async._layouts.orbax import OrbaxLayout
-from orbax_async._layouts.protocol import Layout
-from orbax_async._layouts.safetensors import SafetensorsLayout
+from orbax_async._layouts.tensors import SafetensorsLayout
 from orbax_async._storage.directory import Directory
 from orbax_async.options import CheckpointLayout
 

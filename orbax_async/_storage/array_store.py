@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -211,7 +211,7 @@ class ArrayStore:
     def open_array(
         self,
         name: str,
-        document: Mapping[str, Any],
+        document: zarr.ArrayDocument,
         dtype: np.dtype[Any] | None = None,
         *,
         fills_missing: bool = False,
@@ -251,11 +251,11 @@ def _prefix(name: str) -> str:
     return f"{name}/" if name else ""
 
 
-def _unplaced(document: Mapping[str, Any]) -> dict[str, Any]:
+def _unplaced(document: zarr.ArrayDocument) -> dict[str, Any]:
     """Describes an array to TensorStore, but not where it is stored."""
     return {
-        "driver": "zarr3" if document["zarr_format"] == 3 else "zarr",
-        "metadata": dict(document),
+        "driver": "zarr3" if document.zarr3 else "zarr",
+        "metadata": dict(document.content),
         "store_data_equal_to_fill_value": True,
     }
 
@@ -264,7 +264,7 @@ def _unplaced(document: Mapping[str, Any]) -> dict[str, Any]:
 def _array_spec(document: bytes) -> ts.Spec:
     """Returns what TensorStore makes of a document, which is half the work of opening an array."""
     parsed = zarr.parse_document(document)
-    is_raw = zarr.raw_layout(parsed) is not None
+    is_raw = parsed.raw is not None
     copies = {"data_copy_concurrency": "data_copy_concurrency#raw"} if is_raw else {}
     return ts.Spec({**_unplaced(parsed), **copies})
 

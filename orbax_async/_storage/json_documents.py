@@ -70,7 +70,7 @@ def damage_in(
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         message = f"{file} is damaged: {_reason(error)}"
-        raise kind(f"{message}. {advice}" if advice else message) from error
+        raise kind.of_file(f"{message}. {advice}" if advice else message, file) from error
 
 
 def _reason(error: Exception) -> str:

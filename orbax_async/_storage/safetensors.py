@@ -229,7 +229,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _damaged(file: str, problem: str) -> errors.InvalidLayoutError:
-    return errors.InvalidLayoutError(f"{file}: {problem}")
+    return errors.InvalidLayoutError.of_file(f"{file}: {problem}", file)
 
 
 class TensorReader:

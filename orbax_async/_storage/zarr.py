@@ -15,6 +15,7 @@ import numpy as np
 from orbax_async._storage import codecs
 
 __all__ = [
+    "ArrayDocument",
     "RawLayout",
     "WholeLayout",
     "array_document",
@@ -24,13 +25,10 @@ __all__ = [
     "decode_whole",
     "document_key",
     "dtype_named",
-    "has_checksum",
     "is_storable",
     "name_of",
     "parse_document",
     "plain_document",
-    "raw_layout",
-    "whole_layout",
 ]
 
 _CHECKSUMS = ".checksums"
@@ -135,20 +133,6 @@ def array_document(
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-@functools.lru_cache(maxsize=4096)
-def plain_document(shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, Any]:
-    """Describes an array whose elements lie somewhere in one piece, as they are."""
-    chunk_shape = tuple(max(1, side) for side in shape)
-    return {
-        "chunk_grid": {"configuration": {"chunk_shape": chunk_shape}, "name": "regular"},
-        "chunk_key_encoding": {"name": "default"},
-        "codecs": [{"name": "bytes"}],
-        "data_type": dtype.name,
-        "shape": shape,
-        "zarr_format": 3,
-    }
-
-
 _KEY_V2 = re.compile(r"\.z\w+|\d+([./]\d+)*")
 _KEY_V3 = re.compile(rf"zarr\.json|c(/\d+)*|{re.escape(_CHECKSUMS)}/[\d.]*")
 
@@ -165,78 +149,6 @@ def array_of(key: str, array_names: Container[str], *, zarr3: bool) -> str | Non
     return None
 
 
-_NEEDED = {
-    2: {"shape", "chunks", "dtype", "compressor", "order"},
-    3: {"shape", "chunk_grid", "chunk_key_encoding", "codecs", "data_type"},
-}
-
-
-def parse_document(data: bytes) -> dict[str, Any]:
-    """Returns an array's metadata document as a mapping; raises ValueError where it is none.
-
-    Of what it returns, the functions below can be asked without fear.
-    """
-    try:
-        document = json.loads(data)
-        version = document.get("zarr_format") if isinstance(document, dict) else None
-        needed = _NEEDED.get(version) if isinstance(version, int) else None
-        if needed is None or not needed <= document.keys():
-            raise ValueError("it is no zarr array document")
-        _check_grid(document["shape"], chunk_shape(document))
-        stored_dtype(document)
-        for describe in (whole_layout, raw_layout, has_checksum):
-            describe(document)
-    except (LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"it has another form than it should: {error}") from None
-    return dict(document)
-
-
-def _check_grid(shape: Any, chunk: tuple[Any, ...]) -> None:
-    if not isinstance(shape, list) or len(shape) != len(chunk):
-        raise ValueError(f"its shape {shape} and that of its chunks {list(chunk)} do not fit")
-    for side, piece in zip(shape, chunk, strict=True):
-        if type(side) is not int or type(piece) is not int or side < 0 or piece < 1:
-            raise ValueError(f"its shape {shape}, in chunks of {list(chunk)}, is none")
-    if math.prod(shape) > _MAX_ELEMENTS:
-        raise ValueError(f"its shape {shape} has more elements than any array")
-
-
-def stored_dtype(document: Mapping[str, Any]) -> np.dtype[Any]:
-    """Returns the dtype that a document of either zarr version declares, in native byte order.
-
-    Raises:
-      TypeError: zarr has no such data type.
-    """
-    dtype = dtype_named(document["data_type" if document["zarr_format"] == 3 else "dtype"])
-    if not is_storable(dtype):
-        raise TypeError(f"{dtype.name} is no data type of zarr")
-    return dtype.newbyteorder("=")
-
-
-def chunk_shape(document: Mapping[str, Any]) -> tuple[int, ...]:
-    """Returns the shape of the smallest piece that can be read alone."""
-    if document["zarr_format"] == 2:
-        return tuple(document["chunks"])
-    shape = document["chunk_grid"]["configuration"]["chunk_shape"]
-    found = document.get("codecs", ())
-    while shards := [codec for codec in found if codec.get("name") == "sharding_indexed"]:
-        shape = shards[0]["configuration"]["chunk_shape"]
-        found = shards[0]["configuration"].get("codecs", ())  # shards may be nested
-    return tuple(shape)
-
-
-def checksums_key(name: str, index: Sequence[int]) -> str:
-    """Returns the key of a raw chunk's `block_checksums`, which zarr readers pass over."""
-    return (f"{name}/" if name else "") + f"{_CHECKSUMS}/" + ".".join(map(str, index))
-
-
-def has_checksum(document: Mapping[str, Any]) -> bool:
-    """Says whether a flipped bit of an array's elements is found when they are read."""
-    if document["zarr_format"] == 2:
-        return (document["compressor"] or {}).get("id") in ("gzip", "zlib")
-    return codecs.have_checksum(document["codecs"])
-
-
 class WholeLayout(NamedTuple):
     """How a small array lies in a single value that `decode_whole` reads without TensorStore."""
 
@@ -244,25 +156,6 @@ class WholeLayout(NamedTuple):
     dtype: np.dtype[Any]
     nbytes: int
     is_compressed: bool
-
-
-def whole_layout(document: Mapping[str, Any]) -> WholeLayout | None:
-    """Returns how an array lies in one value; None where it is in several, or not plain."""
-    shape = tuple(document["shape"])
-    if document["zarr_format"] == 2:
-        compressor = document["compressor"]
-        is_plain = _is_plain_v2(document) and (
-            compressor is None or compressor["id"] in ("gzip", "zlib")
-        )
-        is_compressed = compressor is not None
-    else:
-        tail = [codec.get("name") for codec in document["codecs"][1:]]
-        is_plain = _is_plain_v3(document) and tail in ([], ["gzip"])
-        is_compressed = bool(tail)
-    if not is_plain or chunk_shape(document) != tuple(max(1, side) for side in shape):
-        return None
-    dtype = stored_dtype(document)
-    return WholeLayout(shape, dtype, math.prod(shape) * dtype.itemsize, is_compressed)
 
 
 class RawLayout(NamedTuple):
@@ -279,15 +172,120 @@ class RawLayout(NamedTuple):
     zarr3: bool
 
 
-def raw_layout(document: Mapping[str, Any]) -> RawLayout | None:
-    """Returns how an array lies in its chunks; None where they are encoded in any way."""
+class ArrayDocument(NamedTuple):
+    """What the metadata document of an array says.
+
+    Attributes:
+      content: the document itself.
+      zarr3: its version.
+      shape: of the array.
+      dtype: of the array, in native byte order.
+      chunk_shape: of the smallest piece that can be read alone.
+      has_checksum: whether a flipped bit of an element is found when it is read.
+      whole: how the array lies in one value; None where it is in several, or not plain.
+      raw: how it lies in its chunks; None where they are encoded in any way.
+    """
+
+    content: Mapping[str, Any]
+    zarr3: bool
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk_shape: tuple[int, ...]
+    has_checksum: bool
+    whole: WholeLayout | None
+    raw: RawLayout | None
+
+
+_NEEDED = {
+    2: {"shape", "chunks", "dtype", "compressor", "order"},
+    3: {"shape", "chunk_grid", "chunk_key_encoding", "codecs", "data_type"},
+}
+_KEPT_NBYTES = 4096  # of a document that is kept once it is parsed; most trees have few different
+
+
+def parse_document(data: bytes) -> ArrayDocument:
+    """Understands an array's metadata document; raises ValueError where it is none."""
+    return _parsed(data) if len(data) <= _KEPT_NBYTES else _parsed.__wrapped__(data)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(data: bytes) -> ArrayDocument:
+    try:
+        document = json.loads(data)
+        version = document.get("zarr_format") if isinstance(document, dict) else None
+        needed = _NEEDED.get(version) if isinstance(version, int) else None
+        if needed is None or not needed <= document.keys():
+            raise ValueError("it is no zarr array document")
+        return _understood(document)
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it has another form than it should: {error}") from None
+
+
+def _understood(document: Mapping[str, Any]) -> ArrayDocument:
+    zarr3 = document["zarr_format"] == 3
+    chunk_shape = _chunk_shape(document)
+    _check_grid(document["shape"], chunk_shape)
+    shape = tuple(document["shape"])
+    dtype = dtype_named(document["data_type" if zarr3 else "dtype"])
+    if not is_storable(dtype):
+        raise TypeError(f"{dtype.name} is no data type of zarr")
+    dtype = dtype.newbyteorder("=")
+    if zarr3:
+        is_plain = _is_plain_v3(document)
+        tail = [codec.get("name") for codec in document["codecs"][1:]]
+        has_checksum = codecs.have_checksum(document["codecs"])
+    else:
+        is_plain = _is_plain_v2(document)
+        compressor = document["compressor"]
+        has_checksum = compressor is not None and compressor["id"] in ("gzip", "zlib")
+        tail = [] if compressor is None else ["gzip" if has_checksum else "other"]
+    raw = whole = None
+    if is_plain and tail in ([], ["crc32c"]):
+        raw = RawLayout(chunk_shape, bool(tail), zarr3)
+    if is_plain and tail in ([], ["gzip"]) and chunk_shape == tuple(max(1, each) for each in shape):
+        whole = WholeLayout(shape, dtype, math.prod(shape) * dtype.itemsize, bool(tail))
+    return ArrayDocument(document, zarr3, shape, dtype, chunk_shape, has_checksum, whole, raw)
+
+
+def _chunk_shape(document: Mapping[str, Any]) -> tuple[int, ...]:
     if document["zarr_format"] == 2:
-        is_raw = document["compressor"] is None and _is_plain_v2(document)
-        return RawLayout(chunk_shape(document), False, False) if is_raw else None
-    tail = [codec.get("name") for codec in document["codecs"][1:]]
-    if not _is_plain_v3(document) or tail not in ([], ["crc32c"]):
-        return None
-    return RawLayout(chunk_shape(document), bool(tail), True)
+        return tuple(document["chunks"])
+    shape = document["chunk_grid"]["configuration"]["chunk_shape"]
+    found = document.get("codecs", ())
+    while shards := [codec for codec in found if codec.get("name") == "sharding_indexed"]:
+        shape = shards[0]["configuration"]["chunk_shape"]
+        found = shards[0]["configuration"].get("codecs", ())  # shards may be nested
+    return tuple(shape)
+
+
+def _check_grid(shape: Any, chunk: tuple[Any, ...]) -> None:
+    if not isinstance(shape, (list, tuple)) or len(shape) != len(chunk):
+        raise ValueError(f"its shape {shape} and that of its chunks {list(chunk)} do not fit")
+    for side, piece in zip(shape, chunk, strict=True):
+        if type(side) is not int or type(piece) is not int or side < 0 or piece < 1:
+            raise ValueError(f"its shape {shape}, in chunks of {list(chunk)}, is none")
+    if math.prod(shape) > _MAX_ELEMENTS:
+        raise ValueError(f"its shape {shape} has more elements than any array")
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_document(shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayDocument:
+    """Describes an array whose elements lie somewhere in one piece, as they are."""
+    chunk_shape = tuple(max(1, side) for side in shape)
+    content = {
+        "chunk_grid": {"configuration": {"chunk_shape": chunk_shape}, "name": "regular"},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "bytes"}],
+        "data_type": dtype.name,
+        "shape": shape,
+        "zarr_format": 3,
+    }
+    return _understood(content)
+
+
+def checksums_key(name: str, index: Sequence[int]) -> str:
+    """Returns the key of a raw chunk's `block_checksums`, which zarr readers pass over."""
+    return (f"{name}/" if name else "") + f"{_CHECKSUMS}/" + ".".join(map(str, index))
 
 
 def _is_plain_v2(document: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
-from orbax_async._layouts.protocol import reading
+from orbax_async._layouts.layout import reading
 from orbax_async._storage.json_documents import damage_in, parse_json
 from orbax_async._storage.openers import open_directory
 from orbax_async.path import Path, PathAwaitingCreation
@@ -67,7 +67,8 @@ def _read(directory: Path, names: Sequence[str], parse: Callable[[bytes, str], A
             data = where.read(name)
         if data is not None:
             return parse(data, path)
-    raise errors.InvalidLayoutError(f"{(where / names[0]).path} is missing")
+    path = (where / names[0]).path
+    raise errors.InvalidLayoutError.of_file(f"{path} is missing", path)
 
 
 class JsonHandler(_DocumentHandler):

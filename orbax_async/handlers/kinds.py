@@ -108,7 +108,7 @@ class Kind:
     """One kind of leaf. What is not overridden suits values that are stored as NumPy arrays.
 
     Attributes:
-      types: of its values. Each of them, and each subclass, also asks for such a leaf.
+      types: of its values and abstract values, which each of them, and each subclass, also is.
       value_type: what the tree's document calls it.
       python_type: what only we record of it, where kinds have a `value_type` in common.
       may_be_cast: whether options may choose another dtype for what is stored.
@@ -153,8 +153,7 @@ class Kind:
         Raises:
           ValueError: nothing can be loaded as this.
         """
-        cls = leaf if isinstance(leaf, type) else type(leaf)
-        return Request(self, type=cls) if issubclass(cls, self.types) else None
+        return Request(self, type=leaf if isinstance(leaf, type) else type(leaf))
 
     def check(self, record: LeafRecord, request: Request) -> None:
         """Refuses to load what is stored as this kind.
@@ -182,7 +181,7 @@ class Kind:
 class _Nothing(Kind):
     """None and empty containers. They ask for nothing; so does `...`."""
 
-    types = (type(None), tuple, list, Mapping)
+    types = (type(None), type(...), tuple, list, Mapping)
     value_type = "None"
 
     def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
@@ -292,10 +291,12 @@ class _NumpyScalar(_Number):
 class _NumpyArray(Kind):
     """NumPy arrays. What is reported of one, also asks for one."""
 
-    types = (np.ndarray,)
+    types = (np.ndarray, arrays.NumpyMetadata)
     may_be_cast = True
 
-    def encode(self, keys: KeyPath, value: np.ndarray[Any, Any]) -> Encoded:
+    def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
+        if isinstance(value, arrays.NumpyMetadata):
+            return None
         if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
             raise ValueError(
                 "a masked array would lose its mask; save `.data` and `.mask`, or `.filled()`"
@@ -313,8 +314,8 @@ class _NumpyArray(Kind):
         return value.shape, value.dtype
 
     def want(self, leaf: Any) -> Request | None:
-        if not isinstance(leaf, (np.ndarray, arrays.NumpyMetadata)):
-            return super().want(leaf)
+        if isinstance(leaf, type):
+            return Request(self)
         # An empty array is the usual way to say "NumPy, whatever its shape".
         return Request(self, tuple(leaf.shape) if 0 not in leaf.shape else None, leaf.dtype)
 
@@ -325,13 +326,13 @@ class _NumpyArray(Kind):
 class _JaxArray(Kind):
     """jax arrays. Whatever has a shape and a dtype asks for one."""
 
-    types: tuple[Any, ...] = (jax.Array, jax.core.Tracer, jax.ShapeDtypeStruct)
+    types = (jax.Array, jax.core.Tracer, jax.ShapeDtypeStruct, arrays.ArrayMetadata)
     value_type = schema.JAX_ARRAY
     may_be_cast = True
     is_on_devices = True
 
     def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
-        if isinstance(value, jax.ShapeDtypeStruct):
+        if isinstance(value, (jax.ShapeDtypeStruct, arrays.ArrayMetadata)):
             return None
         if isinstance(value, jax.core.Tracer):
             raise ValueError(
@@ -354,17 +355,14 @@ class _JaxArray(Kind):
 
     def want(self, leaf: Any) -> Request | None:
         if isinstance(leaf, type):
-            return super().want(leaf)
+            return Request(self)
         if isinstance(leaf, arrays.ArrayMetadata):
             # Its devices may not be here: the saved sharding is looked up as if nothing were given.
             return Request(self, tuple(leaf.shape), leaf.dtype)
-        # The protocol alone would do, but is slow to check.
-        if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, arrays.AbstractArray)):
-            return None
         return Request(
             self,
             None if leaf.shape is None else tuple(leaf.shape),
-            leaf.dtype if leaf.dtype is None or is_prng_key(leaf) else np.dtype(leaf.dtype),
+            leaf.dtype if leaf.dtype is None or self is RANDOM_KEYS else np.dtype(leaf.dtype),
             shardings.concrete(getattr(leaf, "sharding", None)),
             is_weak=bool(getattr(leaf, "weak_type", False)),
         )
@@ -387,7 +385,6 @@ class _JaxArray(Kind):
 class _RandomKeys(_JaxArray):
     """Typed PRNG keys, stored as the integers of which they are made."""
 
-    types = (jax.Array,)
     python_type = "key"  # `LeafRecord.prng_impl` tells instead
 
     def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
@@ -482,7 +479,11 @@ def want(leaf: Any) -> Request:
     Raises:
       ValueError: nothing can be loaded as this.
     """
-    for kind in TABLE:
+    cls: Any = leaf if isinstance(leaf, type) else type(leaf)
+    candidates = _of_class(TABLE, cls)
+    if not candidates and cls is not leaf and isinstance(leaf, arrays.AbstractArray):
+        candidates = RANDOM_KEYS, JAX_ARRAY
+    for kind in candidates:
         request = kind.want(leaf)
         if request is not None:
             return request

@@ -20,7 +20,7 @@ from orbax_async import arrays, errors
 from orbax_async import context as ambient
 from orbax_async._engine import loop, place, plan
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
-from orbax_async._layouts.protocol import StoredTree, reading
+from orbax_async._layouts.layout import StoredTree, reading
 from orbax_async._layouts.table import layout_of
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
@@ -194,9 +194,8 @@ class Loading:
     def _plan(self, store: ArrayStore, to_load: Mapping[int, schema.Entry]) -> None:
         """Decides how each array is read."""
         documents = self._stored.documents(store, list(to_load.values()))
-        dtypes = {id(document): zarr.stored_dtype(document) for document in documents.values()}
         # Typed keys are stored as uint32; nothing else needs the records of arrays.
-        may_hold_keys = any([dtype == np.uint32 for dtype in dtypes.values()])
+        may_hold_keys = any([document.dtype == np.uint32 for document in documents.values()])
         impls = self._stored.prng_impls() if may_hold_keys else {}
         saved = self._stored.shardings() if self._needs_saved_shardings(to_load) else {}
         alike: dict[Hashable, LeafPlan] = {}
@@ -204,8 +203,8 @@ class Loading:
             request, document = self._requests[index], documents[entry.name]
             record = LeafRecord(
                 entry,
-                tuple(document["shape"]),
-                dtypes[id(document)],
+                document.shape,
+                document.dtype,
                 impls.get(entry.name),
                 saved.get(entry.name),
             )
@@ -261,7 +260,7 @@ class Loading:
     def _plan_leaf(
         self,
         record: LeafRecord,
-        document: Mapping[str, Any],
+        document: zarr.ArrayDocument,
         request: Request,
         sharding: jax.sharding.Sharding | None,
     ) -> LeafPlan:
@@ -272,13 +271,12 @@ class Loading:
           DtypeMismatchError: the dtype can't be had without losing values.
           ShardingMismatchError: a sharding does not fit.
         """
-        stored_dtype = record.dtype
         logical = record.entry.private.get("logical_dtype")
         if logical is not None:
             record = record._replace(dtype=zarr.dtype_named(logical))
         kind = kinds.result_kind(record, request)
         kind.check(record, request)
-        are_keys = record.prng_impl is not None or kinds.is_prng_key(request)
+        are_keys = record.prng_impl is not None or kind is kinds.RANDOM_KEYS
         pads = self._options.enable_padding_and_truncation and not are_keys
         shape = _shape(record, request, may_differ=pads)
         dtype = record.dtype if request.dtype is None or are_keys else request.dtype
@@ -311,10 +309,10 @@ class Loading:
         is_cast = logical is not None and record.dtype != dtype
         read.regions = plan.read_regions(
             placement.shards,
-            dtype.itemsize + (stored_dtype.itemsize if is_cast else 0),  # both are there at once
+            dtype.itemsize + (document.dtype.itemsize if is_cast else 0),  # both are there at once
             process=process,
             shape=record.shape,
-            chunk_shape=zarr.chunk_shape(document),
+            chunk_shape=document.chunk_shape,
             is_raw=read.raw is not None,
             is_tight=self._stored.lies_plainly,
         )
@@ -413,10 +411,10 @@ def describe(stored: StoredTree, options: ambient.Context) -> Any:
         document = documents.get(entry.name)
         if document is not None:
             record = record._replace(
-                shape=tuple(document["shape"]),
-                dtype=zarr.stored_dtype(document),
+                shape=document.shape,
+                dtype=document.dtype,
                 storage=arrays.StorageMetadata(
-                    zarr.chunk_shape(document), entry.write_shape, sizes.get(entry.name)
+                    document.chunk_shape, entry.write_shape, sizes.get(entry.name)
                 ),
             )
         return kinds.of_stored(entry).describe(record)
@@ -451,7 +449,7 @@ class LeafPlan(NamedTuple):
 
 def _shape(record: LeafRecord, request: Request, *, may_differ: bool) -> tuple[int, ...]:
     """Returns the shape that an array gets."""
-    expected = record.shape[:-1] if kinds.is_prng_key(request) else record.shape
+    expected = record.shape[:-1] if request.kind is kinds.RANDOM_KEYS else record.shape
     if request.shape is None or request.shape == expected:
         return record.shape
     if may_differ and len(request.shape) == len(record.shape):

@@ -48,7 +48,7 @@ def values(path: Path) -> dict[str, bytes]:
 
 def document(path: Path, name: str) -> dict[str, Any]:
     """Returns the zarr document of one array."""
-    return zarr.parse_document(values(path)[f"{name}/zarr.json"])
+    return dict(zarr.parse_document(values(path)[f"{name}/zarr.json"]).content)
 
 
 # ---------------------------------------------------------------------------- storage options
@@ -503,9 +503,9 @@ def test_prioritized_leaves_stay_first_with_separate_folders(
     order: list[str] = []
     capture = tree_writer.SavePipeline._capture
 
-    def noted(self: Any, batch: Any) -> Any:
+    def noted(self: Any, batch: Any, *others: Any) -> Any:
         order.extend(leaf.name for leaf in batch.leaves)
-        return capture(self, batch)
+        return capture(self, batch, *others)
 
     monkeypatch.setattr(tree_writer.SavePipeline, "_capture", noted)
     context = with_saving(enable_replica_parallel_separate_folder=True)

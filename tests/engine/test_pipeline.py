@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._engine import batches, load_pipeline, save_pipeline
-from orbax_async._engine.capture import Piece
+from orbax_async._engine.leaf import Piece
 from orbax_async._storage import codecs
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async.handlers import pytree, read_plan, tree_writer
@@ -50,8 +50,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             super().__init__(*args, **kwargs)
             seen.saves.append(self)
 
-        def _capture(self, batch: Any) -> Any:
-            pieces = super()._capture(batch)
+        def _capture(self, batch: Any, *others: Any) -> Any:
+            pieces = super()._capture(batch, *others)
             for leaf, piece in zip(batch.leaves, pieces, strict=True):
                 seen.captured.append(leaf.label)
                 seen.pieces.setdefault(leaf.label, []).append(piece)

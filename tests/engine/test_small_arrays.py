@@ -38,7 +38,7 @@ def captured(state: Any) -> list[Any]:
 def copied(state: Any, context: ocp.Context | None = None) -> dict[int, int]:
     """Returns the bytes of each array, by its index, that would be captured by a copy."""
     batches = pipeline_of(state, context)._batches
-    return {leaf: nbytes for batch in batches for _, leaf, _, _, nbytes in batch.small}
+    return {leaf: nbytes for batch in batches for leaf, _, _, nbytes in batch.small}
 
 
 def is_view(piece: Any, source: jax.Array) -> bool:

@@ -145,7 +145,7 @@ def box_of(
 ) -> np.ndarray[Any, Any]:
     """A box of the tensor `w`, read out of its file."""
     target = np.full(plan.box_shape(box), 77, array.dtype)
-    raw = zarr.raw_layout(zarr.plain_document(array.shape, array.dtype))
+    raw = zarr.plain_document(array.shape, array.dtype).raw
     assert raw is not None
     assert each.read_region("w", raw, box, target)
     return target

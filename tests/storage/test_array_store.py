@@ -152,7 +152,7 @@ def test_safetensors_are_read_in_ranges(directory: Directory) -> None:
         array.tobytes() for array in arrays.values()
     ]
     target = np.empty((5, 7), np.float32)
-    layout = zarr.raw_layout(zarr.plain_document((20, 30), np.dtype(np.float32)))
+    layout = zarr.plain_document((20, 30), np.dtype(np.float32)).raw
     assert layout is not None
     for name, array in arrays.items():
         assert reader.read_region(name, layout, ((3, 8), (11, 18)), target)

@@ -144,7 +144,7 @@ def test_any_region_of_any_chunks_is_read(
             sums = codecs.block_checksums(np.ascontiguousarray(chunk))
             store[zarr.checksums_key("x", index)] = sums
     document = zarr.parse_document(store.read("x/zarr.json").result().value)
-    layout = zarr.raw_layout(document)
+    layout = document.raw
     assert layout is not None
     target = np.full([stop - start for start, stop in box], -1, np.int16)
     is_read = DirectReader(LocalDirectory(str(directory))).read_region("x", layout, box, target)

@@ -37,10 +37,10 @@ def test_what_we_write_is_a_document(encoding: codecs.Encoding, zarr3: bool) -> 
     document = zarr.parse_document(
         zarr.array_document((4, 6), (2, 6), "bfloat16", encoding, zarr3=zarr3)
     )
-    assert document["shape"] == [4, 6]
-    assert zarr.chunk_shape(document) == (2, 6)
-    assert zarr.stored_dtype(document) == jnp.bfloat16
-    assert zarr.has_checksum(document)
+    assert document.shape == (4, 6)
+    assert document.chunk_shape == (2, 6)
+    assert document.dtype == jnp.bfloat16
+    assert document.has_checksum
 
 
 @pytest.mark.parametrize("zarr3", [True, False])
@@ -123,8 +123,8 @@ def test_a_new_codec_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     name: Any = "blosc"
     data = zarr.array_document(array.shape, array.shape, "float32", name, zarr3=True)
     document = zarr.parse_document(data)
-    assert zarr.has_checksum(document)
-    assert zarr.raw_layout(document) is zarr.whole_layout(document) is None
+    assert document.has_checksum
+    assert document.raw is document.whole is None
     directory = MemoryStore().open("/run")
     store = ArrayStore.create(directory, ocdbt=False, zarr3=True)
     transaction = store.begin()

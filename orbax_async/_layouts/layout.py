@@ -18,11 +18,11 @@ from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory, sizes
+from orbax_async._storage.zarr import ArrayDocument
 from orbax_async.tree import schema, structure
 from orbax_async.tree.keypath import KeyPath
 
 __all__ = ["COPY_AGAIN", "Checkpointable", "Damage", "Details", "Layout", "StoredTree", "reading"]
-
 
 COPY_AGAIN = "Copy it again from where the checkpoint came from."
 
@@ -30,7 +30,7 @@ COPY_AGAIN = "Copy it again from where the checkpoint came from."
 def reading(path: str) -> AbstractContextManager[None]:
     """Reports an OSError of the block as one of ours: what lies at a path can't be read."""
     return errors.reported_as(
-        errors.UnreadableError,
+        functools.partial(errors.UnreadableError.of_file, path=path),
         f"cannot read {path}",
         "Check that this process may read it, and that its storage works.",
     )
@@ -61,12 +61,13 @@ class Damage:
         return f"{where}: {self.problem}"
 
     @classmethod
-    def of(cls, path: str, problem: str | Exception, hint: str) -> Damage:
-        """Describes a file by what is wrong with it, or by what its use has raised."""
-        if isinstance(problem, OSError):
-            hint = ""  # it is not damaged, and the message says what to do
-        said = str(problem).removeprefix(path).removeprefix(": ").removeprefix(" is damaged: ")
-        return cls("", "", path, said, hint)
+    def of(cls, directory: Directory, error: Exception, hint: str = "") -> Damage:
+        """Describes what the use of a file, or else of a directory, has raised."""
+        path = getattr(error, "path", None) or directory.path
+        problem = str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path}: ")
+        if isinstance(error, errors.UnreadableError):  # which says what to do
+            return cls("", "", path, problem, "")
+        return cls("", "", path, problem, f"{COPY_AGAIN} {hint}".rstrip())
 
 
 class Checkpointable(NamedTuple):
@@ -171,7 +172,7 @@ class Layout:
         try:
             self.open_tree()
         except errors.InvalidLayoutError as error:
-            yield Damage.of(self.directory.path, error, COPY_AGAIN)
+            yield Damage.of(self.directory, error)
 
 
 class StoredTree:
@@ -209,7 +210,7 @@ class StoredTree:
 
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, ArrayDocument]:
         """Returns what zarr documents say, or would say, of some arrays, by stored name.
 
         Raises:

@@ -5,15 +5,15 @@ A checkpoint is one file, or the files of a directory. It is read, and never wri
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._layouts.protocol import COPY_AGAIN, Damage, Details, Layout, StoredTree, reading
+from orbax_async._layouts.layout import Damage, Details, Layout, StoredTree, reading
 from orbax_async._storage import safetensors, zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
@@ -62,9 +62,9 @@ class SafetensorsLayout(Layout):
         """Yields each file that is damaged; where all are whole, what is wrong between them."""
         with reading(self.directory.path):
             found = safetensors.find_damage(self.directory)
-        for path, problem in found:
-            hint = f"{COPY_AGAIN} Nothing can be loaded from here without it."
-            yield Damage.of(path, problem, hint)
+        for path, error in found:
+            hint = "Nothing can be loaded from here without it."
+            yield dataclasses.replace(Damage.of(self.directory, error, hint), path=path)
 
 
 class _Tensors(StoredTree):
@@ -104,7 +104,7 @@ class _Tensors(StoredTree):
 
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, zarr.ArrayDocument]:
         """Returns what zarr documents would say."""
         found = [self._tensors[entry.name] for entry in entries]
         return {each.name: zarr.plain_document(each.shape, each.dtype) for each in found}

@@ -374,7 +374,6 @@ class _OrbaxTree(StoredTree):
                 f"the array store of {self.directory.path} is damaged: {text}",
                 (self.directory / file).path,
             ) from error
-        parsed: dict[bytes, zarr.ArrayDocument] = {}  # few differ
         found = {}
         for entry, value in zip(entries, values, strict=True):
             if value is None:
@@ -382,17 +381,12 @@ class _OrbaxTree(StoredTree):
                     keypath.label(entry.keys),
                     f"its array {entry.name!r} is missing from {self.directory.path}",
                 )
-            data = bytes(value)
-            document = parsed.get(data)
-            if document is None:
-                try:
-                    document = parsed[data] = zarr.parse_document(data)
-                except ValueError as error:
-                    raise errors.CorruptDataError(
-                        keypath.label(entry.keys),
-                        f"the metadata of its array is damaged: {error}",
-                    ) from error
-            found[entry.name] = document
+            try:
+                found[entry.name] = zarr.parse_document(bytes(value))
+            except ValueError as error:
+                raise errors.CorruptDataError(
+                    keypath.label(entry.keys), f"the metadata of its array is damaged: {error}"
+                ) from error
         return found
 
     def shardings(self) -> Mapping[str, Mapping[str, Any]]:

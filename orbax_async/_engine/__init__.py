@@ -8,7 +8,7 @@ Does:
   - hold bytes in flight under hard budgets (`budget`);
   - capture values from devices and host memory (`capture`), and place them back (`place`,
     `host_memory`);
-  - run a plan to its end, or undo it (`save_pipeline`, `load_pipeline`, `verify_pipeline`).
+  - run a plan to its end, or undo it (`save_pipeline`, `load_pipeline`, which also verifies).
 
 Does not:
   - read the ambient context: it is handed plain values;

@@ -1,13 +1,15 @@
 """How leaves and documents lie on disk.
 
 Does:
-  - names every file and key of the format, once (`names`);
-  - opens key-value stores and merges per-process databases (`kvstore`, `ocdbt`);
-  - reads values straight from a local database's files (`direct`), and tensors from safetensors
-    files (`safetensors`);
-  - encodes and decodes zarr arrays, with checksums (`zarr`).
+  - say what a directory is (`directory`), and which one a path means (`openers`), with that of a
+    file system (`local`);
+  - open stores of arrays, and merge per-process databases (`array_store`);
+  - read values straight from data files (`direct`), and tensors from safetensors files
+    (`safetensors`);
+  - describe zarr arrays (`zarr`), and encode and decode their chunks, with checksums (`codecs`);
+  - read JSON documents in bounds (`json_documents`).
 
 Does not:
-  - know about pytrees, options or contexts;
+  - know about options or contexts, or what a checkpointable is;
   - decide what is written when: that is the engine's.
 """

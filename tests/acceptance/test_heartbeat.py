@@ -83,7 +83,7 @@ def test_the_callers_loop_goes_on(
 async def test_a_steady_state_save_starts_no_thread_and_no_loop(
     tmp_path: Path, soak: Callable[[int, int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once the engine runs, saves and loads start no Python thread and no event loop (I6)."""
+    """Once the engine runs, saves and loads start no Python thread and no event loop (I6, F44)."""
     state = {"large": jnp.ones((1 << 20,)), "small": [jnp.ones(5)] * 20, "numpy": np.ones(1 << 16)}
     abstract = jax.eval_shape(lambda: state)
 
@@ -102,9 +102,7 @@ async def test_a_steady_state_save_starts_no_thread_and_no_loop(
 
         return count
 
-    monkeypatch.setattr(
-        threading, "_start_new_thread", counted("thread", threading._start_new_thread)
-    )
+    monkeypatch.setattr(threading.Thread, "start", counted("thread", threading.Thread.start))
     monkeypatch.setattr(_thread, "start_new_thread", counted("thread", _thread.start_new_thread))
     monkeypatch.setattr(asyncio, "new_event_loop", counted("loop", asyncio.new_event_loop))
     monkeypatch.setattr(asyncio.events, "new_event_loop", counted("loop", asyncio.new_event_loop))

@@ -24,10 +24,13 @@ SIZES = [8, 16 << 10, 24 << 10, 256 << 10, 1 << 20]
 pytestmark = pytest.mark.timeout(3600)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def doubled(array: jax.Array, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
-    """Makes an array that XLA itself has allocated, so that a donation may reuse it."""
-    return array * 2 if sharding is None else jax.lax.with_sharding_constraint(array * 2, sharding)
+@functools.cache
+def doubling(sharding: jax.sharding.Sharding | None) -> Callable[[Any], jax.Array]:
+    """Returns what makes an array that XLA itself allocates, so that a donation may reuse it.
+
+    The sharding is demanded: one that `jit` infers, not every jax can name (F44).
+    """
+    return jax.jit(lambda array: array * 2, out_shardings=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -50,13 +53,13 @@ class Victims:
             self._add_jax(f"jax{index}", _values(rng, (size,), index), None)
             self._add_numpy(f"numpy{index}", _values(rng, (size // 8, 8), index), index)
         for index, sharding in enumerate(sharded):
-            size = int(rng.choice(SIZES))
-            self._add_jax(f"sharded{index}", _values(rng, (size // 4, 4), index), sharding)
+            rows = max(int(rng.choice(SIZES)) // 4, mesh.size)  # each device has one at least
+            self._add_jax(f"sharded{index}", _values(rng, (rows, 4), index), sharding)
         # Containers belong to the caller, too.
         self.state["list"], self.expected["list"] = [1, 2.5], [1, 2.5]
 
     def _add_jax(self, name: str, values: np.ndarray[Any, Any], sharding: Any) -> None:
-        self.jax[name] = self.state[name] = doubled(jnp.asarray(values), sharding)
+        self.jax[name] = self.state[name] = doubling(sharding)(values)
         self.expected[name] = values * 2
 
     def _add_numpy(self, name: str, values: np.ndarray[Any, Any], index: int) -> None:
@@ -114,7 +117,7 @@ def check(path: Path, expected: dict[str, Any]) -> None:
 
 def test_a_donation_does_reuse_the_buffer() -> None:
     """Without a save, donation overwrites the values: what the tests below guard against."""
-    array = doubled(jnp.arange(1 << 16, dtype=jnp.float32))
+    array = doubling(None)(jnp.arange(1 << 16, dtype=jnp.float32))
     old = ctypes.string_at(array.unsafe_buffer_pointer(), array.nbytes)
     result = jax.block_until_ready(stepped(array))
     new = ctypes.string_at(result.unsafe_buffer_pointer(), result.nbytes)

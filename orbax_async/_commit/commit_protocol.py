@@ -45,10 +45,10 @@ class Commit(Protocol):
     makes_checkpoint: bool
 
     def begin(self, names_inside: Sequence[str], *, mode: int | None) -> None:
-        """Makes the directory, its parents, and directories in it, and holds it.
+        """Makes the directory, its parents, and `names_inside` it, and holds it.
 
         Args:
-          names_inside: what to make in it.
+          names_inside: the directories to make in it.
           mode: its permission bits; None leaves them to the process's umask.
 
         Raises:

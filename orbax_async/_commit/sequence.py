@@ -21,7 +21,6 @@ Theory of operation
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -219,13 +218,15 @@ class Save:
         loop.spawn(self._sweep, label="sweep", exit_grace_secs=_SWEEP_GRACE_SECS, is_told_of=False)
 
     async def _make_durable(self) -> None:
-        files, directories = await loop.to_worker(self._complete)
-        with self.operation.recorder.span("sync"):
-            share = max(1, -(-len(files) // _SYNCS_AT_ONCE))
-            async with anyio.create_task_group() as group:
-                for start in range(0, len(files), share):
-                    group.start_soon(loop.to_worker, self._sync, files[start : start + share])
-            await loop.to_worker(self._sync, directories)
+        problem = f"cannot make what was written for {self.final} durable"
+        with errors.reported_as(errors.CommitError, problem), errors.ungrouped():
+            files, directories = await loop.to_worker(self._complete)
+            with self.operation.recorder.span("sync"):
+                share = max(1, -(-len(files) // _SYNCS_AT_ONCE))
+                async with anyio.create_task_group() as group:
+                    for start in range(0, len(files), share):
+                        group.start_soon(loop.to_worker, self._sync, files[start : start + share])
+                await loop.to_worker(self._sync, directories)
 
     def _complete(self) -> tuple[list[str], list[str]]:
         """Makes the documents, and returns all files and directories."""
@@ -246,18 +247,12 @@ class Save:
                 names.COMMIT_MARKER: f"Checkpoint commit was successful to {self.final}".encode(),
             }
             self.commit.complete(self._documents)
-        with self._reporting_sync():
-            return self.commit.directory.walk()
-
-    def _reporting_sync(self) -> contextlib.AbstractContextManager[None]:
-        problem = f"cannot make what was written for {self.final} durable"
-        return errors.reported_as(errors.CommitError, problem)
+        return self.commit.directory.walk()
 
     def _sync(self, written: list[str]) -> None:
-        with self._reporting_sync():
-            for name in written:
-                self.commit.directory.sync([name])
-                self._renew_now()  # the loop's own turn may be late: syncs keep all workers
+        for name in written:
+            self.commit.directory.sync([name])
+            self._renew_now()  # the loop's own turn may be late: syncs keep all workers
 
     def _publish(self) -> Held | None:
         return self.commit.publish(self._documents)
@@ -276,9 +271,8 @@ class Save:
             self.commit.release()
 
     async def _sweep(self) -> None:
-        parent = os.path.dirname(self.final)
         try:
-            swept = await loop.to_worker(leftovers.sweep, parent)
+            swept = await loop.to_worker(leftovers.sweep, os.path.dirname(self.final))
         except OSError as error:
             logger.warning("leftovers beside %s could not be swept: %s", self.final, error)
         else:

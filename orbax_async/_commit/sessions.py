@@ -170,7 +170,7 @@ class Session:
         return f"{self.directory.path} is held by {owners or 'another process'}"
 
     def abandon(self) -> None:
-        """Removes its directory, if it was made for this operation, and holds nothing."""
+        """Removes its directory, if it was made for this operation and holds nothing."""
         if self._is_made:
             with contextlib.suppress(OSError):
                 self.directory.remove_if_empty()
@@ -205,7 +205,22 @@ class Session:
         return min(began, default=time.time_ns()), custom
 
 
-class PartCommit(RenameCommit):
+class _SessionCommit(RenameCommit):
+    """What is written beside a session, which is held until it has a name."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session.directory)
+        self._session = session
+
+    def release(self) -> None:
+        """Releases what was written, and the session."""
+        try:
+            super().release()
+        finally:
+            self._session.release()
+
+
+class PartCommit(_SessionCommit):
     """What a partial save writes takes a name in a session.
 
     Args:
@@ -216,9 +231,8 @@ class PartCommit(RenameCommit):
     makes_checkpoint = False
 
     def __init__(self, session: Session, check: Callable[[list[Directory]], None]) -> None:
-        super().__init__(session.directory)
+        super().__init__(session)
         self._problem = f"cannot add to {session.directory.path}"
-        self._session = session
         self._check_parts = check
 
     def claim(self) -> str | None:
@@ -248,30 +262,18 @@ class PartCommit(RenameCommit):
         finally:
             self._session.abandon()
 
-    def release(self) -> None:
-        """Releases the session, too."""
-        try:
-            super().release()
-        finally:
-            self._session.release()
-
 
 def _nsecs(part: Directory) -> int:
     digits = part.name.rpartition(names.PART_MARK)[2].split("_")
     return int(digits[1]) if len(digits) > 1 and digits[1].isdecimal() else 0
 
 
-class WholeCommit(RenameCommit):
-    """What was put together of all parts takes the session's name, and then the checkpoint's.
-
-    Args:
-      session: the parts.
-    """
+class WholeCommit(_SessionCommit):
+    """What was put together of all parts takes the session's name, and then the checkpoint's."""
 
     def __init__(self, session: Session) -> None:
-        super().__init__(session.directory)
+        super().__init__(session)
         self._problem = f"cannot publish {session.final.path}"
-        self._session = session
 
     def claim(self) -> str | None:
         """Claims the session."""
@@ -279,8 +281,7 @@ class WholeCommit(RenameCommit):
 
     def publish(self, documents: Mapping[str, bytes]) -> Held | None:
         """Makes the checkpoint visible, in place of the parts, which nobody needs any more."""
-        session = self._session
-        parts = session.held
+        session, parts = self._session, self._session.held
         assert parts is not None
         first = NameChange(self.directory, session.directory, parts)
         second = NameChange(session.directory, session.final)
@@ -309,10 +310,3 @@ class WholeCommit(RenameCommit):
                 f"{self._session.directory.path} was added to while it was being finalized, by "
                 "another process that takes no lock. Finalize it again."
             )
-
-    def release(self) -> None:
-        """Releases the session, too."""
-        try:
-            super().release()
-        finally:
-            self._session.release()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from listing import comes_to_hold, entries
-from performers import Trap
 from watched_directory import Fault, Held, Log, before, on, watched
 
 import orbax_async as ocp
@@ -392,15 +391,28 @@ def test_f24_a_save_under_way_shows_that_it_is_alive(
     assert {call.path for call in log.of("touch")} == {str(directory)}
 
 
+class Slow:
+    """Saves itself, and takes long when its directory is there."""
+
+    async def save(self, directory: ocp.path.PathAwaitingCreation) -> Awaitable[None]:
+        async def write() -> None:
+            await directory.await_creation()
+            await asyncio.sleep(60)
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        raise NotImplementedError
+
+
 @modes
 def test_f24_a_save_that_was_taken_for_dead_ends_soon(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that was paused, and whose directory is another's or gone, publishes nothing."""
     monkeypatch.setattr(sequence, "_RENEW_SECS", 0.01)
-    release = Trap("save2", lambda: asyncio.sleep(60))
     with mode_of(mode):
-        response = ocp.save_checkpointables_async(tmp_path / "c", {"slow": release})
+        response = ocp.save_checkpointables_async(tmp_path / "c", {"slow": Slow()})
     while not (found := list(tmp_path.glob("c*/slow"))):
         time.sleep(0.005)
     found[0].parent.rename(tmp_path / "elsewhere")

@@ -41,7 +41,6 @@ __all__ = [
     "RunDirectory",
     "Step",
     "Steps",
-    "json_dict",
     "promise",
     "step_number",
 ]
@@ -173,6 +172,9 @@ class Step(StepMetadata, CheckpointMetadata[None]):
 
     def __repr__(self) -> str:
         return f"<checkpoint of step {self.step} at {self._path}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Step, (self.step, self._path)  # a copy says what lies on disk
 
     @property
     def directory(self) -> Directory:
@@ -487,8 +489,8 @@ class Steps:
                 self._known.pop(number, None)
 
     def put_back(self, number: int) -> None:
-        """Adds a step that was dropped, if it is still there."""
-        with contextlib.suppress(errors.StepNotFoundError):
+        """Adds a step that was dropped, if it is still there, as far as that can be seen."""
+        with contextlib.suppress(errors.StepNotFoundError, errors.UnreadableError):
             self.add(self.directory.find(number))
 
     def follow(self, numbers: Iterable[int]) -> None:
@@ -511,9 +513,14 @@ class Steps:
                 if self._is_given_up(found.step):
                     continue  # just now; `find` tells of it
                 self._readers[found.step] += 1
-            if self.directory.has(found):
-                return found, functools.partial(self._release, found.step)
-            self._release(found.step)  # it has gone just now
+            release = functools.partial(self._release, found.step)
+            try:
+                if self.directory.has(found):
+                    return found, release
+            except BaseException:
+                release()
+                raise
+            release()  # it has gone just now
 
     def _release(self, number: int) -> None:
         with self._lock:
@@ -558,17 +565,3 @@ def step_number(step: Any) -> int:
         return as_step(number)
     except ValueError:
         return int(number)  # a negative one, which no run has
-
-
-def json_dict(name: str, value: Any) -> dict[str, Any]:
-    """Returns a private copy of a dict of JSON values.
-
-    Raises:
-      NotJsonError: it is none.
-    """
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise errors.NotJsonError(f"{name} must be a dict with str keys, not {value!r:.100}")
-    try:
-        return dict(json.loads(json.dumps(value)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise errors.NotJsonError(f"{name} must hold JSON values: {error}") from None

@@ -57,7 +57,7 @@ BLOCKING_BY_CONTRACT = {
         *("metadata", "checkpointables_metadata", "delete_async", "wait", "close"),
     },
     # What a step says of itself is read when it is first asked for.
-    "orbax_async/training/run_directory.py": {"metrics", "time", "custom_metadata"},
+    "orbax_async/path/step.py": {"metrics", "time", "custom_metadata"},
     # The first operation of a process waits for the loop thread to start.
     "orbax_async/_engine/loop.py": {"__init__"},
 }

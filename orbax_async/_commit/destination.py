@@ -85,7 +85,8 @@ class Destination(NamedTuple):
             raise errors.DestinationExistsError(
                 f"Destination {path} already exists. Save elsewhere, or with overwrite=True."
             )
-        if not is_directory or not (leftovers.is_hollow(self.final) or self.is_replaceable(path)):
+        is_empty = is_directory and not self.final.entries()
+        if not is_empty and not (is_directory and self.is_replaceable(path)):
             raise errors.DestinationExistsError(
                 f"Destination {path} already exists and is no checkpoint: overwrite=True replaces "
                 "checkpoints only. Remove it yourself, or save elsewhere."

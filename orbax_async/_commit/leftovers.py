@@ -12,13 +12,13 @@ Theory of operation
   by two renames: it is whole as long as it has that name.
 
   **Put back.** Whoever finds nothing at a name, and an `old` of it beside, puts that back at once,
-  whoever set it aside: its owner sets it aside again (`rename.replace`). Nobody has to be judged.
+  whoever set it aside; its owner sets it aside again (`rename`). Nobody has to be judged.
 
   **Alive or dead.** An owner holds a lock on what it owns. A lock ends with its process, so who can
   take one on the same machine (told by the kernel's boot id, which containers and namespaces share)
-  has found an owner that is dead. Of an owner on another machine, or where nothing can be locked,
-  an owner is taken for dead when it has been silent for two minutes by the file system's clock; a
-  save that is under way touches its directory every ten seconds.
+  has found an owner that is dead. On another machine, or where nothing can be locked, an owner is
+  taken for dead when it has been silent for two minutes by the file system's clock; a save that is
+  under way touches its directory every ten seconds.
 
   **Sweep.** After a commit what dead owners have left beside it is renamed, so that it is out of
   their reach, and removed. An `old` is removed only while a proven checkpoint has its name.
@@ -55,7 +55,6 @@ from orbax_async._trace import logger
 __all__ = [
     "Held",
     "clear",
-    "clear_hollow",
     "discard",
     "hide",
     "hold",
@@ -76,7 +75,7 @@ __all__ = [
 _SILENT_SECS = 120.0
 _SILENT_SECS_BEFORE = 24 * 3600.0  # of owners of the version before, who do not touch anything
 _HOLDS_LOCKS = "00"  # in a name, in place of the time at which its process began
-_BUSY_SECS, _PAUSE_SECS = 10.0, 0.01
+_BUSY_SECS, _PAUSE_SECS, _TRIES = 10.0, 0.01, 3
 _CANNOT_LOCK = frozenset(
     {
         *(errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK),
@@ -173,28 +172,29 @@ class Held:
         """Lets others have it; once more does nothing."""
         self._lock.release()
 
-    def hide(self, final: Directory) -> None:
-        """Takes it out of sight in one step: it gets a temporary name; or it is released.
-
-        Args:
-          final: the name beside which it is hidden.
-        """
-        hidden = temporary(final)
+    def rename(self, target: Directory) -> None:
+        """Gives it another name, or releases it."""
         try:
-            self.directory.rename(hidden)
+            self.directory.rename(target)
         except BaseException:
             self.release()
             raise
-        self.directory = hidden
+        self.directory = target
 
-    def dispose(self) -> None:
+    def hide(self, final: Directory) -> None:
+        """Takes it out of sight in one step, beside a name; or releases it."""
+        self.rename(temporary(final))
+
+    def dispose(self) -> bool:
         """Removes what is out of sight; what can't be removed is left to any later sweep."""
         try:
             discard(self.directory)
         except OSError as error:
             logger.warning("%s could not be removed: %s", self.directory.path, error)
+            return False
         finally:
             self.release()
+        return True
 
 
 def hold(directory: Directory, *, busy_secs: float = 0.0) -> Held | None:
@@ -230,23 +230,18 @@ def make_held(directory: Directory, marker: bytes, *, mode: int | None = None) -
       FileExistsError: somebody else has made it.
       OSError: it can't be made.
     """
-    _looked_after.add(directory.path)
+    look_after(directory.path)
     try:
-        for _ in range(3):
+        for _ in range(_TRIES):
             directory.make(mode=mode)
             directory.write(names.CHECKPOINT_MARKER, marker, only_if_absent=True)
-            held = hold(directory)
+            held = hold(directory, busy_secs=_BUSY_SECS)
             if held is not None:
                 return held
-            # Another process has seen it before it was locked, and is removing it.
-            waiting = threading.Event()
-            for _ in range(round(_BUSY_SECS / _PAUSE_SECS)):
-                if directory.status() is None:
-                    break
-                waiting.wait(_PAUSE_SECS)
+            # Another process has seen it before it was locked, and has removed it.
     finally:
-        _looked_after.discard(directory.path)
-    raise OSError(errno.EBUSY, "another process takes it for a leftover", directory.path)
+        leave(directory.path)
+    raise OSError(errno.EBUSY, "other processes take it for a leftover", directory.path)
 
 
 def hide(directory: Directory) -> Held:
@@ -314,10 +309,11 @@ def _remove(directory: Directory, final: Directory, owner: re.Match[str] | None)
     held = _take(directory, owner)
     if held is None:
         return False
-    with contextlib.suppress(FileNotFoundError):  # another process was quicker
+    try:
         held.hide(final)
-        held.dispose()
-    return True
+    except FileNotFoundError:  # another process was quicker
+        return False
+    return held.dispose()
 
 
 def _is_dead(owner: re.Match[str], held: Held) -> bool:
@@ -337,7 +333,7 @@ def _is_dead(owner: re.Match[str], held: Held) -> bool:
 
 def _is_past(directory: Directory, nsecs: int, secs: float) -> bool:
     """Says whether a time has passed by, by the clock of the file system."""
-    clock = temporary(directory)
+    clock = temporary(directory.parent / "clock")
     try:
         clock.make()
         now = clock.status()
@@ -473,24 +469,22 @@ def _undo_overwrite_in_place(final: Directory) -> None:
             return
 
 
-def clear(final: Directory) -> None:
+def clear(final: Directory, *, is_in_place: bool = False) -> None:
     """Removes what a dead save in place has left; whoever is to write at a path calls this.
 
     It goes if it says whose it was, and that owner is dead; or if it holds nothing but an empty
     marker.
+
+    Args:
+      final: the path.
+      is_in_place: whether a save in place is to begin there; then what holds no byte at all, with
+        which it begins, goes too.
     """
-    if not is_unfinished(final):
-        return
-    owner = owner_in_place(final)
-    is_marked = final.status(names.CHECKPOINT_MARKER) is not None
-    if owner is not None or (is_marked and is_hollow(final)):
-        _remove(final, final, owner)
-
-
-def clear_hollow(final: Directory) -> None:
-    """Removes what holds no byte: a save in place begins with that, and may have died then."""
-    if is_hollow(final):
-        _remove(final, final, None)
+    if is_unfinished(final):
+        owner = owner_in_place(final)
+        may_go = is_in_place or final.status(names.CHECKPOINT_MARKER) is not None
+        if owner is not None or (may_go and is_hollow(final)):
+            _remove(final, final, owner)
 
 
 def retire(final: Directory) -> None:

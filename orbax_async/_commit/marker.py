@@ -16,9 +16,9 @@ Theory of operation
 
   An owner that was paused, and taken for dead meanwhile, finds another marker than its own at the
   destination, and publishes nothing; the documents of 3 and 4 are written only where there are
-  none. A process of the same machine is never taken for dead while it is paused. What an owner on
-  another machine was just writing when it was paused may yet reach the files that are there now:
-  files of data have names of their own, and are read by nobody.
+  none. With locks, on one machine, nobody who is paused is taken for dead. Without, an owner that
+  wakes after two minutes looks at the marker within ten seconds; until then what it was just
+  writing may reach files of the same name. Only a commit by renaming keeps these apart.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MarkerCommit(RenameCommit):
         self._marker = leftovers.temporary(final).name.encode()
 
     def _make(self, mode: int | None) -> None:
-        leftovers.clear_hollow(self.final)
+        leftovers.clear(self.final, is_in_place=True)
         try:
             super()._make(mode)
             self.final.sync([names.CHECKPOINT_MARKER, ""])
@@ -55,7 +55,8 @@ class MarkerCommit(RenameCommit):
                 "overwrite=True."
             ) from error
         except OSError:
-            leftovers.clear_hollow(self.final)
+            with contextlib.suppress(OSError):
+                leftovers.clear(self.final, is_in_place=True)
             raise
 
     def complete(self, documents: Mapping[str, bytes]) -> None:

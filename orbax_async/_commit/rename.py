@@ -80,8 +80,7 @@ class NameChange:
         leftovers.retire(self._final)
         aside = leftovers.temporary(self._final, "old")
         for _ in range(_TRIES):
-            self._final.rename(aside)
-            old.directory = aside
+            old.rename(aside)
             try:
                 self._new.rename(self._final)
             except OSError as error:
@@ -108,12 +107,15 @@ class NameChange:
             if self.is_exchange:
                 if not self._new.exchange(self._final):
                     raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), self._final.path)
+                self.is_made = False
             else:
+                if self._old is not None:  # by this name whoever comes puts it back
+                    self._old.rename(leftovers.temporary(self._final, "old"))
                 self._final.rename(self._new)
-            self.is_made = False
-            if self._old is not None:
-                if not self.is_exchange:
+                self.is_made = False
+                if self._old is not None:
                     self._old.directory.rename(self._final)
+            if self._old is not None:
                 self._old.directory = self._final
 
     @contextlib.contextmanager
@@ -199,9 +201,8 @@ class RenameCommit:
     def _check_is_own(self) -> None:
         if self.directory.read(names.CHECKPOINT_MARKER) != self._marker:
             raise errors.CommitError(
-                f"{self._problem}: {self.directory.path} is not this save's any "
-                "more. It has made no sign for so long that another process has taken it for dead. "
-                "Save again."
+                f"{self._problem}: {self.directory.path} is not this save's any more. It has made "
+                "no sign for so long that another process has taken it for dead. Save again."
             )
 
     def complete(self, documents: Mapping[str, bytes]) -> None:

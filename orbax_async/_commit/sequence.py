@@ -41,7 +41,7 @@ from orbax_async._operation import Operation
 from orbax_async._trace import logger
 from orbax_async.path import Path, PathAwaitingCreation
 
-__all__ = ["Save", "checkpoint_document"]
+__all__ = ["Save"]
 
 _SYNCS_AT_ONCE = 4
 _SWEEP_GRACE_SECS = 1.0
@@ -72,26 +72,6 @@ class _Awaited:
         self._wanted.set()
         await self._created.wait()
         return self._path
-
-
-def checkpoint_document(
-    handlers: Mapping[str, str],
-    *,
-    init_nsecs: int,
-    commit_nsecs: int | None,
-    custom_metadata: Mapping[str, Any] | None,
-) -> bytes:
-    """Returns the `_CHECKPOINT_METADATA` document."""
-    return json.dumps(
-        {
-            "item_handlers": dict(handlers),
-            "metrics": {},
-            "performance_metrics": {},
-            "init_timestamp_nsecs": init_nsecs,
-            "commit_timestamp_nsecs": commit_nsecs,
-            "custom_metadata": dict(custom_metadata or {}),
-        }
-    ).encode()
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -253,14 +233,18 @@ class Save:
             begun_nsecs, custom_metadata = self._begun_nsecs, self.custom_metadata
             if self.inherit is not None:
                 begun_nsecs, custom_metadata = self.inherit()
-            document = checkpoint_document(
-                self.handlers,
-                init_nsecs=begun_nsecs,
-                commit_nsecs=time.time_ns(),
-                custom_metadata=custom_metadata,
-            )
-            proof = f"Checkpoint commit was successful to {self.final}".encode()
-            self._documents = {names.CHECKPOINT_METADATA: document, names.COMMIT_MARKER: proof}
+            document = {
+                "item_handlers": dict(self.handlers),
+                "metrics": {},
+                "performance_metrics": {},
+                "init_timestamp_nsecs": begun_nsecs,
+                "commit_timestamp_nsecs": time.time_ns(),
+                "custom_metadata": custom_metadata,
+            }
+            self._documents = {
+                names.CHECKPOINT_METADATA: json.dumps(document).encode(),
+                names.COMMIT_MARKER: f"Checkpoint commit was successful to {self.final}".encode(),
+            }
             self.commit.complete(self._documents)
         with self._reporting_sync():
             return self.commit.directory.walk()

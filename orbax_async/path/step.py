@@ -5,7 +5,7 @@
     [found.step for found in names.find_all("/run")]  # one look at the directory
 
 A format lists a directory once and looks at nothing inside the steps. What it finds reads a step's
-documents when they are first asked for. Temporary directories, files, and names of any other form
+documents when they are first asked for. Temporary directories, files, and names of another format
 are not steps. Everything here blocks.
 """
 
@@ -24,6 +24,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from orbax_async import _names as names
 from orbax_async import errors, multihost
+from orbax_async._storage.directory import Entry
+from orbax_async._storage.json_documents import parse_json, read_json
+from orbax_async._storage.openers import open_directory
 from orbax_async.path.pathlike import Path, PathLike, absolute
 
 __all__ = [
@@ -36,7 +39,7 @@ __all__ = [
 
 MetadataT_co = TypeVar("MetadataT_co", covariant=True)
 
-_NAMED = 5  # how many steps an error lists
+_STEPS_SHOWN = 5  # in an error
 
 
 def as_step(value: Any) -> int:
@@ -44,7 +47,7 @@ def as_step(value: Any) -> int:
 
     Raises:
       TypeError: it is no integer.
-      ValueError: it is negative: the step would be written and never found again.
+      ValueError: it is negative; such a step would be written and never found again.
     """
     if isinstance(value, bool):
         raise TypeError(f"a step must be an integer, not {value!r}")
@@ -62,8 +65,8 @@ def as_step(value: Any) -> int:
 class StepMetadata:
     """A step that lies in a run's directory.
 
-    The name says `step`; everything else is read from the step's documents when it is first used,
-    which blocks, and then kept.
+    The number comes from the directory's name. Everything else is read from the step's documents
+    when it is first asked for, which blocks, and is then kept.
 
     Args:
       step: its number.
@@ -126,19 +129,21 @@ class StepMetadata:
 
         Raises:
           StepNotFoundError: the step is gone.
+          UnreadableError: it can't be read.
         """
-        if (committed := self.commit_timestamp) is not None:
+        committed = _as_datetime(self._timestamp("commit_timestamp_nsecs"))
+        if committed is not None:
             return committed
-        try:
-            changed = os.stat(self._path).st_mtime
-        except FileNotFoundError:
+        with _reading(self._path):
+            status = open_directory(self._path).status(follow_links=True)
+        if status is None:
             raise errors.StepNotFoundError(
                 f"step {self._step} is gone from {self._path}; it was there when the run's "
                 "directory was listed"
-            ) from None
-        return datetime.datetime.fromtimestamp(changed, tz=datetime.UTC)
+            )
+        return datetime.datetime.fromtimestamp(status.modified_nsecs / 1e9, tz=datetime.UTC)
 
-    @property
+    @functools.cached_property
     def custom_metadata(self) -> dict[str, Any] | None:
         """What the user gave to the save of this step; None if the step does not say."""
         value = self._document.get("custom_metadata")
@@ -151,24 +156,24 @@ class StepMetadata:
         Raises:
           InvalidLayoutError: it has, and they can't be read.
         """
-        path = os.path.join(self._path, names.METRICS, names.METRICS)
-        text = _read(path)
-        if text is None:
+        metrics = f"{names.METRICS}/{names.METRICS}"
+        directory = open_directory(self._path)
+        with _reading(self._path):
+            data = directory.read(metrics)
+        if data is None:
             return self._document.get("metrics") or None
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise errors.InvalidLayoutError(
-                f"the metrics of step {self._step} are damaged: {path} should be JSON: {error}"
-            ) from error
+        file = (directory / metrics).path
+        return parse_json(data, f"the file of the metrics of step {self._step} at {file}", object)
 
     @functools.cached_property
     def _document(self) -> dict[str, Any]:
-        text = _read(os.path.join(self._path, names.CHECKPOINT_METADATA))
-        document = None
-        with contextlib.suppress(ValueError):  # Orbax's readers do without it, too.
-            document = json.loads(text or b"{}")
-        return document if isinstance(document, dict) else {}
+        try:
+            with _reading(self._path):
+                return read_json(open_directory(self._path), names.CHECKPOINT_METADATA) or {}
+        except errors.UnreadableError:
+            raise
+        except errors.InvalidLayoutError:  # a damaged document counts as none, as in Orbax
+            return {}
 
     def _timestamp(self, key: str) -> int | None:
         value = self._document.get(key)
@@ -179,12 +184,22 @@ def _as_datetime(nsecs: int | None) -> datetime.datetime | None:
     return None if nsecs is None else datetime.datetime.fromtimestamp(nsecs / 1e9, tz=datetime.UTC)
 
 
-def _read(path: str) -> bytes | None:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+def _reading(path: str) -> contextlib.AbstractContextManager[None]:
+    return errors.reported_as(
+        errors.UnreadableError, f"cannot read {path}", "Check that this process may read it."
+    )
+
+
+def _entries(base: str) -> list[Entry]:
+    with _reading(base):
+        return open_directory(base).entries()
+
+
+def _kind(path: str) -> str | None:
+    """Returns what lies at a path, or at what a link there leads to; None for nothing."""
+    with _reading(path):
+        status = open_directory(path).status(follow_links=True)
+    return None if status is None else status.kind
 
 
 @runtime_checkable
@@ -240,10 +255,10 @@ class _StandardNameFormat:
         """Returns an iterator over the steps in a directory, in ascending order."""
         base = absolute(base_path)
         if not self.single_host_load_and_broadcast:
-            return iter(self.select(base, _listed(base)))
+            return iter(self.select(base, _entries(base)))
 
         def say() -> str:
-            return json.dumps([found.step for found in self.select(base, _listed(base))])
+            return json.dumps([found.step for found in self.select(base, _entries(base))])
 
         heard = json.loads(multihost.tell("the steps of a run", say))
         return iter([self._at(base, step) for step in heard])
@@ -252,19 +267,18 @@ class _StandardNameFormat:
         """Returns one step, or raises StepNotFoundError."""
         base = absolute(base_path)
         found = self._at(base, as_step(step))
-        if os.path.isdir(found.path):
+        if _kind(found._path) == "directory":
             return found
         raise errors.StepNotFoundError(self._absence(base, found))
 
-    def select(self, base: str, entries: Iterable[os.DirEntry[str]]) -> list[StepMetadata]:
+    def select(self, base: str, entries: Iterable[Entry]) -> list[StepMetadata]:
         """Returns those of a directory's entries that are steps, in ascending order."""
-        matching = self._pattern.fullmatch
-        found = []
-        for entry in entries:
-            # Only a link costs a look at the file it leads to.
-            if (match := matching(entry.name)) and entry.is_dir():
-                found.append((int(match[1]), entry.path))
-        return [StepMetadata(step, path) for step, path in sorted(found)]
+        found = [
+            (int(match[1]), name)
+            for name, is_directory in entries
+            if is_directory and (match := self._pattern.fullmatch(name))
+        ]
+        return [StepMetadata(step, os.path.join(base, name)) for step, name in sorted(found)]
 
     def _at(self, base: str, step: int) -> StepMetadata:
         return StepMetadata(step, os.path.join(base, self.build_name(step)))
@@ -280,15 +294,15 @@ class _StandardNameFormat:
 
     def _absence(self, base: str, missing: StepMetadata) -> str:
         """Says why a step is not there: what was looked for, and what was found instead."""
-        name = missing.path.name
+        name = self.build_name(missing.step)
         what = f"no checkpoint of step {missing.step} under {base}"
-        if not os.path.isdir(base):
+        if _kind(base) != "directory":
             return f"{what}: that is no directory; give the directory of the run"
-        if os.path.lexists(missing.path):
+        entries = _entries(base)
+        if any(entry.name == name for entry in entries):
             return f"{what}: {name} is there, but is no directory"
-        entries = list(_listed(base))
         steps = [found.step for found in self.select(base, entries)]
-        shown = ", ".join(map(str, steps[-_NAMED:]))
+        shown = ", ".join(map(str, steps[-_STEPS_SHOWN:]))
         has = f"the last steps there are {shown}" if steps else "there are no steps"
         other = re.compile(rf".*?(?<![0-9])0*{missing.step}")
         alike = sorted(entry.name for entry in entries if other.fullmatch(entry.name))
@@ -324,12 +338,11 @@ class _CompositeNameFormat:
 
     def find_all(self, base_path: PathLike) -> Iterator[Any]:
         """Returns an iterator over the steps of any format, in ascending order, each once."""
-        base = absolute(base_path)
-        entries: list[os.DirEntry[str]] | None = None
+        base, entries = absolute(base_path), None
         found: dict[int, Any] = {}
         for each in self.read_name_formats:
             if isinstance(each, _StandardNameFormat) and not each.single_host_load_and_broadcast:
-                entries = list(_listed(base)) if entries is None else entries
+                entries = _entries(base) if entries is None else entries
                 steps: Iterable[Any] = each.select(base, entries)
             else:
                 steps = each.find_all(base_path)
@@ -349,11 +362,6 @@ class _CompositeNameFormat:
         raise errors.StepNotFoundError("\n".join(absences))
 
 
-def _listed(base: str) -> Iterator[os.DirEntry[str]]:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(base) as entries:
-        yield from entries
-
-
 def standard_name_format(
     *,
     step_prefix: str | None = None,
@@ -364,10 +372,10 @@ def standard_name_format(
 
     Args:
       step_prefix: what precedes the number, with an underscore between them; None for nothing.
-      step_format_fixed_length: how many digits the number is filled up to with zeros; None or 0
-        for no filling. Longer numbers stay as they are.
+      step_format_fixed_length: up to how many digits numbers are filled with zeros; None or 0 for
+        no filling. Longer numbers stay as they are.
       single_host_load_and_broadcast: whether process 0 alone lists the directory and tells the
-        others; then every process has to call `find_all`, in the same order. A single process
+        others. Then every process has to call `find_all`, in the same order. A single process
         just lists it.
 
     Raises:
@@ -385,7 +393,7 @@ def composite_name_format(
 ) -> NameFormat[MetadataT_co]:
     """Returns a format that writes names of one format and finds those of several.
 
-    It lets a run change its names and go on with the steps it has.
+    With it a run can change its names and go on with the steps that it has.
 
     Args:
       write_name_format: names new steps; one of the formats to read.

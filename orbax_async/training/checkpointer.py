@@ -2,44 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self, final
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, Self, TypeAlias, TypeVar, cast, final
 
 import jax
 
 from orbax_async import _names as names
 from orbax_async import context as ambient
+from orbax_async import errors, multihost
+from orbax_async._api import delete as deleting
 from orbax_async._api import load as loading
 from orbax_async._api import metadata as describing
 from orbax_async._api.deprecated import older_method
 from orbax_async._api.load import Selects, Shardings
-from orbax_async._layouts.orbax import check_name
+from orbax_async._engine import loop
+from orbax_async._layouts.orbax import check_name, writes_in_place
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
 from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.options._group import flag
-from orbax_async.path import Path, PathLike
-from orbax_async.path.step import NameFormat, as_step
-from orbax_async.training import step_access
-from orbax_async.training.checkpoint_info import CheckpointMetadata, RootMetadata
-from orbax_async.training.entry_log import EntryLogger
-from orbax_async.training.run import Run, StepToSave
-from orbax_async.training.run_steps import step_number
+from orbax_async.path import Path, PathLike, pathlike
+from orbax_async.path.step import NameFormat, standard_name_format
+from orbax_async.training.queue import EntryLogger, SaveQueue
 from orbax_async.training.save_decision_policies import Decision
+from orbax_async.training.steps import (
+    CheckpointMetadata,
+    RootMetadata,
+    RunDirectory,
+    Step,
+    Steps,
+    json_dict,
+    step_number,
+)
 from orbax_async.tree.selection import Select
 
 __all__ = ["Checkpointer"]
 
-Step = int | CheckpointMetadata[Any]
+P = ParamSpec("P")
+T = TypeVar("T")
+AnyStep: TypeAlias = int | CheckpointMetadata[Any]
+
+
+def _blocking(begin: Callable[P, AsyncResponse[T] | None]) -> Callable[P, T]:
+    """Returns the method that waits for the result of what a method ending in `_async` begins."""
+
+    @functools.wraps(begin)
+    def method(*args: P.args, **kwargs: P.kwargs) -> T:
+        response = begin(*args, **kwargs)
+        return cast("T", False) if response is None else response.result()
+
+    signature = inspect.signature(begin).replace(return_annotation=inspect.Signature.empty)
+    method.__signature__ = signature  # type: ignore[attr-defined]
+    method.__name__ = begin.__name__.removesuffix("_async")
+    method.__doc__ = (
+        f"Does what `{begin.__name__}` does, and returns its result once that is there.\n\n"
+        f"{inspect.cleandoc(begin.__doc__ or '')}"
+    )
+    return method
 
 
 @final
 class Checkpointer:
     """The checkpoints of one run: which steps are saved, which are kept, and where they lie.
 
-    It can be used from any thread, and from coroutines: what ends in `_async` returns something
-    that can be awaited, and everything else blocks its caller.
+    Any thread may use it, and so may coroutines. What ends in `_async` returns something that can
+    be awaited. Everything else blocks its caller, but for `ready`.
 
     Example:
       ::
@@ -60,13 +89,13 @@ class Checkpointer:
             state = await checkpointer.load_async(0, abstract_state)
 
     One save writes at a time, and the next one waits for it. With `max_saves_in_flight` more may
-    begin: each is captured when it begins, and written, and committed, in its turn.
+    begin. Each is captured when it begins, and is written and committed in its turn.
 
     A save that fails leaves nothing behind, and the steps that were there stay. Its response tells
-    of it; if nobody has asked, the next call of `save`, `wait` or `close` does.
+    of the failure. If nobody has asked for it, the next call of `save`, `wait` or `close` does.
 
-    Steps that the preservation policy gives up go in the background: out of sight when the save is
-    committed that made them superfluous, and from disk while the run goes on.
+    Steps that the preservation policy gives up go in the background. They are out of sight once the
+    save is committed that made them superfluous, and their files go while the run goes on.
 
     Args:
       directory: the run's directory; it is made if need be.
@@ -74,17 +103,15 @@ class Checkpointer:
         context that is active when a method is called counts instead.
       save_decision_policy: decides which steps are saved, or a plain function that does; None saves
         whenever no save is under way, and before a preemption.
-      preservation_policy: decides which steps are kept, or a plain function that does; None keeps
-        all.
+      preservation_policy: decides which steps are kept, likewise; None keeps all.
       step_name_format: how steps are named; None for their bare numbers.
-      custom_metadata: a dict of JSON values to remember of the run; what is remembered already
-        stays.
+      custom_metadata: a dict of JSON values to remember of the run, unless it has one already.
       cleanup_tmp_directories: whether to remove what unfinished saves of dead processes left.
       lightweight_initialize: whether to list the steps when they are first asked for, not now.
       logger: has a method `log_entry`, which is given a dict about each save that has begun.
       max_saves_in_flight: how many saves may be under way at once, one of which writes.
-      supersede_queued: whether a save that waits for its turn gives way to the next one: it is
-        cancelled. Needs at least two in flight.
+      supersede_queued: whether a save that waits for its turn is cancelled when the next one
+        begins. Needs at least two in flight.
 
     Raises:
       CommitError: the directory can't be made.
@@ -108,25 +135,35 @@ class Checkpointer:
         max_saves_in_flight: int = 1,
         supersede_queued: bool = False,
     ) -> None:
-        self._run = Run(
-            directory,
-            context=context,
-            save_decision_policy=save_decision_policy,
-            preservation_policy=preservation_policy,
-            step_name_format=step_name_format,
+        self._context = ambient.Context(ambient.current() if context is None else context)
+        deleting.check_options(self._context.deletion.gcs_deletion_options.todelete_full_path)
+        self._directory = RunDirectory(
+            pathlike.absolute(directory, self._context.file.path_class),
+            step_name_format or standard_name_format(),
+            needs_proof=writes_in_place(self._context),
+        )
+        self._steps = Steps(self._directory)
+        self._queue = SaveQueue(
+            self._steps,
+            save_policy=save_decision_policy,
+            keep_policy=preservation_policy,
             logger=logger,
             max_saves_in_flight=max_saves_in_flight,
             supersede_queued=supersede_queued,
         )
-        self._run.open(
-            custom_metadata=custom_metadata,
-            clean=flag("cleanup_tmp_directories", cleanup_tmp_directories),
-        )
+        is_cleaned = flag("cleanup_tmp_directories", cleanup_tmp_directories)
+        said = None if custom_metadata is None else json_dict("custom_metadata", custom_metadata)
+        self._directory.create()
+        if multihost.is_primary_host(self._context.multiprocessing.primary_host):
+            if said is not None:
+                self._directory.write_root_metadata(said)
+            if is_cleaned:
+                self._directory.clean()
         if not flag("lightweight_initialize", lightweight_initialize):
-            self._run.steps.reload()
+            self._steps.reload()
 
     def __repr__(self) -> str:
-        state = " (closed)" if self._run.is_closed else ""
+        state = " (closed)" if self._queue.is_closed else ""
         return f"Checkpointer({str(self.directory)!r}){state}"
 
     # The run.
@@ -134,7 +171,7 @@ class Checkpointer:
     @property
     def directory(self) -> Path:
         """The run's directory."""
-        return Path(self._run.directory.path)
+        return Path(self._directory.path)
 
     @property
     def checkpoints(self) -> Sequence[CheckpointMetadata[None]]:
@@ -143,13 +180,12 @@ class Checkpointer:
         What others do in the directory is seen after `reload`. Each step's times, metrics and
         custom metadata are read when they are first asked for.
         """
-        return self._run.steps.all()
+        return self._steps.all()
 
     @property
     def latest(self) -> CheckpointMetadata[None] | None:
         """The last of `checkpoints`; None if there are none."""
-        steps = self._run.steps.all()
-        return steps[-1] if steps else None
+        return next(reversed(self._steps.all()), None)
 
     @property
     def last_decision(self) -> Decision | None:
@@ -161,28 +197,28 @@ class Checkpointer:
             if not checkpointer.save(step, state):
                 print(checkpointer.last_decision)     # skipped: FixedIntervalPolicy(interval=100)
         """
-        return self._run.last_decision
+        return self._queue.last_decision
 
     def reload(self) -> None:
         """Lists the steps in the directory anew.
 
         Raises:
           ClosedError: the Checkpointer is closed.
+          InvalidLayoutError: the directory can't be read.
         """
-        self._run.check_open("reload")
-        self._run.steps.reload()
+        self._check_open("reload")
+        self._steps.reload()
 
     def root_metadata(self) -> RootMetadata:
         """Returns what was said of the run when it began.
 
         Raises:
           ClosedError: the Checkpointer is closed.
-          InvalidLayoutError: the document is damaged.
+          InvalidLayoutError: the document is damaged, or can't be read.
         """
-        self._run.check_open("root_metadata")
-        return RootMetadata(
-            directory=self.directory, custom_metadata=self._run.directory.read_root_metadata()
-        )
+        self._check_open("root_metadata")
+        said = self._directory.read_root_metadata()
+        return RootMetadata(directory=self.directory, custom_metadata=said)
 
     # Saving.
 
@@ -196,38 +232,9 @@ class Checkpointer:
           TypeError: `step` is no integer.
           Exception: what the policy raises.
         """
-        self._run.check_open("should_save")
-        decision = self._run.decide(as_step(step))
+        self._check_open("should_save")
+        decision = self._queue.decide(self._steps.at_hand(step), self._options())
         return decision is not None and decision.is_saved
-
-    def save(
-        self,
-        step: int,
-        state: Any,
-        *,
-        checkpointable_name: str = names.DEFAULT_CHECKPOINTABLE,
-        force: bool = False,
-        overwrite: bool = False,
-        metrics: Any | None = None,
-        custom_metadata: Any | None = None,
-    ) -> bool:
-        """Saves a state as a step, if the policy says so, and returns once it is durable.
-
-        Takes and raises what `save_async` does.
-
-        Returns:
-          Whether it was saved; `last_decision` tells why, or why not.
-        """
-        response = self.save_async(
-            step,
-            state,
-            checkpointable_name=checkpointable_name,
-            force=force,
-            overwrite=overwrite,
-            metrics=metrics,
-            custom_metadata=custom_metadata,
-        )
-        return response is not None and response.result()
 
     def save_async(
         self,
@@ -242,8 +249,8 @@ class Checkpointer:
     ) -> AsyncResponse[bool] | None:
         """Saves a state as a step in the background, if the policy says so.
 
-        It waits until there is room among the saves in flight (`await ready()` waits for that
-        without blocking a loop), and returns once every value is captured, as `ocp.save_async`.
+        It waits until there is room among the saves in flight, and returns once every value is
+        captured, as `ocp.save_async` does. `await ready()` waits for room without blocking a loop.
 
         Args:
           step: the step's number.
@@ -255,47 +262,20 @@ class Checkpointer:
           custom_metadata: a dict of JSON values, which `metadata` returns.
 
         Returns:
-          A response whose result is True; None if the step is not saved, for which
-          `last_decision` and the log tell the reason.
+          A response whose result is True; None if the step is not saved. Then `last_decision` and
+          the log tell why.
 
         Raises:
           StepAlreadyExistsError: the step is there, or being saved, and `overwrite` is not set.
           ClosedError: the Checkpointer is closed.
           NotJsonError: the metrics are no JSON value.
-          Exception: what the policy raises, or an earlier save that nobody has asked for its
-            end; and all that `ocp.save_async` raises. What the preservation policy raises, the
-            response raises; the step is saved then, and nothing removed.
+          Exception: what the policy raises, what `ocp.save_async` raises, or what an earlier save
+            has failed with that nobody has asked for its end. What the preservation policy raises,
+            the response raises; the step is saved then, and nothing is removed.
         """
-        pair = [(checkpointable_name, state)]
-        return self._run.save(
-            StepToSave(
-                as_step(step), pair, True, flag("force", force), overwrite, metrics, custom_metadata
-            )
-        )
-
-    def save_checkpointables(
-        self,
-        step: int,
-        checkpointables: dict[str, Any],
-        *,
-        force: bool = False,
-        overwrite: bool = False,
-        metrics: Any | None = None,
-        custom_metadata: Any | None = None,
-    ) -> bool:
-        """Saves several objects as a step, if the policy says so, and returns once that is durable.
-
-        Takes and raises what `save_checkpointables_async` does, and returns what `save` does.
-        """
-        response = self.save_checkpointables_async(
-            step,
-            checkpointables,
-            force=force,
-            overwrite=overwrite,
-            metrics=metrics,
-            custom_metadata=custom_metadata,
-        )
-        return response is not None and response.result()
+        named = [(checkpointable_name, state)]
+        asked = self._steps.at_hand(step, metrics, custom_metadata)
+        return self._save(asked, named, is_state=True, force=force, overwrite=overwrite)
 
     def save_checkpointables_async(
         self,
@@ -320,27 +300,35 @@ class Checkpointer:
         Returns:
           What `save_async` does; so it raises, and what `ocp.save_checkpointables_async` does.
         """
-        return self._run.save(
-            StepToSave(
-                as_step(step),
+        asked = self._steps.at_hand(step, metrics, custom_metadata)
+        return self._save(asked, checkpointables, is_state=False, force=force, overwrite=overwrite)
+
+    save = _blocking(save_async)
+    save_checkpointables = _blocking(save_checkpointables_async)
+
+    def _save(
+        self, step: Step, checkpointables: Any, *, is_state: bool, force: bool, overwrite: bool
+    ) -> AsyncResponse[bool] | None:
+        loop.refuse_engine_thread("save")
+        self._check_open("save")
+        with self._options():
+            return self._queue.save(
+                step,
                 checkpointables,
-                False,
-                flag("force", force),
-                overwrite,
-                metrics,
-                custom_metadata,
+                is_state=is_state,
+                force=flag("force", force),
+                overwrite=overwrite,
             )
-        )
 
     async def ready(self) -> None:
         """Waits until `save_async` could begin without waiting for another save."""
-        await self._run.queue.room()
+        await self._queue.room()
 
     def is_saving_in_progress(self) -> bool:
         """Says whether a save is under way."""
-        return bool(self._run.queue.pending())
+        return bool(self._queue.under_way())
 
-    def cancel(self, step: Step | None = None) -> bool:
+    def cancel(self, step: AnyStep | None = None) -> bool:
         """Cancels the save of a step, or all that are under way.
 
         Their responses raise `OperationCancelledError`. What is committed, or about to be, stays.
@@ -351,34 +339,13 @@ class Checkpointer:
         Returns:
           Whether a save was cancelled.
         """
-        return self._run.queue.cancel(None if step is None else step_number(step))
+        return self._queue.cancel(None if step is None else step_number(step))
 
     # Loading.
 
-    def load(
-        self,
-        step: Step | None = None,
-        abstract_state: Any | None = None,
-        *,
-        checkpointable_name: str = names.DEFAULT_CHECKPOINTABLE,
-        select: Select | None = None,
-        sharding: jax.sharding.Sharding | ShardingFunction | None = None,
-    ) -> Any:
-        """Loads the state of a step and returns it.
-
-        Takes and raises what `load_async` does.
-        """
-        return self.load_async(
-            step,
-            abstract_state,
-            checkpointable_name=checkpointable_name,
-            select=select,
-            sharding=sharding,
-        ).result()
-
     def load_async(
         self,
-        step: Step | None = None,
+        step: AnyStep | None = None,
         abstract_state: Any | None = None,
         *,
         checkpointable_name: str = names.DEFAULT_CHECKPOINTABLE,
@@ -403,8 +370,7 @@ class Checkpointer:
           Exception: what `ocp.load_async` raises.
         """
         check_name(checkpointable_name, is_saved=True)
-        return step_access.load(
-            self._run,
+        return self._load(
             "load",
             step,
             lambda path: loading.load_async(
@@ -416,25 +382,9 @@ class Checkpointer:
             ),
         )
 
-    def load_checkpointables(
-        self,
-        step: Step | None = None,
-        abstract_checkpointables: dict[str, Any] | None = None,
-        *,
-        select: Selects | None = None,
-        sharding: Shardings | None = None,
-    ) -> dict[str, Any]:
-        """Loads several objects of a step, and returns them by name.
-
-        Takes and raises what `load_checkpointables_async` does.
-        """
-        return self.load_checkpointables_async(
-            step, abstract_checkpointables, select=select, sharding=sharding
-        ).result()
-
     def load_checkpointables_async(
         self,
-        step: Step | None = None,
+        step: AnyStep | None = None,
         abstract_checkpointables: dict[str, Any] | None = None,
         *,
         select: Selects | None = None,
@@ -451,8 +401,7 @@ class Checkpointer:
         Returns:
           A response whose result is a dict of what was loaded. Errors are as of `load_async`.
         """
-        return step_access.load(
-            self._run,
+        return self._load(
             "load_checkpointables",
             step,
             lambda path: loading.load_checkpointables_async(
@@ -460,7 +409,25 @@ class Checkpointer:
             ),
         )
 
-    def metadata(self, step: Step | None = None) -> CheckpointMetadata[Any]:
+    load = _blocking(load_async)
+    load_checkpointables = _blocking(load_checkpointables_async)
+
+    def _load(
+        self, verb: str, step: Any, load: Callable[[Path], AsyncResponse[T]]
+    ) -> AsyncResponse[T]:
+        """Begins to load a step, which is not removed until it is loaded."""
+        self._check_open(verb)
+        found, release = self._steps.hold(step)
+        try:
+            with self._options():
+                response = load(found.path)
+        except BaseException:
+            release()
+            raise
+        response.add_done_callback(lambda _: release())
+        return response
+
+    def metadata(self, step: AnyStep | None = None) -> CheckpointMetadata[Any]:
         """Returns what a step holds as its state, without reading array data.
 
         Args:
@@ -471,34 +438,42 @@ class Checkpointer:
           ClosedError: the Checkpointer is closed.
           InvalidLayoutError: the step holds no pytree, or is damaged.
         """
-        return step_access.describe(self._run, "metadata", step, describing.metadata)
+        return self._describe("metadata", step, describing.metadata)
 
     def checkpointables_metadata(
-        self, step: Step | None = None
+        self, step: AnyStep | None = None
     ) -> CheckpointMetadata[dict[str, Any]]:
         """Returns what all objects of a step are, without reading their data.
 
         Takes and raises what `metadata` does.
         """
-        return step_access.describe(
-            self._run, "checkpointables_metadata", step, describing.checkpointables_metadata
-        )
+        return self._describe("checkpointables_metadata", step, describing.checkpointables_metadata)
+
+    def _describe(
+        self, verb: str, step: Any, describe: Callable[[Path], describing.CheckpointMetadata[T]]
+    ) -> CheckpointMetadata[T]:
+        """Adds to what a checkpoint says of itself what its run knows."""
+        self._check_open(verb)
+        found, release = self._steps.hold(step)
+        try:
+            with self._options():
+                described = describe(found.path)
+            return CheckpointMetadata(
+                found.step,
+                found.path,
+                metadata=described.metadata,
+                init_timestamp_nsecs=described.init_timestamp_nsecs,
+                commit_timestamp_nsecs=found.commit_timestamp_nsecs,
+                custom_metadata=described.custom_metadata,
+                metrics=found.metrics,
+            )
+        finally:
+            release()
 
     # Deleting.
 
-    def delete(
-        self, step: Step, *, checkpointable_name: str | None = None, missing_ok: bool = False
-    ) -> bool:
-        """Deletes a step, or one object of it.
-
-        Takes and raises what `delete_async` does.
-        """
-        return self.delete_async(
-            step, checkpointable_name=checkpointable_name, missing_ok=missing_ok
-        ).result()
-
     def delete_async(
-        self, step: Step, *, checkpointable_name: str | None = None, missing_ok: bool = False
+        self, step: AnyStep, *, checkpointable_name: str | None = None, missing_ok: bool = False
     ) -> AsyncResponse[bool]:
         """Deletes a step, or one object of it, in the background.
 
@@ -515,7 +490,25 @@ class Checkpointer:
           ClosedError: the Checkpointer is closed.
           Exception: what `ocp.delete_async` raises.
         """
-        return step_access.delete(self._run, step, checkpointable_name, missing_ok)
+        self._check_open("delete")
+        number = step_number(step)
+        try:
+            path = self._steps.find(number).path
+        except errors.StepNotFoundError:
+            if not missing_ok or number < 0:
+                raise
+            path = Path(self._directory.path_of(number))
+        with self._context:
+            response = deleting.delete_async(
+                path, checkpointable_name=checkpointable_name, missing_ok=missing_ok
+            )
+        if checkpointable_name is None:
+            self._steps.drop(number)
+            # It is still there if it can't be deleted.
+            response.add_done_callback(lambda _: self._steps.put_back(number))
+        return response
+
+    delete = _blocking(delete_async)
 
     # Ending.
 
@@ -525,11 +518,12 @@ class Checkpointer:
         Raises:
           Exception: what a save has failed with that nobody has asked for its end; once.
         """
-        self._run.wait()
+        loop.refuse_engine_thread("wait")
+        self._queue.wait()
 
     async def wait_async(self) -> None:
         """Waits like `wait`, without blocking the caller's loop."""
-        await self._run.wait_async()
+        await self._queue.wait_async()
 
     def close(self) -> None:
         """Blocks until all that is under way has ended, and lets nothing new begin.
@@ -539,43 +533,44 @@ class Checkpointer:
         Raises:
           Exception: what `wait` raises.
         """
-        self._run.close()
+        loop.refuse_engine_thread("close")
+        self._queue.wait(is_last=True)
 
     async def aclose(self) -> None:
         """Closes like `close`, without blocking the caller's loop."""
-        await self._run.close_async()
+        await self._queue.wait_async(is_last=True)
 
     def __enter__(self) -> Self:
-        self._run.check_open("with")
+        self._check_open("with")
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             self.close()
-        except Exception as error:
-            _tell_unless_replaced(error, exc_value)
+        except Exception as failure:
+            _tell_unless_replaced(failure, error)
 
     async def __aenter__(self) -> Self:
-        self._run.check_open("async with")
+        self._check_open("async with")
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             await self.aclose()
-        except Exception as error:
-            _tell_unless_replaced(error, exc_value)
+        except Exception as failure:
+            _tell_unless_replaced(failure, error)
 
-    # The older names.
+    def _options(self) -> ambient.Context:
+        """Returns the options of a call: those that are active, or else the run's own."""
+        return ambient.current(self._context)
+
+    def _check_open(self, verb: str) -> None:
+        if self._queue.is_closed:
+            raise errors.ClosedError(
+                f"{verb}: the Checkpointer of {self.directory} is closed; make another one"
+            )
+
+    # Deprecated names.
 
     save_pytree = older_method("save")
     save_pytree_async = older_method("save_async")

@@ -9,15 +9,15 @@ among those it is given, and answers True for each that is to be kept. It delete
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import inspect
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from orbax_async.options._group import each, flag, function, instance_of, number, optional, whole
-from orbax_async.training.checkpoint_info import CheckpointInfo, named
+from orbax_async.options._group import FROM_0, FROM_1, each, function, instance_of, number, option
+from orbax_async.training import policy as shared
+from orbax_async.training.policy import CheckpointInfo, named
 
 __all__ = [
     "AllPreservationPolicy",
@@ -39,7 +39,7 @@ __all__ = [
 Infos: TypeAlias = Sequence[CheckpointInfo]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PreservationContext:
     """What a policy may need to know beside the checkpoints.
 
@@ -77,7 +77,7 @@ class PreservationPolicy(Protocol):
 AnyPolicy: TypeAlias = PreservationPolicy | Callable[..., Sequence[bool]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Verdict:
     """Whether a checkpoint is kept.
 
@@ -100,48 +100,28 @@ def judge(
       ValueError: it does not say one thing of each checkpoint.
     """
     context = PreservationContext() if context is None else context
-    if isinstance(policy, _Several):
-        asked = [judge(one, checkpoints, context=context) for one in policy.policies]
-        return [_joined(verdicts, policy._decisive) for verdicts in zip(*asked, strict=True)]
-    check_policy("policy", policy)
-    ask: Any = getattr(policy, "should_preserve", policy)
-    answers = ask(checkpoints, context=context)
-    if inspect.isawaitable(answers):
-        if inspect.iscoroutine(answers):
-            answers.close()
-        raise TypeError(f"{named(policy)} is asynchronous; a policy must decide without waiting")
-    kept = [bool(answer) for answer in answers]
-    if len(kept) != len(checkpoints):
-        raise ValueError(
-            f"{named(policy)} was asked about {len(checkpoints)} checkpoints and gave {len(kept)} "
-            "answers; it must give one for each. Nothing was deleted"
-        )
-    return [Verdict(is_kept, named(policy)) for is_kept in kept]
+
+    def ask(one: Any) -> list[Any]:
+        method = getattr(one, "should_preserve", one)
+        answers = list(shared.decided(one, method(checkpoints, context=context)))
+        if len(answers) != len(checkpoints):
+            raise ValueError(
+                f"{named(one)} was asked about {len(checkpoints)} checkpoints and gave "
+                f"{len(answers)} answers; it must give one for each. Nothing was deleted"
+            )
+        return answers
+
+    return [Verdict(*opinion) for opinion in shared.judge(policy, "should_preserve", ask)]
 
 
-def _joined(verdicts: Sequence[Verdict], decisive: bool) -> Verdict:
-    agreeing = [one for one in verdicts if one.is_kept is decisive]
-    why = ", ".join(one.why for one in agreeing or verdicts)
-    return Verdict(decisive if agreeing else not decisive, why)
-
-
-def check_policy(name: str, value: Any) -> None:
-    """Raises TypeError if `value` is neither a policy nor a function."""
-    if isinstance(value, type) or not (callable(value) or isinstance(value, PreservationPolicy)):
-        raise TypeError(
-            f"{name} must have a method should_preserve, or be a function, not {value!r}"
-        )
-
-
-class _Callable:
-    """Lets a policy be used as a plain function."""
+class _Policy(shared.Policy):
+    """A policy that can be used as a plain function, too."""
 
     def __call__(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         return [verdict.is_kept for verdict in judge(self, checkpoints, context=context)]
 
 
-@dataclasses.dataclass(frozen=True)
-class PreserveAll(_Callable):
+class PreserveAll(_Policy):
     """Keeps every checkpoint."""
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
@@ -149,36 +129,28 @@ class PreserveAll(_Callable):
         return [True] * len(checkpoints)
 
 
-@dataclasses.dataclass(frozen=True)
-class LatestN(_Callable):
+class LatestN(_Policy):
     """Keeps the last checkpoints.
 
     Attributes:
       n: how many; None for all.
     """
 
-    n: int | None = None
-
-    def __post_init__(self) -> None:
-        _keep(self, n=optional(whole(at_least=0))("n", self.n))
+    n: int | None = option(default=None, check=FROM_0)
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
         return _newest([True] * len(checkpoints), self.n)
 
 
-@dataclasses.dataclass(frozen=True)
-class EveryNSeconds(_Callable):
+class EveryNSeconds(_Policy):
     """Keeps the first checkpoint, and each that comes some time after the last one kept.
 
     Attributes:
       interval_secs: that time.
     """
 
-    interval_secs: float
-
-    def __post_init__(self) -> None:
-        _keep(self, interval_secs=number(at_least=0)("interval_secs", self.interval_secs))
+    interval_secs: float = option(check=number(at_least=0))
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
@@ -186,8 +158,13 @@ class EveryNSeconds(_Callable):
         return _spaced([checkpoint.time for checkpoint in checkpoints], interval)
 
 
-@dataclasses.dataclass(frozen=True)
-class EveryNSteps(_Callable):
+def _interval(name: str, value: Any) -> Any:
+    if value == 0:
+        raise ValueError(f"{name} must not be 0.")
+    return FROM_1(name, value)
+
+
+class EveryNSteps(_Policy):
     """Keeps checkpoints at an interval of steps.
 
     Attributes:
@@ -197,17 +174,9 @@ class EveryNSteps(_Callable):
       max_to_keep: how many of these to keep, the newest; None for all.
     """
 
-    interval_steps: int
+    interval_steps: int = option(check=_interval)
     exact_interval: bool = True
-    max_to_keep: int | None = None
-
-    def __post_init__(self) -> None:
-        _keep(
-            self,
-            interval_steps=_interval(self.interval_steps),
-            exact_interval=flag("exact_interval", self.exact_interval),
-            max_to_keep=optional(whole(at_least=1))("max_to_keep", self.max_to_keep),
-        )
+    max_to_keep: int | None = option(default=None, check=FROM_1)
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
@@ -217,8 +186,7 @@ class EveryNSteps(_Callable):
         return _newest(_spaced(steps, self.interval_steps), self.max_to_keep)
 
 
-@dataclasses.dataclass(frozen=True)
-class EveryNStepsClosest(_Callable):
+class EveryNStepsClosest(_Policy):
     """Keeps, for each multiple of an interval, the step closest to it; and the last one.
 
     Of two steps equally close, the later is kept.
@@ -228,15 +196,8 @@ class EveryNStepsClosest(_Callable):
       max_to_keep: how many of these to keep, the newest; None for all.
     """
 
-    interval_steps: int
-    max_to_keep: int | None = None
-
-    def __post_init__(self) -> None:
-        _keep(
-            self,
-            interval_steps=_interval(self.interval_steps),
-            max_to_keep=optional(whole(at_least=1))("max_to_keep", self.max_to_keep),
-        )
+    interval_steps: int = option(check=_interval)
+    max_to_keep: int | None = option(default=None, check=FROM_1)
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
@@ -250,28 +211,25 @@ class EveryNStepsClosest(_Callable):
         return _newest([index in kept for index in range(len(checkpoints))], self.max_to_keep)
 
 
-@dataclasses.dataclass(frozen=True)
-class CustomSteps(_Callable):
+def _steps(name: str, value: Any) -> Any:
+    return value if isinstance(value, range) else frozenset(each(FROM_0, set)(name, value))
+
+
+class CustomSteps(_Policy):
     """Keeps the steps of a collection.
 
     Attributes:
       steps: the collection, such as a list, a set or a range.
     """
 
-    steps: Collection[int]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.steps, range):
-            steps: set[Any] = each(whole(at_least=0), set)("steps", self.steps)
-            _keep(self, steps=frozenset(steps))
+    steps: Collection[int] = option(check=_steps)
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
         return [checkpoint.step in self.steps for checkpoint in checkpoints]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BestN(_Callable):
+class BestN(_Policy, kw_only=True):
     """Keeps the checkpoints with the best metrics; of equals, the later.
 
     As long as there are no more than `n` checkpoints, all are kept. A metric that is not a number
@@ -290,20 +248,10 @@ class BestN(_Callable):
         no metrics. If there are more than `n`, and `n` is not 0.
     """
 
-    get_metric_fn: Callable[[Any], Any] = dataclasses.field(repr=False)
+    get_metric_fn: Callable[[Any], Any] = field(repr=False, metadata={"check": function})
     reverse: bool = False
-    n: int | None = None
+    n: int | None = option(default=None, check=FROM_0)
     keep_checkpoints_without_metrics: bool = True
-
-    def __post_init__(self) -> None:
-        without = self.keep_checkpoints_without_metrics
-        _keep(
-            self,
-            get_metric_fn=function("get_metric_fn", self.get_metric_fn),
-            reverse=flag("reverse", self.reverse),
-            n=optional(whole(at_least=0))("n", self.n),
-            keep_checkpoints_without_metrics=flag("keep_checkpoints_without_metrics", without),
-        )
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it.
@@ -348,20 +296,20 @@ class BestN(_Callable):
         return metric
 
 
-@dataclasses.dataclass(frozen=True)
-class LatestDuration(_Callable):
+def _age(name: str, value: Any) -> Any:
+    if instance_of(datetime.timedelta)(name, value) < datetime.timedelta(0):
+        raise ValueError(f"{name} must not be negative, and is {value}")
+    return value
+
+
+class LatestDuration(_Policy):
     """Keeps the first checkpoint that is not too old, and all that come after it.
 
     Attributes:
       duration: how old it may be.
     """
 
-    duration: datetime.timedelta
-
-    def __post_init__(self) -> None:
-        instance_of(datetime.timedelta)("duration", self.duration)
-        if self.duration < datetime.timedelta(0):
-            raise ValueError(f"duration must not be negative, and is {self.duration}")
+    duration: datetime.timedelta = option(check=_age)
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
@@ -374,27 +322,16 @@ class LatestDuration(_Callable):
         return kept
 
 
-@dataclasses.dataclass(frozen=True)
-class _Several(_Callable):
-    policies: Sequence[AnyPolicy]
-    _decisive: ClassVar[bool]  # the answer of one policy that is the answer of all
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.policies, Iterable):
-            raise TypeError(f"policies must be a sequence of policies, not {self.policies!r}")
-        _keep(self, policies=tuple(self.policies))
-        for one in self.policies:
-            check_policy("each of policies", one)
-        if not self.policies:
-            name = type(self).__name__
-            raise ValueError(f"policies is empty: {name} needs at least one to say what is kept")
+class _Several(shared.Several, _Policy):
+    _method = "should_preserve"
+    _fate = "kept"
+    _stops_early = False
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
-        return [verdict.is_kept for verdict in judge(self, checkpoints, context=context)]
+        return self(checkpoints, context=context)
 
 
-@dataclasses.dataclass(frozen=True)
 class AnyPreservationPolicy(_Several):
     """Keeps what any of several policies keeps.
 
@@ -402,10 +339,10 @@ class AnyPreservationPolicy(_Several):
       policies: policies and plain functions; at least one.
     """
 
-    _decisive = True
+    policies: Sequence[AnyPolicy]
+    _is_decisive = True
 
 
-@dataclasses.dataclass(frozen=True)
 class AllPreservationPolicy(_Several):
     """Keeps what all of several policies keep.
 
@@ -413,19 +350,8 @@ class AllPreservationPolicy(_Several):
       policies: policies and plain functions; at least one.
     """
 
-    _decisive = False
-
-
-def _keep(policy: object, **values: Any) -> None:
-    for name, value in values.items():
-        object.__setattr__(policy, name, value)
-
-
-def _interval(value: Any) -> int:
-    if value == 0:
-        raise ValueError("interval_steps must not be 0.")
-    interval: int = whole(at_least=1)("interval_steps", value)
-    return interval
+    policies: Sequence[AnyPolicy]
+    _is_decisive = False
 
 
 def _spaced(values: Sequence[Any], interval: Any) -> list[bool]:

@@ -1,4 +1,4 @@
-"""What policies come to: which checkpoints go now, and which a whole run would save and keep.
+"""What policies come to: which step is due, which checkpoints go, and what becomes of a whole run.
 
 Nothing here saves or deletes, or asks the clock more than once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
+import types
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -15,11 +16,11 @@ from orbax_async.options import MultiprocessingOptions
 from orbax_async.options._group import number
 from orbax_async.path.step import as_step
 from orbax_async.training import preservation_policies, save_decision_policies
-from orbax_async.training.checkpoint_info import CheckpointInfo
+from orbax_async.training.policy import CheckpointInfo
 from orbax_async.training.preservation_policies import PreservationContext, PreserveAll, judge
 from orbax_async.training.save_decision_policies import DEFAULT, Decision, DecisionContext, decide
 
-__all__ = ["Plan", "PlannedStep", "plan", "retain"]
+__all__ = ["Plan", "PlannedStep", "due", "plan", "retain"]
 
 SavePolicy: TypeAlias = save_decision_policies.AnyPolicy
 KeepPolicy: TypeAlias = preservation_policies.AnyPolicy
@@ -88,6 +89,34 @@ class Plan:
         return "\n".join(line.rstrip() for line in lines)
 
 
+def due(
+    policy: SavePolicy,
+    step: CheckpointInfo,
+    present: Iterable[CheckpointInfo],
+    *,
+    context: DecisionContext,
+    force: bool = False,
+) -> Decision:
+    """Says whether a run saves a step.
+
+    Args:
+      policy: a save policy, or a plain function of the same arguments.
+      step: the step at hand.
+      present: the steps that the run has, or is saving, in ascending order.
+      context: given to the policy.
+      force: whether the step is saved whatever the policy says, and even if a later one is there.
+    """
+    if force:
+        return Decision(True, "force=True")
+    previous = [one for one in present if one.step != step.step]
+    if previous and step.step < previous[-1].step:
+        return Decision(
+            False,
+            f"step {previous[-1].step} is there already, and later; force=True saves it anyway",
+        )
+    return decide(policy, step, previous, context=context)
+
+
 def retain(
     policy: KeepPolicy,
     checkpoints: Iterable[CheckpointInfo],
@@ -134,8 +163,8 @@ def plan(
 ) -> Plan:
     """Says which steps of a run would be saved and kept, and why, without a run.
 
-    Each step asks the save policy; each save asks the preservation policy, and what that gives up
-    is gone for the next step. A save is taken to be done before the next step begins.
+    Each step asks the save policy. Each save asks the preservation policy, and what that gives up
+    is gone for the next step. A save is taken to have ended before the next step begins.
 
     Example:
       ::
@@ -169,7 +198,12 @@ def plan(
     for now in _timed(steps, present[-1:], metrics, step_secs):
         if now.step in planned:
             raise ValueError(f"step {now.step} occurs twice; a run saves each step once")
-        decision = _decide(saving, now, present, is_preempted=now.step in preempted_at)
+        context = DecisionContext(
+            is_saving_in_progress=False,
+            reached_preemption=now.step in preempted_at,
+            multiprocessing_options=MultiprocessingOptions(),
+        )
+        decision = due(saving, now, present, context=context)
         planned[now.step] = PlannedStep(now.step, decision.is_saved, decision.why)
         if not decision.is_saved:
             continue
@@ -188,26 +222,6 @@ def plan(
 
 _BEFORE = "it was there before"
 _UNASKED = "nothing was saved"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    step: int
-    time: datetime.datetime
-    metrics: Any
-
-
-def _decide(
-    policy: SavePolicy, now: CheckpointInfo, present: Sequence[CheckpointInfo], is_preempted: bool
-) -> Decision:
-    if present and now.step < present[-1].step:
-        return Decision(False, f"step {present[-1].step} is there already, and later")
-    context = DecisionContext(
-        is_saving_in_progress=False,
-        reached_preemption=is_preempted,
-        multiprocessing_options=MultiprocessingOptions(),
-    )
-    return decide(policy, now, present, context=context)
 
 
 def _ordered(checkpoints: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:
@@ -234,6 +248,6 @@ def _timed(
         now: Any = each
         if not hasattr(each, "step"):
             step = as_step(each)
-            now = _Step(step, last + pace, of(step))
+            now = types.SimpleNamespace(step=step, time=last + pace, metrics=of(step))
         last = now.time
         yield now

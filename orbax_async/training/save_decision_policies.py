@@ -9,15 +9,15 @@ and all else in the context. Among several processes the primary decides for all
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import inspect
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from orbax_async.options import MultiprocessingOptions
-from orbax_async.options._group import number, optional, whole
-from orbax_async.training.checkpoint_info import CheckpointInfo, named
+from orbax_async.options._group import FROM_1, number, option
+from orbax_async.training import policy as shared
+from orbax_async.training.policy import CheckpointInfo
 
 __all__ = [
     "DEFAULT",
@@ -34,12 +34,11 @@ __all__ = [
     "decide",
 ]
 
-
 Info: TypeAlias = CheckpointInfo
 Infos: TypeAlias = Sequence[CheckpointInfo]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DecisionContext:
     """What a policy may need to know beside the steps.
 
@@ -80,7 +79,7 @@ class SaveDecisionPolicy(Protocol):
 AnyPolicy: TypeAlias = SaveDecisionPolicy | Callable[..., bool]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Decision:
     """Whether a step is saved.
 
@@ -107,92 +106,68 @@ def decide(
     Raises:
       TypeError: it is no policy, or one that must be awaited.
     """
-    if isinstance(policy, _Several):
-        asked = []
-        for each in policy.policies:
-            asked.append(decide(each, step, previous_steps, context=context))
-            if asked[-1].is_saved is policy._decisive:
-                return asked[-1]
-        return Decision(not policy._decisive, ", ".join(one.why for one in asked) or "no policies")
-    check_policy("policy", policy)
-    method: Any = getattr(policy, "should_save", None)
-    if method is not None:  # as Orbax calls it: users' policies may take it by keyword alone
-        answer = method(step, previous_steps=previous_steps, context=context)
-    else:
-        function: Any = policy
-        answer = function(step, previous_steps, context=context)
-    if inspect.isawaitable(answer):
-        if inspect.iscoroutine(answer):
-            answer.close()
-        raise TypeError(f"{named(policy)} is asynchronous; a policy must decide without waiting")
-    return Decision(bool(answer), named(policy))
+
+    def ask(one: Any) -> list[bool]:
+        method = getattr(one, "should_save", None)
+        if method is not None:  # as Orbax calls it: users' policies may take it by keyword alone
+            answer = method(step, previous_steps=previous_steps, context=context)
+        else:
+            answer = one(step, previous_steps, context=context)
+        return [shared.decided(one, answer)]
+
+    (opinion,) = shared.judge(policy, "should_save", ask)
+    return Decision(*opinion)
 
 
-def check_policy(name: str, value: Any) -> None:
-    """Raises TypeError if `value` is neither a policy nor a function."""
-    if isinstance(value, type) or not (callable(value) or isinstance(value, SaveDecisionPolicy)):
-        raise TypeError(f"{name} must have a method should_save, or be a function, not {value!r}")
-
-
-class _Callable:
-    """Lets a policy be used as a plain function."""
+class _Policy(shared.Policy):
+    """A policy that can be used as a plain function, too."""
 
     def __call__(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
         return decide(self, step, previous_steps, context=context).is_saved
 
 
-@dataclasses.dataclass(frozen=True)
-class FixedIntervalPolicy(_Callable):
+class FixedIntervalPolicy(_Policy):
     """Saves every step that is divisible by an interval.
 
     Attributes:
       interval: in steps; at least 1.
     """
 
-    interval: int
-
-    def __post_init__(self) -> None:
-        _keep(self, interval=whole(at_least=1)("interval", self.interval))
+    interval: int = option(check=FROM_1)
 
     def should_save(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
         """Says whether to save."""
         return step.step % self.interval == 0
 
 
-@dataclasses.dataclass(frozen=True)
-class SpecificStepsPolicy(_Callable):
+def _collection(name: str, value: Any) -> Any:
+    if isinstance(value, (str, bytes, Iterator)) or not isinstance(value, Container):
+        raise TypeError(f"{name} must be a collection of ints, such as a set: {value!r}")
+    return value
+
+
+class SpecificStepsPolicy(_Policy):
     """Saves the steps of a collection.
 
     Attributes:
       steps: the collection, such as a set or a range.
     """
 
-    steps: Container[int]
-
-    def __post_init__(self) -> None:
-        refused = isinstance(self.steps, (str, bytes, Iterator))
-        if refused or not isinstance(self.steps, Container):
-            raise TypeError(f"steps must be a collection of ints, such as a set: {self.steps!r}")
+    steps: Container[int] = option(check=_collection)
 
     def should_save(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
         """Says whether to save."""
         return step.step in self.steps
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ContinuousCheckpointingPolicy(_Callable):
+class ContinuousCheckpointingPolicy(_Policy, kw_only=True):
     """Saves as often as it can: whenever no save is running.
 
     Attributes:
       minimum_interval_secs: how long after the last checkpoint the next one comes at the earliest.
     """
 
-    minimum_interval_secs: float | None = None
-
-    def __post_init__(self) -> None:
-        check = optional(number(at_least=0))
-        secs = check("minimum_interval_secs", self.minimum_interval_secs)
-        _keep(self, minimum_interval_secs=secs)
+    minimum_interval_secs: float | None = option(default=None, check=number(at_least=0))
 
     def should_save(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
         """Says whether to save."""
@@ -204,8 +179,7 @@ class ContinuousCheckpointingPolicy(_Callable):
         return step.time - previous_steps[-1].time >= interval
 
 
-@dataclasses.dataclass(frozen=True)
-class InitialSavePolicy(_Callable):
+class InitialSavePolicy(_Policy):
     """Saves when the run has no checkpoint yet."""
 
     def should_save(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
@@ -213,8 +187,7 @@ class InitialSavePolicy(_Callable):
         return not previous_steps
 
 
-@dataclasses.dataclass(frozen=True)
-class PreemptionCheckpointingPolicy(_Callable):
+class PreemptionCheckpointingPolicy(_Policy):
     """Saves when the job is about to be preempted."""
 
     def should_save(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
@@ -222,24 +195,16 @@ class PreemptionCheckpointingPolicy(_Callable):
         return context.reached_preemption
 
 
-@dataclasses.dataclass(frozen=True)
-class _Several(_Callable):
-    policies: Sequence[AnyPolicy]
-    _decisive: ClassVar[bool]  # the answer of one policy that is the answer of all
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.policies, Iterable):
-            raise TypeError(f"policies must be a sequence of policies, not {self.policies!r}")
-        _keep(self, policies=tuple(self.policies))
-        for each in self.policies:
-            check_policy("each of policies", each)
+class _Several(shared.Several, _Policy):
+    _method = "should_save"
+    _fate = "saved"
+    _stops_early = True
 
     def should_save(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
         """Says whether to save."""
         return decide(self, step, previous_steps, context=context).is_saved
 
 
-@dataclasses.dataclass(frozen=True)
 class AnySavePolicy(_Several):
     """Saves when one of several policies does; the first that does ends the asking.
 
@@ -248,10 +213,11 @@ class AnySavePolicy(_Several):
         nothing is ever saved.
     """
 
-    _decisive = True
+    policies: Sequence[AnyPolicy]
+    _is_decisive = True
+    _may_be_empty = True
 
 
-@dataclasses.dataclass(frozen=True)
 class AllSavePolicy(_Several):
     """Saves when every one of several policies does; the first that does not ends the asking.
 
@@ -259,17 +225,8 @@ class AllSavePolicy(_Several):
       policies: policies and plain functions, in the order in which they are asked; at least one.
     """
 
-    _decisive = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.policies:
-            raise ValueError("policies is empty: AllSavePolicy needs at least one policy")
-
-
-def _keep(policy: object, **values: Any) -> None:
-    for name, value in values.items():
-        object.__setattr__(policy, name, value)
+    policies: Sequence[AnyPolicy]
+    _is_decisive = False
 
 
 DEFAULT = AnySavePolicy(

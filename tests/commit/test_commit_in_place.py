@@ -334,7 +334,7 @@ def test_a_living_owner_is_left_alone(
         with paused():
             final = LocalDirectory(str(tmp_path / "c"))
             leftovers.clear(final)
-            leftovers.clear_hollow(final)
+            leftovers.clear(final, is_in_place=True)
             for overwrite in (True, False):
                 destination = Destination(final, overwrite, True, lambda _: True)
                 with pytest.raises(errors.DestinationExistsError, match="being written"):

@@ -401,7 +401,7 @@ def test_f24_a_save_that_was_taken_for_dead_ends_soon(
     release = Trap("save2", lambda: asyncio.sleep(60))
     with mode_of(mode):
         response = ocp.save_checkpointables_async(tmp_path / "c", {"slow": release})
-    while not (found := list(tmp_path.glob("c*/orbax.checkpoint"))):
+    while not (found := list(tmp_path.glob("c*/slow"))):
         time.sleep(0.005)
     found[0].parent.rename(tmp_path / "elsewhere")
     with pytest.raises(errors.CommitError, match="taken it for dead"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -253,6 +254,33 @@ def test_f3_a_partial_save_that_fails_holds_nothing(
         ocp.delete(path)
         if not is_failed:
             break
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("failures", [2, 3, 9])
+@pytest.mark.leaves_temporaries
+def test_f26_a_finalization_that_fails_several_times_loses_no_part(
+    failures: int, can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names can't be changed, nor changed back: what lies there then is swept, and finalized."""
+    if not can_exchange:
+        monkeypatch.setattr(local, "_renameat2", lambda: None)
+    path = tmp_path / "c"
+    for nth in itertools.count(1):
+        partial.save(path, FIRST)
+        partial.save(path, SECOND)
+        fault = Fault(errno.EIO, on("rename", "exchange"), nth=nth, times=failures)
+        with opened_by(watched(fault)), contextlib.suppress(errors.CommitError):
+            partial.finalize(path)
+        has_failed = fault.left != failures
+        leftovers.sweep(str(tmp_path))
+        if not path.exists():
+            partial.finalize(path)
+        check(ocp.load(path), BOTH)
+        ocp.delete(path)
+        if not has_failed:
+            break
+    assert nth > 2
 
 
 def test_f3_a_finalization_whose_clean_up_fails_holds_nothing(tmp_path: Path) -> None:

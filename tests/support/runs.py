@@ -39,19 +39,6 @@ def until(condition: Callable[[], Any]) -> None:
         time.sleep(0.002)
 
 
-def flaky(function: Callable[..., Any], failures: int, about: str) -> Callable[..., Any]:
-    """Returns a function that fails so many times for paths that hold a word."""
-    left = [failures]
-
-    def call(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if about in str(path) and left[0]:
-            left[0] -= 1
-            raise PermissionError(13, "not now", str(path))
-        return function(path, *args, **kwargs)
-
-    return call
-
-
 class Gate:
     """Is captured at once, and written only when it is open.
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from runs import Gate, flaky, on_disk, state, steps, until
+from runs import Gate, on_disk, state, steps, until
+from watched_directory import Fault, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
+from orbax_async._storage.openers import opened_by
 from orbax_async.training import Checkpointer
 from orbax_async.training import preservation_policies as keep
 from orbax_async.training import save_decision_policies as when
@@ -127,13 +129,14 @@ def test_an_existing_step_is_not_replaced_unasked(run: Path) -> None:
 
 def test_what_is_no_checkpoint_is_not_replaced(run: Path) -> None:
     """`overwrite` replaces steps only: a directory of other things under such a name stays."""
-    (run / "5" / "notes").mkdir(parents=True)
+    (run / "5").mkdir(parents=True)
+    (run / "5" / "notes").write_text("not to be lost")
     with Checkpointer(run) as checkpointer:
         with pytest.raises(errors.DestinationExistsError, match="is no checkpoint") as caught:
             checkpointer.save(5, state(5), overwrite=True)
         assert not isinstance(caught.value, errors.StepAlreadyExistsError)
         assert not checkpointer.is_saving_in_progress()
-        assert (run / "5" / "notes").is_dir()
+        assert (run / "5" / "notes").read_text() == "not to be lost"
 
 
 def test_an_earlier_step_is_skipped_and_kept(run: Path) -> None:
@@ -325,13 +328,12 @@ def test_steps_are_deleted(run: Path) -> None:
     assert on_disk(run) == [1]
 
 
-def test_a_step_that_can_not_be_deleted_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_can_not_be_deleted_stays(run: Path) -> None:
     """It is listed again once its deletion has failed."""
     with Checkpointer(run) as checkpointer:
         checkpointer.save(0, state(0))
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "rename", flaky(os.rename, 1, f"{run}/0"))
-            with pytest.raises(errors.CommitError):
-                checkpointer.delete(0)
+        fault = Fault(errno.EACCES, on("rename", path=f"{run}/0"))
+        with opened_by(watched(fault)), pytest.raises(errors.CommitError):
+            checkpointer.delete(0)
         until(lambda: steps(checkpointer) == [0])
         assert checkpointer.load(0)["step"] == 0

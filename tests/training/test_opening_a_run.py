@@ -120,7 +120,7 @@ def test_contexts_count_as_in_orbax(run: Path) -> None:
     checkpointer.close()
     assert not (run / "0" / "state" / "manifest.ocdbt").exists()
     assert (run / "1" / "state" / "manifest.ocdbt").exists()
-    with ocp.Context(array_options=checkpointer._run.context.array):
+    with ocp.Context(array_options=checkpointer._context.array):
         inherited = Checkpointer(run)
     inherited.save(2, state(2))
     inherited.close()

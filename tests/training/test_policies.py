@@ -388,7 +388,9 @@ def test_a_step_below_the_last_is_skipped() -> None:
     """A run saves no step below its latest, as the table says."""
     plan = training.plan([5, 3, 6])
     assert plan.saved == (5, 6)
-    assert plan.steps[1].why_saved == "step 5 is there already, and later"
+    assert plan.steps[1].why_saved == (
+        "step 5 is there already, and later; force=True saves it anyway"
+    )
 
 
 def test_a_plan_takes_metrics_and_times() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import WAIT_SECS, Gate, flaky, on_disk, state, steps, until
+from runs import WAIT_SECS, Gate, on_disk, state, steps, until
+from watched_directory import Fault, Log, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._commit import leftovers
+from orbax_async._storage.openers import opened_by
 from orbax_async.training import Checkpointer, retirement
 from orbax_async.training import preservation_policies as keep
 
@@ -107,65 +110,90 @@ def test_a_step_that_went_can_come_again(run: Path, held_removal: threading.Even
 
 
 @pytest.fixture
+def run_of_one(run: Path) -> Path:
+    """A run with one step, which is saved before anything fails."""
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(0, state(0))
+    return run
+
+
+def keeping_one(run: Path) -> Checkpointer:
+    """Goes on with a run, and gives up all steps but the latest."""
+    return Checkpointer(run, preservation_policy=keep.LatestN(1))
+
+
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again is tried again soon."""
     monkeypatch.setattr(retirement, "_RETRY_SECS", (0.01, 0.01))
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("function", ["rename", "unlink", "rmdir"])
-def test_a_removal_is_tried_again(
-    function: str, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [("rename", "0"), ("remove", "0.orbax*/_CHECKPOINT_METADATA"), ("remove", "0.orbax*-new")],
+    ids=["the step", "a file", "the directory"],
+)
+def test_a_removal_is_tried_again(call: tuple[str, str], run_of_one: Path) -> None:
     """A failure to rename or to remove that passes leaves nothing behind."""
-    with Checkpointer(run, preservation_policy=keep.LatestN(1)) as checkpointer:
-        checkpointer.save(0, state(0))
-        broken = flaky(getattr(os, function), 2, f"{run}/0")
-        monkeypatch.setattr(os, function, broken)
+    fault = Fault(errno.EACCES, on(call[0], path=f"{run_of_one}/{call[1]}"), times=2)
+    with opened_by(watched(fault)), keeping_one(run_of_one) as checkpointer:
         checkpointer.save(1, state(1))
-    assert [path.name for path in run.iterdir()] == ["1"]
+    assert fault.left == 0
+    assert [path.name for path in run_of_one.iterdir()] == ["1"]
 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_step_that_can_not_be_removed_stays(
-    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run_of_one: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where renaming fails for good, the step is listed again, and removed after the next save."""
-    rename = os.rename
-    with Checkpointer(run, preservation_policy=keep.LatestN(1)) as checkpointer:
-        checkpointer.save(0, state(0))
-        monkeypatch.setattr(os, "rename", flaky(rename, 99, f"{run}/0"))
+    fault = Fault(errno.EACCES, on("rename", path=f"{run_of_one}/0"), times=None)
+    with opened_by(watched(fault)), keeping_one(run_of_one) as checkpointer:
         checkpointer.save(1, state(1))
         checkpointer.wait()
         until(lambda: steps(checkpointer) == [0, 1])
         assert any("step 0 was to be removed" in line for line in caplog.messages)
         assert checkpointer.load(0)["step"] == 0
-        monkeypatch.setattr(os, "rename", rename)
+        fault.end()
         checkpointer.save(2, state(2))
         assert steps(checkpointer) == [2]
-    assert [path.name for path in run.iterdir()] == ["2"]
+    assert [path.name for path in run_of_one.iterdir()] == ["2"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_step_that_is_not_durably_out_of_sight_comes_back(run_of_one: Path) -> None:
+    """I5: where its new name can't be made durable it gets the old one again; then it goes."""
+    log = Log()
+    is_renamed = on("rename", path=f"{run_of_one}/0")
+    fault = Fault(errno.EIO, lambda call: call.verb == "sync" and any(map(is_renamed, log.calls)))
+    with opened_by(watched(log, fault)), keeping_one(run_of_one) as checkpointer:
+        checkpointer.save(1, state(1))
+    assert fault.left == 0
+    assert [call.path == f"{run_of_one}/0" for call in log.calls if is_renamed(call)] == [
+        True,
+        False,  # back again
+        True,
+    ]
+    assert [path.name for path in run_of_one.iterdir()] == ["1"]
 
 
 @pytest.mark.usefixtures("impatient")
 def test_files_that_can_not_be_removed_are_left_to_the_next_time(
-    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run_of_one: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They stay out of sight, with a line in the log, and go with the next step that goes."""
-    unlink = os.unlink
-    with Checkpointer(run, preservation_policy=keep.LatestN(1)) as checkpointer:
-        checkpointer.save(0, state(0))
-        monkeypatch.setattr(os, "unlink", flaky(unlink, 99, f"{run}/0.orbax"))
+    fault = Fault(errno.EACCES, on("remove", path=f"{run_of_one}/0.orbax*"), times=None)
+    with opened_by(watched(fault)), keeping_one(run_of_one) as checkpointer:
         checkpointer.save(1, state(1))
         until(lambda: any("can't be removed" in line for line in caplog.messages))
-        monkeypatch.setattr(os, "unlink", unlink)
-        assert on_disk(run) == [1]
+        fault.end()
+        assert on_disk(run_of_one) == [1]
         checkpointer.save(2, state(2))
-    assert [path.name for path in run.iterdir()] == ["2"]
+    assert [path.name for path in run_of_one.iterdir()] == ["2"]
 
 
-def test_a_removal_that_a_crash_interrupted_is_resumed(
-    run: Path,
-) -> None:
+def test_a_removal_that_a_crash_interrupted_is_resumed(run: Path) -> None:
     """What a dead process had put out of sight is removed after the next save."""
     with Checkpointer(run) as checkpointer:
         checkpointer.save(0, state(0))

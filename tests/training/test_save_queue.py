@@ -172,9 +172,9 @@ def test_a_save_that_began_before_the_end_counts(run: Path) -> None:
     checkpointer.save_checkpointables_async(0, {"gate": gate})
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(checkpointer.save, 1, state(1), force=True)
-        until(lambda: len(checkpointer._run.queue.pending()) == 1 and not waiting.done())
+        until(lambda: checkpointer.is_saving_in_progress() and not waiting.done())
         closing = pool.submit(checkpointer.close)
-        until(lambda: checkpointer._run.is_closed)
+        until(lambda: "closed" in repr(checkpointer))
         gate.open()
         with pytest.raises(errors.ClosedError):
             waiting.result()

@@ -118,6 +118,9 @@ class SavePipeline:
                     await self._stores_are_open.wait()
                     self._start_writing(group)
         finally:
+            for batch, _ in self._captured:  # I2: what is not written any more
+                self.transfer_budget.release(batch.staging_nbytes)
+            self._captured.clear()
             self.released.set()
             self.staged.set()
         self._recorder.enter("written")

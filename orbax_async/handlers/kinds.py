@@ -81,27 +81,31 @@ class LeafRecord(NamedTuple):
 
     Attributes:
       entry: in the tree's document.
-      shape: of its array.
-      dtype: of its array.
+      array: of its array, as it is stored.
       prng_impl: of typed PRNG keys, the name of their implementation.
       sharding: the document of the saved sharding.
-      storage: how the array lies on disk.
+      nbytes: what the array takes on disk.
     """
 
     entry: schema.Entry
-    shape: tuple[int, ...] = ()
-    dtype: np.dtype[Any] = _UINT8
+    array: zarr.ArrayDocument = zarr.plain_document((), _UINT8)
     prng_impl: str | None = None
     sharding: Mapping[str, Any] | None = None
-    storage: arrays.StorageMetadata | None = None
+    nbytes: int | None = None
 
     @property
     def label(self) -> str:
         """The leaf's key path, for messages."""
         return keypath.label(self.entry.keys)
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of what was saved, which zarr may not have."""
+        logical = self.entry.private.get("logical_dtype")
+        return self.array.dtype if logical is None else zarr.dtype_named(logical)
+
     def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
+        return f"{self.dtype}{list(self.array.shape)}"
 
 
 class Kind:
@@ -111,14 +115,14 @@ class Kind:
       types: of its values and abstract values, which each of them, and each subclass, also is.
       value_type: what the tree's document calls it.
       python_type: what only we record of it, where kinds have a `value_type` in common.
-      may_be_cast: whether options may choose another dtype for what is stored.
+      is_numeric: whether options may cast what is stored, and any array can be loaded as this.
       is_on_devices: whether it is a jax array once it is loaded.
     """
 
     types: tuple[Any, ...] = ()  # classes
     value_type: str = schema.NUMPY_ARRAY
     python_type: str | None = None
-    may_be_cast: bool = False
+    is_numeric: bool = False
     is_on_devices: bool = False
 
     def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
@@ -161,7 +165,7 @@ class Kind:
         Raises:
           DtypeMismatchError, ShapeMismatchError: it is something else.
         """
-        if of_stored(record.entry) is not self:
+        if not self.is_numeric and of_stored(record.entry) is not self:
             raise errors.DtypeMismatchError(
                 record.label,
                 f"{self.types[0].__name__} was asked for, but the checkpoint holds {record}",
@@ -173,9 +177,11 @@ class Kind:
 
     def describe(self, record: LeafRecord) -> Any:
         """Returns what `metadata` reports of a stored leaf."""
+        array = record.array
         if record.entry.kind == schema.SCALAR:
-            return {"b": False, "i": 0, "u": 0, "c": 0j}.get(record.dtype.kind, 0.0)
-        return arrays.NumpyMetadata(record.shape, record.dtype, record.storage)
+            return {"b": False, "i": 0, "u": 0, "c": 0j}.get(array.dtype.kind, 0.0)
+        storage = arrays.StorageMetadata(array.chunk_shape, None, record.nbytes)
+        return arrays.NumpyMetadata(array.shape, array.dtype, storage)
 
 
 class _Nothing(Kind):
@@ -233,7 +239,7 @@ class _Bytes(Kind):
 class _Number(Kind):
     """Numbers of one Python type."""
 
-    may_be_cast = True
+    is_numeric = True
 
     def __init__(
         self, number: type, value_type: str = schema.SCALAR, python_type: str | None = None
@@ -243,18 +249,16 @@ class _Number(Kind):
         self.python_type = python_type
 
     def encode(self, keys: KeyPath, value: Any) -> Encoded:
-        number = self.types[0](value)
-        if self.types != (int,):
-            return self.encoded(keys, np.asarray(number))
-        if not -(2**63) <= number < 2**64:
+        array = np.asarray(self.types[0](value))
+        if array.dtype == object:
             raise ValueError(f"the int {value} is outside of int64 and uint64")
-        return self.encoded(keys, np.asarray(number, np.uint64 if number >= 2**63 else np.int64))
+        return self.encoded(keys, array)
 
     def signature(self, value: Any) -> Hashable:
         return type(value), self.types == (int,) and value >= 2**63
 
     def check(self, record: LeafRecord, request: Request) -> None:
-        if record.shape != ():
+        if record.array.shape:
             raise errors.ShapeMismatchError(
                 record.label, f"a scalar was asked for, but the checkpoint holds {record}"
             )
@@ -292,7 +296,7 @@ class _NumpyArray(Kind):
     """NumPy arrays. What is reported of one, also asks for one."""
 
     types = (np.ndarray, arrays.NumpyMetadata)
-    may_be_cast = True
+    is_numeric = True
 
     def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
         if isinstance(value, arrays.NumpyMetadata):
@@ -302,11 +306,10 @@ class _NumpyArray(Kind):
                 "a masked array would lose its mask; save `.data` and `.mask`, or `.filled()`"
             )
         array = np.asarray(value)
-        if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and not np.little_endian):
-            return self.encoded(keys, array.astype(array.dtype.newbyteorder("<")))
-        leaf, array = self.encoded(keys, array)
-        leaf.is_mutable = True
-        return leaf, array
+        little = array.dtype.newbyteorder("<")
+        leaf, stored = self.encoded(keys, array.astype(little, copy=False))
+        leaf.is_mutable = stored is array
+        return leaf, stored
 
     def signature(self, value: np.ndarray[Any, Any]) -> Hashable:
         if type(value) is not np.ndarray:
@@ -319,16 +322,13 @@ class _NumpyArray(Kind):
         # An empty array is the usual way to say "NumPy, whatever its shape".
         return Request(self, tuple(leaf.shape) if 0 not in leaf.shape else None, leaf.dtype)
 
-    def check(self, record: LeafRecord, request: Request) -> None:
-        pass
-
 
 class _JaxArray(Kind):
     """jax arrays. Whatever has a shape and a dtype asks for one."""
 
     types = (jax.Array, jax.core.Tracer, jax.ShapeDtypeStruct, arrays.ArrayMetadata)
     value_type = schema.JAX_ARRAY
-    may_be_cast = True
+    is_numeric = True
     is_on_devices = True
 
     def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
@@ -346,7 +346,7 @@ class _JaxArray(Kind):
             )
         shape, sharding = value.shape, value.sharding
         dtype, private = _recorded(value.dtype, sharding, not shape and value.weak_type)
-        return Leaf(keys, self.value_type, shape, dtype, sharding, private=private), value
+        return Leaf(keys, schema.JAX_ARRAY, shape, dtype, sharding, private=private), value
 
     def signature(self, value: Any) -> Hashable:
         if value.is_deleted():
@@ -367,9 +367,6 @@ class _JaxArray(Kind):
             is_weak=bool(getattr(leaf, "weak_type", False)),
         )
 
-    def check(self, record: LeafRecord, request: Request) -> None:
-        pass
-
     def decode(self, stored: Any, record: LeafRecord, request: Request) -> Any:
         if stored.shape:
             return stored
@@ -377,15 +374,14 @@ class _JaxArray(Kind):
         return _weak(stored) if is_weak else stored
 
     def describe(self, record: LeafRecord) -> arrays.ArrayMetadata:
-        saved = record.sharding
+        array, saved = record.array, record.sharding
         sharding = None if saved is None else arrays.ShardingMetadata(saved)
-        return arrays.ArrayMetadata(record.shape, record.dtype, sharding, record.storage)
+        storage = arrays.StorageMetadata(array.chunk_shape, record.entry.write_shape, record.nbytes)
+        return arrays.ArrayMetadata(array.shape, array.dtype, sharding, storage)
 
 
 class _RandomKeys(_JaxArray):
     """Typed PRNG keys, stored as the integers of which they are made."""
-
-    python_type = "key"  # `LeafRecord.prng_impl` tells instead
 
     def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
         if not is_prng_key(value):
@@ -410,7 +406,7 @@ class _RandomKeys(_JaxArray):
             )
         with jax.transfer_guard("allow"):
             data = jax.random.key_data(jnp.zeros((), request.dtype))
-        if data.dtype != record.dtype or record.shape[-1:] != data.shape:
+        if data.dtype != record.dtype or record.array.shape[-1:] != data.shape:
             raise errors.DtypeMismatchError(
                 record.label,
                 f"keys of {request.dtype} were asked for, which are {data.dtype}[..., "
@@ -487,15 +483,10 @@ def want(leaf: Any) -> Request:
         request = kind.want(leaf)
         if request is not None:
             return request
-    if isinstance(leaf, type):
-        raise ValueError(
-            f"Unsupported abstract leaf type for loading: the type {leaf}. Types that say what to "
-            "load are jax.Array, np.ndarray, int, float, complex, bool, bytes, str and NumPy "
-            "scalars."
-        )
     raise ValueError(
-        f"Unsupported abstract leaf type for loading: {type(leaf)}. Give a jax.ShapeDtypeStruct, "
-        "an array, a NumPy array, a scalar, str, or `...` to skip the leaf."
+        f"Unsupported abstract leaf type for loading: {cls}. Give a jax.ShapeDtypeStruct, an "
+        "array, a number, bytes or a str, or the type of one (jax.Array, np.ndarray, int, float, "
+        "complex, bool, NumPy scalars, bytes, str), or `...` to skip the leaf."
     )
 
 
@@ -503,14 +494,11 @@ def of_stored(entry: schema.Entry) -> Kind:
     """Returns the kind that was saved, as far as the tree's document tells."""
     if entry.is_empty:
         return NOTHING
-    recorded = entry.private.get("python_type")
-    if recorded is not None:
+    for recorded in (entry.private.get("python_type"), None):
         for kind in TABLE:
-            if kind.python_type == recorded:
+            fits = kind.python_type == recorded and (recorded or kind.value_type == entry.kind)
+            if fits and kind is not RANDOM_KEYS:  # which `LeafRecord.prng_impl` tells
                 return kind
-    for kind in TABLE:
-        if kind.value_type == entry.kind and kind.python_type is None:
-            return kind
     return NUMPY_ARRAY
 
 

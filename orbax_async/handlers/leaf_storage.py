@@ -183,7 +183,7 @@ def _encoding(chunk_nbytes: int, saving: _Saving) -> codecs.Encoding | None:
 
 
 def _is_numeric(leaf: Leaf) -> bool:
-    return leaf.prng_impl is None and kinds.of_stored(leaf.entry()).may_be_cast
+    return leaf.prng_impl is None and kinds.of_stored(leaf.entry()).is_numeric
 
 
 def _values_dtype(leaf: Leaf) -> np.dtype[Any]:

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from orbax_async import _operation as operation
-from orbax_async import arrays, errors
 from orbax_async import context as ambient
+from orbax_async import errors
 from orbax_async._engine import loop, place, plan
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
 from orbax_async._layouts.layout import StoredTree, reading
@@ -201,13 +201,7 @@ class Loading:
         alike: dict[Hashable, LeafPlan] = {}
         for index, entry in to_load.items():
             request, document = self._requests[index], documents[entry.name]
-            record = LeafRecord(
-                entry,
-                document.shape,
-                document.dtype,
-                impls.get(entry.name),
-                saved.get(entry.name),
-            )
+            record = LeafRecord(entry, document, impls.get(entry.name), saved.get(entry.name))
             sharding = self._sharding_for(record, request)
             private = tuple(sorted(entry.private.items())) if entry.private else ()
             key = (
@@ -218,7 +212,7 @@ class Loading:
             found = alike.get(key)
             if found is None:
                 try:
-                    found = alike[key] = self._plan_leaf(record, document, request, sharding)
+                    found = alike[key] = self._plan_leaf(record, request, sharding)
                 except errors.LeafError as error:
                     self._refused.append(error)
                     continue
@@ -243,7 +237,7 @@ class Loading:
             return given
         if not kinds.result_kind(record, request).is_on_devices:
             return None
-        shape = record.shape if request.shape is None else request.shape
+        shape = record.array.shape if request.shape is None else request.shape
         dtype = record.dtype if request.dtype is None else request.dtype
         try:
             sharding = given(keypath.jax_path(record.entry.keys), shape, dtype)
@@ -258,11 +252,7 @@ class Loading:
             raise errors.AbstractLeafError(record.label, str(reason)) from None
 
     def _plan_leaf(
-        self,
-        record: LeafRecord,
-        document: zarr.ArrayDocument,
-        request: Request,
-        sharding: jax.sharding.Sharding | None,
+        self, record: LeafRecord, request: Request, sharding: jax.sharding.Sharding | None
     ) -> LeafPlan:
         """Decides how one array is read, and what is made of it.
 
@@ -271,57 +261,23 @@ class Loading:
           DtypeMismatchError: the dtype can't be had without losing values.
           ShardingMismatchError: a sharding does not fit.
         """
-        logical = record.entry.private.get("logical_dtype")
-        if logical is not None:
-            record = record._replace(dtype=zarr.dtype_named(logical))
         kind = kinds.result_kind(record, request)
         kind.check(record, request)
         are_keys = record.prng_impl is not None or kind is kinds.RANDOM_KEYS
         pads = self._options.enable_padding_and_truncation and not are_keys
         shape = _shape(record, request, may_differ=pads)
         dtype = record.dtype if request.dtype is None or are_keys else request.dtype
-        process = self._operation.processes.index
-        if kind.is_on_devices:
-            self._check_width(record, dtype)
-            sharding = sharding or self._saved_sharding(record)
-            try:
-                placement = shardings.on_devices(sharding, shape, process, self._options)
-            except ValueError as error:
-                raise errors.ShardingMismatchError(record.label, str(error)) from None
-        else:
+        if not kind.is_on_devices:
             sharding = None
-            placement = shardings.on_host(shape, process)
-        piece_shape = None
-        if shape != record.shape:
-            # Every shard has one shape; what lies beyond the stored array is not read.
-            piece_shape = plan.box_shape(placement.shards[0].box)
-            placement = placement.clipped(record.shape)
-        read = ArrayRead(
-            document,
-            dtype,
-            view_dtype=None if logical is None else record.dtype,
-            sharding=sharding,
-            device_shardings=placement.devices,
-            piece_shape=piece_shape,
-            copies=placement.copies,
-            fills_missing=not self._options.raise_array_data_missing_error,
-        )
-        is_cast = logical is not None and record.dtype != dtype
-        read.regions = plan.read_regions(
-            placement.shards,
-            dtype.itemsize + (document.dtype.itemsize if is_cast else 0),  # both are there at once
-            process=process,
-            shape=record.shape,
-            chunk_shape=document.chunk_shape,
-            is_raw=read.raw is not None,
-            is_tight=self._stored.lies_plainly,
-        )
-        if piece_shape is not None and read.regions:  # what is filled up takes memory, too
-            count = sum(len(devices) for region in read.regions for _, devices in region.parts)
-            nbytes = math.prod(piece_shape) * dtype.itemsize * count // len(read.regions)
-            read.regions = tuple(
-                region._replace(nbytes=max(region.nbytes, nbytes)) for region in read.regions
+        elif kinds.is_wide(dtype) and not self._operation.enable_x64:
+            raise errors.DtypeMismatchError(
+                record.label,
+                f"a jax array of dtype {dtype.name} needs jax_enable_x64, which is off; values "
+                "would be narrowed. Turn it on, or ask for a narrower dtype or for np.ndarray.",
             )
+        else:
+            sharding = sharding or self._saved_sharding(record)
+        read = self._array_read(record, shape, dtype, sharding)
 
         def finish(pieces: Sequence[Any]) -> Any:
             if sharding is None:
@@ -332,13 +288,54 @@ class Loading:
 
         return LeafPlan(read, finish)
 
-    def _check_width(self, record: LeafRecord, dtype: Any) -> None:
-        if kinds.is_wide(dtype) and not self._operation.enable_x64:
-            raise errors.DtypeMismatchError(
-                record.label,
-                f"a jax array of dtype {dtype.name} needs jax_enable_x64, which is off; values "
-                "would be narrowed. Turn it on, or ask for a narrower dtype or for np.ndarray.",
+    def _array_read(
+        self,
+        record: LeafRecord,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        sharding: jax.sharding.Sharding | None,
+    ) -> ArrayRead:
+        """Returns what is read of an array to get it in a shape, a dtype and a sharding."""
+        stored, process = record.array, self._operation.processes.index
+        try:
+            placement = shardings.placement(sharding, shape, process, self._options)
+        except ValueError as error:
+            raise errors.ShardingMismatchError(record.label, str(error)) from None
+        piece_shape = None
+        if shape != stored.shape:
+            # Every shard has one shape; what lies beyond the stored array is not read.
+            piece_shape = plan.box_shape(placement.shards[0].box)
+            placement = placement.clipped(stored.shape)
+        is_viewed = "logical_dtype" in record.entry.private
+        read = ArrayRead(
+            stored,
+            dtype,
+            view_dtype=record.dtype if is_viewed else None,
+            sharding=sharding,
+            device_shardings=placement.devices,
+            piece_shape=piece_shape,
+            copies=placement.copies,
+            fills_missing=not self._options.raise_array_data_missing_error,
+        )
+        itemsize = dtype.itemsize
+        if is_viewed and record.dtype != dtype:
+            itemsize += stored.dtype.itemsize  # both are there at once
+        read.regions = plan.read_regions(
+            placement.shards,
+            itemsize,
+            process=process,
+            shape=stored.shape,
+            chunk_shape=stored.chunk_shape,
+            is_raw=read.raw is not None,
+            is_tight=self._stored.lies_plainly,
+        )
+        if piece_shape is not None and read.regions:  # what is filled up takes memory, too
+            count = sum(len(devices) for region in read.regions for _, devices in region.parts)
+            nbytes = math.prod(piece_shape) * dtype.itemsize * count // len(read.regions)
+            read.regions = tuple(
+                region._replace(nbytes=max(region.nbytes, nbytes)) for region in read.regions
             )
+        return read
 
     def _saved_sharding(self, record: LeafRecord) -> jax.sharding.Sharding:
         """Returns the saved sharding, or this process's first device where that can't be had."""
@@ -407,16 +404,9 @@ def describe(stored: StoredTree, options: ambient.Context) -> Any:
     saved = stored.shardings()
 
     def leaf(entry: schema.Entry) -> Any:
-        record = LeafRecord(entry, sharding=saved.get(entry.name))
-        document = documents.get(entry.name)
-        if document is not None:
-            record = record._replace(
-                shape=document.shape,
-                dtype=document.dtype,
-                storage=arrays.StorageMetadata(
-                    document.chunk_shape, entry.write_shape, sizes.get(entry.name)
-                ),
-            )
+        record = LeafRecord(entry, sharding=saved.get(entry.name), nbytes=sizes.get(entry.name))
+        if entry.name in documents:
+            record = record._replace(array=documents[entry.name])
         return kinds.of_stored(entry).describe(record)
 
     nest = stored.nest_for(options)
@@ -449,10 +439,10 @@ class LeafPlan(NamedTuple):
 
 def _shape(record: LeafRecord, request: Request, *, may_differ: bool) -> tuple[int, ...]:
     """Returns the shape that an array gets."""
-    expected = record.shape[:-1] if request.kind is kinds.RANDOM_KEYS else record.shape
+    expected = record.array.shape[:-1] if request.kind is kinds.RANDOM_KEYS else record.array.shape
     if request.shape is None or request.shape == expected:
-        return record.shape
-    if may_differ and len(request.shape) == len(record.shape):
+        return record.array.shape
+    if may_differ and len(request.shape) == len(record.array.shape):
         return request.shape
     if may_differ:
         why = "Ranks do not match, and padding and truncation keep the rank."

@@ -15,8 +15,7 @@ from orbax_async.options import ArrayOptions
 __all__ = [
     "Placement",
     "concrete",
-    "on_devices",
-    "on_host",
+    "placement",
     "saved",
     "shards_of",
     "special_memory_kind",
@@ -114,13 +113,8 @@ class Placement(NamedTuple):
         return self._replace(shards=shards)
 
 
-def on_host(shape: tuple[int, ...], process: int) -> Placement:
-    """Leaves an array on the host."""
-    return Placement((plan.ShardSpec(-1, process, plan.whole(shape)),))
-
-
-def on_devices(
-    sharding: jax.sharding.Sharding,
+def placement(
+    sharding: jax.sharding.Sharding | None,
     shape: tuple[int, ...],
     process: int,
     options: ArrayOptions.Loading,
@@ -128,7 +122,7 @@ def on_devices(
     """Puts the pieces of an array where a sharding says.
 
     Args:
-      sharding: of the array.
+      sharding: of the array; None to leave it on the host.
       shape: its global shape.
       process: whose devices get pieces.
       options: say whether one replica reads for all, or each gets its values from the host.
@@ -136,6 +130,8 @@ def on_devices(
     Raises:
       ValueError: the sharding does not fit the shape, or has no such replicas.
     """
+    if sharding is None:
+        return Placement((plan.ShardSpec(-1, process, plan.whole(shape)),))
     try:
         shards = shards_of(sharding, shape)
     except (ValueError, IndexError) as error:  # jax looks at the rank only in passing

@@ -555,7 +555,7 @@ def test_one_worker_at_a_time_waits_for_a_busy_disk(
         nonlocal now, most
         now += 1
         most = max(most, now)
-        seen.update(os.listdir(os.path.join(store.directory, "d")))
+        seen.update(os.listdir(os.path.join(store.directory.path, "d")))
         time.sleep(0.05)  # for another batch to come along
         now -= 1
 

@@ -42,7 +42,7 @@ from orbax_async.path import Path, PathAwaitingCreation
 
 __all__ = ["Save"]
 
-_SYNCS_AT_ONCE = 4
+_SYNCS_AT_ONCE, _SYNCED_IN_A_ROW = 4, 8
 _SWEEP_GRACE_SECS = 1.0
 _CLAIM_SECS = 0.02  # between two looks whether another process has finished
 _CLAIM_LIMIT_SECS = 1200.0  # where the operation has no limit of its own
@@ -195,9 +195,8 @@ class Save:
             await loop.to_worker(self._renew_now)
 
     def _renew_now(self) -> None:
-        if time.monotonic() - self._renewed_secs >= _RENEW_SECS:
-            self._renewed_secs = time.monotonic()
-            self.commit.renew()
+        self._renewed_secs = time.monotonic()
+        self.commit.renew()
 
     # Committing.
 
@@ -250,9 +249,10 @@ class Save:
         return self.commit.directory.walk()
 
     def _sync(self, written: list[str]) -> None:
-        for name in written:
-            self.commit.directory.sync([name])
-            self._renew_now()  # the loop's own turn may be late: syncs keep all workers
+        for start in range(0, len(written), _SYNCED_IN_A_ROW):
+            self.commit.directory.sync(written[start : start + _SYNCED_IN_A_ROW])
+            if time.monotonic() - self._renewed_secs >= _RENEW_SECS:
+                self._renew_now()  # the loop's own turn may be late: syncs keep all workers
 
     def _publish(self) -> Held | None:
         return self.commit.publish(self._documents)

@@ -180,7 +180,7 @@ class LocalDirectory:
     def sync(self, names: Iterable[str]) -> None:
         """Makes files, and the entries of directories, durable, in the order given."""
         for name in names:
-            path = self._at(name)
+            path = f"{self.path}/{name}" if name else self.path  # many: without a call of `_at`
             if os.name == "nt" and os.path.isdir(path):
                 continue
             descriptor = os.open(path, os.O_RDONLY)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from orbax_async import _names as names
+from orbax_async import errors
 from orbax_async._commit.destination import Destination
 from orbax_async._commit.sequence import Save
 from orbax_async._layouts.orbax import OrbaxLayout, check_name, writes_in_place
@@ -281,21 +282,23 @@ def _pairs(checkpointables: Any) -> list[tuple[Any, Any]]:
 
 
 def json_metadata(custom_metadata: Any) -> dict[str, Any]:
-    """Returns a private copy of custom metadata; raises for what JSON can't hold (W27)."""
+    """Returns a private copy of custom metadata.
+
+    Raises:
+      NotJsonError: it is no dict of JSON values.
+    """
     if custom_metadata is None:
         return {}
     if not isinstance(custom_metadata, dict):
-        raise ValueError(
+        raise errors.NotJsonError(
             f"custom_metadata: Object must be of type <class 'dict'>, got {type(custom_metadata)}."
         )
     for key in custom_metadata:
         if not isinstance(key, str):
-            raise ValueError(
+            raise errors.NotJsonError(
                 f"custom_metadata: Object must be of type <class 'str'>, got {type(key)}: {key!r}."
             )
     try:
-        copied = json.loads(json.dumps(custom_metadata))
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"custom_metadata: {error}") from None
-    assert isinstance(copied, dict)
-    return copied
+        return dict(json.loads(json.dumps(custom_metadata)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise errors.NotJsonError(f"custom_metadata: {error}") from None

@@ -19,7 +19,7 @@ PathLike: TypeAlias = str | os.PathLike[str]
 class PathAwaitingCreation(Protocol):
     """A directory that a handler will write to, and that may not exist yet.
 
-    Handlers get one in the first tier of a save. `path` is where the directory will be;
+    Handlers get one in the first phase of a save. `path` is where the directory will be;
     `directory / "name"` is the same promise for an entry below it; `await
     directory.await_creation()` waits until the directory is there and returns its path.
     """

@@ -17,6 +17,7 @@ from orbax_async._api import load as loading
 from orbax_async._api import metadata as describing
 from orbax_async._api.deprecated import older_method
 from orbax_async._api.load import Selects, Shardings
+from orbax_async._api.save import json_metadata
 from orbax_async._engine import loop
 from orbax_async._layouts.orbax import check_name, writes_in_place
 from orbax_async._response import AsyncResponse
@@ -33,7 +34,6 @@ from orbax_async.training.steps import (
     RunDirectory,
     Step,
     Steps,
-    json_dict,
     step_number,
 )
 from orbax_async.tree.selection import Select
@@ -67,8 +67,8 @@ def _blocking(begin: Callable[P, AsyncResponse[T] | None]) -> Callable[P, T]:
 class Checkpointer:
     """The checkpoints of one run: which steps are saved, which are kept, and where they lie.
 
-    Any thread may use it, and so may coroutines. What ends in `_async` returns something that can
-    be awaited. Everything else blocks its caller, but for `ready`.
+    Any thread may use it, and so may coroutines. What ends in `_async`, `ready` and `aclose` can be
+    awaited. Everything else blocks its caller.
 
     Example:
       ::
@@ -152,7 +152,7 @@ class Checkpointer:
             supersede_queued=supersede_queued,
         )
         is_cleaned = flag("cleanup_tmp_directories", cleanup_tmp_directories)
-        said = None if custom_metadata is None else json_dict("custom_metadata", custom_metadata)
+        said = None if custom_metadata is None else json_metadata(custom_metadata)
         self._directory.create()
         if multihost.is_primary_host(self._context.multiprocessing.primary_host):
             if said is not None:
@@ -233,7 +233,9 @@ class Checkpointer:
           Exception: what the policy raises.
         """
         self._check_open("should_save")
-        decision = self._queue.decide(self._steps.at_hand(step), self._options())
+        decision = self._queue.decide(
+            self._steps.at_hand(step), self._options(), force=False, overwrite=False
+        )
         return decision is not None and decision.is_saved
 
     def save_async(

@@ -12,17 +12,9 @@ import dataclasses
 import datetime
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import (
-    Any,
-    ClassVar,
-    NamedTuple,
-    Protocol,
-    TypeVar,
-    dataclass_transform,
-    runtime_checkable,
-)
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from orbax_async.options._group import anything, flag, option, optional
+from orbax_async.options._group import anything, flag, optional
 
 __all__ = ["CheckpointInfo", "Opinion", "Policy", "Several", "check", "decided", "judge", "named"]
 
@@ -56,19 +48,16 @@ class Opinion(NamedTuple):
     why: str
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(option,))
+@dataclasses.dataclass(frozen=True)
 class Policy:
-    """The base of policies: frozen dataclasses whose fields are checked when they are made.
+    """The base of policies, whose fields are checked when one is made.
 
     A field declares its check as an option does. Where its default is None, None is taken as well,
     and a bool stands for a bool.
     """
 
-    def __init_subclass__(cls, *, kw_only: bool = False) -> None:
-        dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
-
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in dataclasses.fields(self):
             check = field.metadata.get("check", anything)
             if isinstance(field.default, bool):
                 check = flag
@@ -77,6 +66,7 @@ class Policy:
             object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
 
 
+@dataclasses.dataclass(frozen=True)
 class Several(Policy):
     """A policy made of others, each a policy or a plain function."""
 

@@ -121,6 +121,7 @@ class _Policy(shared.Policy):
         return [verdict.is_kept for verdict in judge(self, checkpoints, context=context)]
 
 
+@dataclass(frozen=True)
 class PreserveAll(_Policy):
     """Keeps every checkpoint."""
 
@@ -129,6 +130,7 @@ class PreserveAll(_Policy):
         return [True] * len(checkpoints)
 
 
+@dataclass(frozen=True)
 class LatestN(_Policy):
     """Keeps the last checkpoints.
 
@@ -143,6 +145,7 @@ class LatestN(_Policy):
         return _newest([True] * len(checkpoints), self.n)
 
 
+@dataclass(frozen=True)
 class EveryNSeconds(_Policy):
     """Keeps the first checkpoint, and each that comes some time after the last one kept.
 
@@ -150,7 +153,7 @@ class EveryNSeconds(_Policy):
       interval_secs: that time.
     """
 
-    interval_secs: float = option(check=number(at_least=0))
+    interval_secs: float = field(metadata={"check": number(at_least=0)})
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
@@ -164,6 +167,7 @@ def _interval(name: str, value: Any) -> Any:
     return FROM_1(name, value)
 
 
+@dataclass(frozen=True)
 class EveryNSteps(_Policy):
     """Keeps checkpoints at an interval of steps.
 
@@ -174,7 +178,7 @@ class EveryNSteps(_Policy):
       max_to_keep: how many of these to keep, the newest; None for all.
     """
 
-    interval_steps: int = option(check=_interval)
+    interval_steps: int = field(metadata={"check": _interval})
     exact_interval: bool = True
     max_to_keep: int | None = option(default=None, check=FROM_1)
 
@@ -186,6 +190,7 @@ class EveryNSteps(_Policy):
         return _newest(_spaced(steps, self.interval_steps), self.max_to_keep)
 
 
+@dataclass(frozen=True)
 class EveryNStepsClosest(_Policy):
     """Keeps, for each multiple of an interval, the step closest to it; and the last one.
 
@@ -196,7 +201,7 @@ class EveryNStepsClosest(_Policy):
       max_to_keep: how many of these to keep, the newest; None for all.
     """
 
-    interval_steps: int = option(check=_interval)
+    interval_steps: int = field(metadata={"check": _interval})
     max_to_keep: int | None = option(default=None, check=FROM_1)
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
@@ -215,6 +220,7 @@ def _steps(name: str, value: Any) -> Any:
     return value if isinstance(value, range) else frozenset(each(FROM_0, set)(name, value))
 
 
+@dataclass(frozen=True)
 class CustomSteps(_Policy):
     """Keeps the steps of a collection.
 
@@ -222,14 +228,15 @@ class CustomSteps(_Policy):
       steps: the collection, such as a list, a set or a range.
     """
 
-    steps: Collection[int] = option(check=_steps)
+    steps: Collection[int] = field(metadata={"check": _steps})
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
         return [checkpoint.step in self.steps for checkpoint in checkpoints]
 
 
-class BestN(_Policy, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class BestN(_Policy):
     """Keeps the checkpoints with the best metrics; of equals, the later.
 
     As long as there are no more than `n` checkpoints, all are kept. A metric that is not a number
@@ -302,6 +309,7 @@ def _age(name: str, value: Any) -> Any:
     return value
 
 
+@dataclass(frozen=True)
 class LatestDuration(_Policy):
     """Keeps the first checkpoint that is not too old, and all that come after it.
 
@@ -309,7 +317,7 @@ class LatestDuration(_Policy):
       duration: how old it may be.
     """
 
-    duration: datetime.timedelta = option(check=_age)
+    duration: datetime.timedelta = field(metadata={"check": _age})
 
     def should_preserve(self, checkpoints: Infos, *, context: PreservationContext) -> list[bool]:
         """Says of each checkpoint whether to keep it."""
@@ -322,6 +330,7 @@ class LatestDuration(_Policy):
         return kept
 
 
+@dataclass(frozen=True)
 class _Several(shared.Several, _Policy):
     _method = "should_preserve"
     _fate = "kept"
@@ -332,6 +341,7 @@ class _Several(shared.Several, _Policy):
         return self(checkpoints, context=context)
 
 
+@dataclass(frozen=True)
 class AnyPreservationPolicy(_Several):
     """Keeps what any of several policies keeps.
 
@@ -343,6 +353,7 @@ class AnyPreservationPolicy(_Several):
     _is_decisive = True
 
 
+@dataclass(frozen=True)
 class AllPreservationPolicy(_Several):
     """Keeps what all of several policies keep.
 

@@ -103,12 +103,7 @@ class SaveQueue:
     # Deciding.
 
     def decide(
-        self,
-        step: Step,
-        options: ambient.Context,
-        *,
-        force: bool = False,
-        overwrite: bool = False,
+        self, step: Step, options: ambient.Context, *, force: bool, overwrite: bool
     ) -> Decision | None:
         """Says whether a step is saved now, and why, alike on every process.
 
@@ -174,22 +169,17 @@ class SaveQueue:
             if decision is None:
                 raise self._exists(step)
             self.last_decision = decision
-            package_logger.debug("step %d of %s is %s", step.step, self._steps.directory, decision)
+            package_logger.debug("step %d of %s is %s", step.step, step.path.parent, decision)
             if not decision.is_saved:
                 return None
-            return self._start(step, checkpointables, options, is_state, overwrite)
+            return self._start(step, checkpointables, is_state, overwrite)
 
     def _start(
-        self,
-        step: Step,
-        checkpointables: Any,
-        options: ambient.Context,
-        is_state: bool,
-        overwrite: bool,
+        self, step: Step, checkpointables: Any, is_state: bool, overwrite: bool
     ) -> AsyncResponse[bool]:
         """Starts the save of a step; this is the one place where a run meets the door."""
-        path, began = self._steps.directory.path_of(step.step), step.time.timestamp()
-        is_primary = multihost.is_primary_host(options.multiprocessing.primary_host)
+        began = step.time.timestamp()
+        is_primary = multihost.is_primary_host(ambient.current().multiprocessing.primary_host)
 
         async def run() -> bool:
             try:
@@ -203,12 +193,12 @@ class SaveQueue:
             with self._naming_the_step(step, overwrite), starting("save") as operation:
                 self._make_room(step)
                 self.raise_failures()
-                older = self._retirement.out_of_sight(step.step)
-                concurrent.futures.wait(older)
+                # An older one of that number may still be on its way out.
+                concurrent.futures.wait(self._retirement.out_of_sight(step.step))
                 began_capture = time.time()
                 self._enter(step)
                 request = SaveRequest(
-                    path=path,
+                    path=step.path,
                     checkpointables=checkpointables,
                     is_state=is_state,
                     overwrite=overwrite,
@@ -217,7 +207,7 @@ class SaveQueue:
                     may_write=step.may_write,
                 )
                 save = prepare(operation, request)
-                response = operation.start(f"save to {path}", run)
+                response = operation.start(f"save to {step.path}", run)
                 self._note_response(step, response)
         except BaseException as error:
             if step.response is None:  # what was never begun is not in progress
@@ -260,12 +250,9 @@ class SaveQueue:
         )
 
     def _log_entry(self, step: Step, began: float, began_capture: float) -> None:
-        """Tells the user's logger of a save whose values are captured, under Orbax's keys.
+        """Tells the user's logger, under Orbax's keys, of a save whose values are captured.
 
-        Args:
-          step: the step.
-          began: when `save` was called, in seconds since the epoch.
-          began_capture: when no earlier save was in the way any more.
+        It was called when it `began`; no earlier save was in its way from `began_capture` on.
         """
         now = time.time()
         before, self._last_began = self._last_began, began

@@ -205,19 +205,25 @@ def plan(
         )
         decision = due(saving, now, present, context=context)
         planned[now.step] = PlannedStep(now.step, decision.is_saved, decision.why)
-        if not decision.is_saved:
-            continue
-        present = [*present, now]
-        verdicts = judge(keeping, present, context=PreservationContext(now=now.time))
-        for one, verdict in zip(present, verdicts, strict=True):
-            planned[one.step] = dataclasses.replace(
-                planned[one.step],
-                is_kept=verdict.is_kept,
-                why_kept=verdict.why,
-                deleted_after=None if verdict.is_kept else now.step,
-            )
-        present = [one for one in present if planned[one.step].is_kept]
+        if decision.is_saved:
+            present = _kept(keeping, [*present, now], planned)
     return Plan(tuple(planned.values()))
+
+
+def _kept(
+    policy: KeepPolicy, present: list[CheckpointInfo], planned: dict[int, PlannedStep]
+) -> list[CheckpointInfo]:
+    """Returns what a policy keeps once the last of some checkpoints is saved, and notes why."""
+    now = present[-1]
+    verdicts = judge(policy, present, context=PreservationContext(now=now.time))
+    for one, verdict in zip(present, verdicts, strict=True):
+        planned[one.step] = dataclasses.replace(
+            planned[one.step],
+            is_kept=verdict.is_kept,
+            why_kept=verdict.why,
+            deleted_after=None if verdict.is_kept else now.step,
+        )
+    return [one for one in present if planned[one.step].is_kept]
 
 
 _BEFORE = "it was there before"

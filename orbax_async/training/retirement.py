@@ -64,10 +64,10 @@ class Retirement:
         """Begins to remove steps, and returns at once."""
         for each in leaving:
             each.out_of_sight, each.gone = promise(), promise()
-        self._steps.give_up(leaving)
         with self._lock:
             again, self._stuck = self._stuck, []
             self._leaving += leaving
+        self._steps.give_up(leaving)
         if not leaving and not again:
             return
         try:

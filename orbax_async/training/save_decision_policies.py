@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from orbax_async.options import MultiprocessingOptions
@@ -126,6 +126,7 @@ class _Policy(shared.Policy):
         return decide(self, step, previous_steps, context=context).is_saved
 
 
+@dataclass(frozen=True)
 class FixedIntervalPolicy(_Policy):
     """Saves every step that is divisible by an interval.
 
@@ -133,7 +134,7 @@ class FixedIntervalPolicy(_Policy):
       interval: in steps; at least 1.
     """
 
-    interval: int = option(check=FROM_1)
+    interval: int = field(metadata={"check": FROM_1})
 
     def should_save(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
         """Says whether to save."""
@@ -146,6 +147,7 @@ def _collection(name: str, value: Any) -> Any:
     return value
 
 
+@dataclass(frozen=True)
 class SpecificStepsPolicy(_Policy):
     """Saves the steps of a collection.
 
@@ -153,14 +155,15 @@ class SpecificStepsPolicy(_Policy):
       steps: the collection, such as a set or a range.
     """
 
-    steps: Container[int] = option(check=_collection)
+    steps: Container[int] = field(metadata={"check": _collection})
 
     def should_save(self, step: Info, previous_steps: Infos, *, context: DecisionContext) -> bool:
         """Says whether to save."""
         return step.step in self.steps
 
 
-class ContinuousCheckpointingPolicy(_Policy, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class ContinuousCheckpointingPolicy(_Policy):
     """Saves as often as it can: whenever no save is running.
 
     Attributes:
@@ -179,6 +182,7 @@ class ContinuousCheckpointingPolicy(_Policy, kw_only=True):
         return step.time - previous_steps[-1].time >= interval
 
 
+@dataclass(frozen=True)
 class InitialSavePolicy(_Policy):
     """Saves when the run has no checkpoint yet."""
 
@@ -187,6 +191,7 @@ class InitialSavePolicy(_Policy):
         return not previous_steps
 
 
+@dataclass(frozen=True)
 class PreemptionCheckpointingPolicy(_Policy):
     """Saves when the job is about to be preempted."""
 
@@ -195,6 +200,7 @@ class PreemptionCheckpointingPolicy(_Policy):
         return context.reached_preemption
 
 
+@dataclass(frozen=True)
 class _Several(shared.Several, _Policy):
     _method = "should_save"
     _fate = "saved"
@@ -205,6 +211,7 @@ class _Several(shared.Several, _Policy):
         return decide(self, step, previous_steps, context=context).is_saved
 
 
+@dataclass(frozen=True)
 class AnySavePolicy(_Several):
     """Saves when one of several policies does; the first that does ends the asking.
 
@@ -218,6 +225,7 @@ class AnySavePolicy(_Several):
     _may_be_empty = True
 
 
+@dataclass(frozen=True)
 class AllSavePolicy(_Several):
     """Saves when every one of several policies does; the first that does not ends the asking.
 

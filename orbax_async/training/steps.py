@@ -41,7 +41,6 @@ __all__ = [
     "RunDirectory",
     "Step",
     "Steps",
-    "json_dict",
     "promise",
     "step_number",
 ]
@@ -173,6 +172,9 @@ class Step(StepMetadata, CheckpointMetadata[None]):
 
     def __repr__(self) -> str:
         return f"<checkpoint of step {self.step} at {self._path}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Step, (self.step, self._path)  # a copy says what lies on disk
 
     @property
     def directory(self) -> Directory:
@@ -563,17 +565,3 @@ def step_number(step: Any) -> int:
         return as_step(number)
     except ValueError:
         return int(number)  # a negative one, which no run has
-
-
-def json_dict(name: str, value: Any) -> dict[str, Any]:
-    """Returns a private copy of a dict of JSON values.
-
-    Raises:
-      NotJsonError: it is none.
-    """
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise errors.NotJsonError(f"{name} must be a dict with str keys, not {value!r:.100}")
-    try:
-        return dict(json.loads(json.dumps(value)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise errors.NotJsonError(f"{name} must hold JSON values: {error}") from None

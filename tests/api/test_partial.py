@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from parts import BOTH, FIRST, SECOND, Held, check, gathered, storing
+from parts import BOTH, FIRST, SECOND, Stop, check, gathered, storing
 
 import orbax_async as ocp
 from orbax_async import errors, partial
@@ -296,18 +296,16 @@ async def test_responses_are_those_of_saves(tmp_path: Path) -> None:
     check(ocp.load(tmp_path / "c"), {"w": np.arange(1 << 16)})
 
 
-async def test_a_cancelled_part_leaves_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cancelled_part_leaves_the_others(tmp_path: Path) -> None:
     """A cancel before the commit removes the part alone, and the session if it was the first."""
     path = tmp_path / "c"
-    held = Held(monkeypatch)
     for parts in (0, 1):
-        held.close()
-        response = partial.save_async(path, {f"k{parts}": 1})
-        await anyio.to_thread.run_sync(held.reached.wait)
+        with Stop() as stop:
+            stop.close()
+            response = partial.save_async(path, {f"k{parts}": 1})
+        await anyio.to_thread.run_sync(stop.reached.wait)
         assert response.cancel()
-        held.open()
+        stop.open()
         with pytest.raises(errors.OperationCancelledError):
             await response
         assert len(gathered(path)) == parts
@@ -317,19 +315,17 @@ async def test_a_cancelled_part_leaves_the_others(
     check(ocp.load(path), {"k0": 2, "k1": 2})
 
 
-async def test_a_cancelled_finalization_leaves_the_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cancelled_finalization_leaves_the_parts(tmp_path: Path) -> None:
     """Parts can be added to and finalized after a finalization was given up."""
     path = tmp_path / "c"
     await partial.save_async(path, FIRST)
     before = gathered(path)
-    held = Held(monkeypatch)
-    held.close()
-    response = partial.finalize_async(path)
-    await anyio.to_thread.run_sync(held.reached.wait)
+    with Stop() as stop:
+        stop.close()
+        response = partial.finalize_async(path)
+    await anyio.to_thread.run_sync(stop.reached.wait)
     assert response.cancel()
-    held.open()
+    stop.open()
     with pytest.raises(errors.OperationCancelledError):
         await response
     assert gathered(path) == before and not path.exists()

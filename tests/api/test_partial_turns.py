@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -12,8 +13,8 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
-from parts import BOTH, FIRST, SECOND, Held, another, check, gathered
-from watched_directory import before, on, watched
+from parts import BOTH, FIRST, SECOND, Stop, another, check, gathered
+from watched_directory import Fault, before, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors, partial
@@ -37,18 +38,16 @@ async def test_w10_parts_saved_by_concurrent_tasks_all_land(tmp_path: Path) -> N
     check(ocp.load(path), {f"k{i}": np.full(100, i) for i in range(8)} | {"e": {}})
 
 
-def test_w10_parts_that_overlap_are_refused_one_of_two(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_w10_parts_that_overlap_are_refused_one_of_two(tmp_path: Path) -> None:
     """W10: of two concurrent saves of one key the second is refused, and the first is whole."""
     path = tmp_path / "c"
-    held = Held(monkeypatch)
-    held.close()
-    first = partial.save_async(path, {"k": np.zeros(1 << 18), "only": 1})
-    second = partial.save_async(path, {"k": np.ones(1 << 18), "other": 2})
-    third = partial.save_async(path, {"third": 3})
-    finalizing = partial.finalize_async(path)
-    held.open()
+    with Stop() as stop:
+        stop.close()
+        first = partial.save_async(path, {"k": np.zeros(1 << 18), "only": 1})
+        second = partial.save_async(path, {"k": np.ones(1 << 18), "other": 2})
+        third = partial.save_async(path, {"third": 3})
+        finalizing = partial.finalize_async(path)
+        stop.open()
     assert first.result() is None and third.result() is None
     with pytest.raises(errors.PartialSaveReplacementError, match=r"leaf \['k'\]"):
         second.result()
@@ -260,19 +259,21 @@ def test_w10_who_gives_up_waiting_leaves_the_session_to_the_other(
     check(ocp.load(path), SECOND)
 
 
-def test_file_systems_without_locks_will_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "opener",
+    [
+        watched(Fault(errno.ENOTSUP, on("lock"), times=None)),
+        watched(lacking=[Capability.LOCK]),
+    ],
+    ids=["it turns out", "it is known"],
+)
+def test_file_systems_without_locks_will_do(opener: Any, tmp_path: Path) -> None:
     """Where a directory can't be locked, parts are saved all the same."""
-
-    def refuse(*_: Any) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    partial.save(tmp_path / "c", FIRST)
-    partial.save(tmp_path / "c", SECOND)
-    partial.finalize(tmp_path / "c")
-    check(ocp.load(tmp_path / "c"), BOTH)
+    with opened_by(opener):
+        partial.save(tmp_path / "c", FIRST)
+        partial.save(tmp_path / "c", SECOND)
+        partial.finalize(tmp_path / "c")
+        check(ocp.load(tmp_path / "c"), BOTH)
 
 
 def test_without_locks_a_session_is_removed_by_who_made_it(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from watched_directory import Call, Log, before, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors, multihost
+from orbax_async._storage.openers import opened_by
 from orbax_async.path import step as steps
 
 standard = steps.standard_name_format
@@ -78,36 +80,14 @@ def test_steps_come_in_ascending_order(tmp_path: Path, rng: np.random.Generator)
     assert [one.step for one in standard().find_all(tmp_path)] == sorted(numbers)
 
 
-def test_finding_looks_at_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finding_looks_at_no_entry(tmp_path: Path) -> None:
     """A directory is listed once, and neither its entries nor what is in them is looked at."""
     made(tmp_path, *(str(step) for step in range(200)), *(f"run_{step}" for step in range(200)))
-    looks: list[Any] = []
-
-    class Listing:
-        """What os.scandir returns, with entries that note when they are looked at."""
-
-        def __init__(self, path: str) -> None:
-            looks.append(path)
-            self._entries = scandir(path)
-
-        def __enter__(self) -> Listing:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            self._entries.close()
-
-        def __iter__(self) -> Iterator[os.DirEntry[str]]:
-            return self._entries
-
-    scandir = os.scandir
-    for name in ("stat", "lstat", "listdir"):
-        monkeypatch.setattr(os, name, lambda *a, **k: looks.append(a))
-    monkeypatch.setattr(os, "scandir", Listing)
-    monkeypatch.setattr("builtins.open", lambda *a, **k: looks.append(a))
     form = steps.composite_name_format(standard(), [standard(), standard(step_prefix="run")])
-    one, both = list(standard().find_all(tmp_path)), list(form.find_all(tmp_path))
-    monkeypatch.undo()
-    assert looks == [str(tmp_path)] * 2
+    log = Log()
+    with opened_by(watched(log)):
+        one, both = list(standard().find_all(tmp_path)), list(form.find_all(tmp_path))
+    assert log.calls == [Call("entries", str(tmp_path))] * 2
     assert len(one) == len(both) == 200
 
 
@@ -357,10 +337,9 @@ def test_a_listing_that_fails_fails_on_every_process(
     form = standard(single_host_load_and_broadcast=True)
     service = Service(monkeypatch)
     service.become(0)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", lambda path: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            form.find_all(tmp_path)
+    broken = before(on("entries"), lambda: 1 / 0)
+    with opened_by(watched(broken)), pytest.raises(ZeroDivisionError):
+        form.find_all(tmp_path)
     service.become(1)
     with pytest.raises(errors.MultihostError, match="process 0 failed: ZeroDivisionError"):
         form.find_all(tmp_path)

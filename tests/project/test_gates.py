@@ -80,8 +80,6 @@ FILE_METHODS = {
 FILE_MODULES = {"fcntl", "shutil", "tempfile"}
 # The directories themselves, and what looks at a process in /proc.
 REACHES_FOR_FILES = ("_storage/", "_commit/leftovers.py")
-# Rooms that do so still.
-REACHES_FOR_FILES += ("_api/", "handlers/")
 # Methods of a loop that start a thread, or drive a loop that someone else owns.
 LOOP_METHODS = {"run_forever", "run_in_executor", "run_until_complete"}
 

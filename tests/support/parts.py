@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import pytest
+from watched_directory import before, on, watched
 
 import orbax_async as ocp
-from orbax_async._storage.local import LocalDirectory
+from orbax_async._storage.openers import opened_by
 
 PYTHON_PATH = os.pathsep.join([str(Path(ocp.__file__).parents[1]), str(Path(__file__).parent)])
 FIRST: dict[str, Any] = {
@@ -60,21 +60,27 @@ def another(*arguments: object, code: str) -> subprocess.Popen[str]:
     )
 
 
-class Held:
-    """Stops partial saves to `c` and its finalization before they sync, until it is opened."""
+class Stop:
+    """Stops partial saves to `c` and its finalization before they sync, until it is opened.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    Whatever is opened in its block goes through it.
+    """
+
+    def __init__(self) -> None:
         self.reached, self._may_go = threading.Event(), threading.Event()
         self._may_go.set()
-        walk = LocalDirectory.walk
+        self._opened = opened_by(watched(before(on("walk", path="*/c.partial_save*"), self._wait)))
 
-        def held(directory: LocalDirectory) -> Any:
-            if "c.partial_save" in directory.path:
-                self.reached.set()
-                self._may_go.wait(30)
-            return walk(directory)
+    def __enter__(self) -> Stop:
+        self._opened.__enter__()
+        return self
 
-        monkeypatch.setattr(LocalDirectory, "walk", held)
+    def __exit__(self, *how: Any) -> None:
+        self._opened.__exit__(*how)
+
+    def _wait(self) -> None:
+        self.reached.set()
+        self._may_go.wait(30)
 
     def close(self) -> None:
         """Stops the next."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import errno
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ def test_a_run_is_saved_and_loaded(run: Path) -> None:
             assert checkpointer.load(given)["step"] == 3
             assert checkpointer.metadata(given).step == 3
         assert checkpointer.load(0, {"w": np.zeros(4), "step": ...})["w"].tolist() == [0] * 4
+        assert pickle.loads(pickle.dumps(latest)) == copy.deepcopy(latest) == latest
     assert not list(run.glob("*tmp*"))
 
 

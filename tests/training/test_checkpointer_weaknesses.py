@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import WAIT_SECS, Gate, on_disk, state, steps, until
+from watched_directory import Call, watched
 
 import orbax_async as ocp
 from orbax_async import errors
+from orbax_async._storage.openers import opened_by
 from orbax_async.training import Checkpointer
 from orbax_async.training import preservation_policies as keep
 
@@ -42,26 +44,23 @@ def test_w9_a_save_that_fails_to_begin_wedges_nothing(run: Path) -> None:
         assert steps(checkpointer) == [0]
 
 
-def test_w16_a_lightweight_start_lists_when_asked(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_w16_a_lightweight_start_lists_when_asked(run: Path) -> None:
     """W16: an existing run opens without a look at it, and then does all that others do."""
     with Checkpointer(run) as checkpointer:
         for step in range(3):
             checkpointer.save(step, state(step), metrics=step)
-    listed: list[Any] = []
-    scandir = os.scandir
+    listed: list[str] = []
 
-    def noting(path: Any = ".") -> Any:
-        if threading.current_thread() is threading.main_thread():  # saves look around, too
-            listed.append(path)
-        return scandir(path)
+    def noting(call: Call, proceed: Callable[[], Any]) -> Any:
+        if call.verb == "entries" and threading.current_thread() is threading.main_thread():
+            listed.append(call.path)  # saves look around, too
+        return proceed()
 
-    monkeypatch.setattr(os, "scandir", noting)
-    checkpointer = Checkpointer(run, lightweight_initialize=True)
-    assert listed == []
-    assert steps(checkpointer) == [0, 1, 2]
-    assert [str(path) for path in listed] == [str(run)]
+    with opened_by(watched(noting)):
+        checkpointer = Checkpointer(run, lightweight_initialize=True)
+        assert listed == []
+        assert steps(checkpointer) == [0, 1, 2]
+        assert listed == [str(run)]
     assert checkpointer.latest is not None
     assert checkpointer.latest.metrics == 2
     assert checkpointer.latest.time.year >= 2024

@@ -163,6 +163,22 @@ def test_all_of_several_policies_must_save() -> None:
     assert both == f"FixedIntervalPolicy(interval=2), {why}"
 
 
+def test_a_policy_of_ours_may_be_built_upon() -> None:
+    """A subclass may decide otherwise, and keep count of what it is asked."""
+
+    class Patient(save.FixedIntervalPolicy):
+        def should_save(self, step: Any, previous_steps: Any, *, context: Any) -> bool:
+            vars(self).setdefault("asked", 0)
+            self.asked += 1  # type: ignore[attr-defined]
+            return super().should_save(step, previous_steps, context=context) and self.asked > 2
+
+    policy = Patient(2)
+    asked = [policy(checkpoint(step), [], context=context()) for step in range(5)]
+    assert asked == [False, False, True, False, True]
+    with pytest.raises(ValueError, match="interval must be a whole number"):
+        Patient(0)
+
+
 def test_any_stops_at_the_first_policy_that_saves() -> None:
     """The order of policies is the order of asking."""
 

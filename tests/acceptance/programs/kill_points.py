@@ -22,7 +22,7 @@ from typing import Any
 from acceptance import states
 
 import orbax_async as ocp
-from orbax_async._storage import files, local
+from orbax_async._storage import local
 
 CALLS = [
     (os, "mkdir"),
@@ -30,7 +30,6 @@ CALLS = [
     (os, "fsync"),
     (os, "unlink"),
     (os, "rmdir"),
-    (files, "_write"),
     (local, "_write"),
     (local.LocalDirectory, "lock"),
     (local.LocalDirectory, "exchange"),

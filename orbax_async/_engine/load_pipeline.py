@@ -85,6 +85,7 @@ class ArrayRead:
         is_small = document.whole is not None and document.whole.nbytes <= _VALUE_NBYTES
         self.whole = document.whole if is_small else None
         self.raw = document.raw if self.read_dtype == document.dtype else None
+        self.is_cast = self.view_dtype is not None or self.dtype != document.dtype
         # The key, below the array's own, of a small array's chunk.
         self.only_chunk = zarr.chunk_key("", [0] * len(document.shape), zarr3=document.zarr3)
 
@@ -215,10 +216,11 @@ class _ReadPipeline:
         for entry, done in pending:
             with _naming(entry):
                 done.result()
-        return [
-            _as_asked(self._reads[request.leaf], array)
-            for request, array in zip(batch, arrays, strict=True)
-        ]
+        for index, request in enumerate(batch):
+            read = self._reads[request.leaf]
+            if read.is_cast:
+                arrays[index] = _cast(read, arrays[index])
+        return arrays
 
     def _read_values(self, batch: list[ReadRequest]) -> Iterator[bytes | memoryview | None]:
         """Yields the values of small arrays, and keeps none of them."""
@@ -297,16 +299,18 @@ class LoadPipeline(_ReadPipeline):
         wheres: list[jax.sharding.Sharding | None] = []
         for request, array in zip(batch, arrays, strict=True):
             read, region = self._reads[request.leaf], request.region
-            if not read.device_shardings:
+            if not read.device_shardings and read.piece_shape is None:  # the usual, quick
                 leaves.append(request.leaf)
-                pieces.append(_filled_up(array, read.piece_shape))
+                pieces.append(array)
                 wheres.append(read.sharding)
                 continue
             for box, devices in region.parts:
                 piece = array if box == region.box else array[plan.within(box, region.box)]
+                if read.piece_shape is not None:
+                    piece = _filled_up(piece, read.piece_shape)
                 leaves += [request.leaf] * len(devices)
-                pieces += [_filled_up(piece, read.piece_shape)] * len(devices)
-                wheres += [read.device_shardings[device] for device in devices]
+                pieces += [piece] * len(devices)
+                wheres += [read.device_shardings.get(each, read.sharding) for each in devices]
         return leaves, pieces, wheres
 
     def _broadcast(self, leaves: list[int], pieces: list[Piece]) -> None:
@@ -383,7 +387,7 @@ def _from_value(read: ArrayRead, data: bytes | memoryview, box: plan.Box) -> np.
     return array if read.sharding is not None else array.copy()
 
 
-def _as_asked(read: ArrayRead, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _cast(read: ArrayRead, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Returns what was read in the leaf's own dtype."""
     if read.view_dtype is not None:
         array = array.view(read.view_dtype)
@@ -395,9 +399,9 @@ def _as_asked(read: ArrayRead, array: np.ndarray[Any, Any]) -> np.ndarray[Any, A
     return target
 
 
-def _filled_up(array: np.ndarray[Any, Any], shape: tuple[int, ...] | None) -> np.ndarray[Any, Any]:
+def _filled_up(array: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """Returns an array with zeros after what it has on each axis."""
-    if shape is None or shape == array.shape:
+    if shape == array.shape:
         return array
     target = aligned_empty(shape, array.dtype)
     target[...] = np.zeros((), array.dtype)

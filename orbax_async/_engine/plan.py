@@ -275,11 +275,11 @@ def read_regions(
       is_tight: whether nothing may be read that no device needs.
     """
     boxes: dict[Box, tuple[int, ...]] = {}
-    for shard in sorted(shards, key=lambda shard: shard.device_id):
+    for shard in sorted(shards, key=operator.attrgetter("device_id")):
         if shard.process == process:
             boxes[shard.box] = (*boxes.get(shard.box, ()), shard.device_id)
     parts = tuple(boxes.items())
-    regions = tuple(_region(part[0], (part,), itemsize) for part in parts)
+    regions = tuple([_region(part[0], (part,), itemsize) for part in parts])
     if len(parts) < 2 or all(_is_separate(box, shape, chunk_shape, is_raw) for box in boxes):
         return regions
     # Several would have to read, and decode, the same chunks.

@@ -195,7 +195,7 @@ class _Nothing(Kind):
         return None if name is None else (Leaf(keys, name), None)
 
     def want(self, leaf: Any) -> Request | None:
-        return SKIPPED if leaf is ... or structure.empty_kind(leaf) is not None else None
+        return SKIPPED if leaf is ... or structure.is_empty(leaf) else None
 
     def describe(self, record: LeafRecord) -> Any:
         return record.entry.empty_value()

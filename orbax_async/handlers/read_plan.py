@@ -151,7 +151,7 @@ class Loading:
             flat = flat._replace(
                 leaves=[
                     leaf
-                    if keys in selected or structure.empty_kind(leaf) or selection.has(keys)
+                    if keys in selected or structure.is_empty(leaf) or selection.has(keys)
                     else ...
                     for keys, leaf in flat.entries
                 ],

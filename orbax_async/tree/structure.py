@@ -48,26 +48,23 @@ def _are_leaves(kind: type) -> bool:
     )
 
 
-def empty_kind(value: Any) -> str | None:
-    """Returns how an empty node (None, an empty container) is recorded, None for anything else."""
-    if value is None:
-        return "None"
-    kind: Any = type(value)
-    if _are_leaves(kind):  # most values by far: no need for the slower questions below
-        return None
-    if isinstance(value, tuple) and not value:
-        # Without rich types the format has no empty named tuple: it is recorded as None.
-        return "None" if is_named_tuple(value) else "Tuple"
-    if isinstance(value, list) and not value:
-        return "List"
-    if isinstance(value, Mapping) and not value:
-        return "Dict"
-    return None
-
-
 def is_empty(value: Any) -> bool:
     """Says whether a value is None or an empty container."""
-    return empty_kind(value) is not None
+    if value is None:
+        return True
+    kind: Any = type(value)
+    if _are_leaves(kind):  # most values by far: no need for the slower question
+        return False
+    return isinstance(value, (tuple, list, Mapping)) and not value
+
+
+def empty_kind(value: Any) -> str | None:
+    """Returns how an empty node (None, an empty container) is recorded, None for anything else."""
+    if not is_empty(value):
+        return None
+    if value is None or is_named_tuple(value):
+        return "None"  # without rich types the format has no empty named tuple
+    return "Tuple" if isinstance(value, tuple) else "List" if isinstance(value, list) else "Dict"
 
 
 class FlatTree(NamedTuple):

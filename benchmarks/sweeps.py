@@ -62,7 +62,7 @@ def scale_text(records: Sequence[Record]) -> str:
             ratio, logs = secs[far] / secs[near] / 10, np.log(list(fitted.items()))
             exponent = np.polyfit(logs[:, 0], logs[:, 1], 1)[0]
             rows.append([f"{peer}, {time}", *at, f"{ratio:.2f}", f"{exponent:.2f}"])
-    header = ["", "µs a leaf", "µs a leaf", "ratio", "exponent of growth, 1 is linear"]
+    header = ["", "us a leaf", "us a leaf", "ratio", "exponent of growth, 1 is linear"]
     times = report.table(records, report.TIMES, with_absent=True)
     return f"# Scaling\n\n{times}\n\n{report.markdown(header, rows)}"
 

@@ -123,7 +123,7 @@ class Context(OptionGroup):
     memory_options = _older_name("memory")
     safetensors_options = _older_name("safetensors")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - Orbax's arguments
         self,
         context: Context | None = None,
         *,

@@ -110,13 +110,13 @@ class Processes:
       prefix: put before the names of the keys.
       is_joint: whether they will act together. All of them then have to begin it.
       timeout_secs: how long after its beginning a joint operation goes on waiting for a process.
-      leave_secs: how long, after a failure, the leader waits for the others to stop.
       call: how a coroutine makes a blocking call.
 
     Attributes:
       index, members, primary: this process, those that take part, and the primary.
       is_primary: whether this process does the work that only one may do.
       are_several: whether more than one process takes part.
+      leave_secs: how long, after a failure, the leader waits for the others to stop.
 
     Raises:
       MultihostError: this process, or the primary, does not take part.
@@ -131,7 +131,6 @@ class Processes:
         prefix: str | None = None,
         is_joint: bool = False,
         timeout_secs: float = _WAIT_SECS,
-        leave_secs: float = _LEAVE_SECS,
         call: Callable[..., Awaitable[Any]] = _in_place,
     ) -> None:
         self.index = process_index()
@@ -150,7 +149,7 @@ class Processes:
                 f"{self.members}; name one of them"
             )
         self._call = call
-        self._leave_secs = leave_secs
+        self.leave_secs = _LEAVE_SECS
         self._name = ""
         self._heard: errors.MultihostError | None = None
         self._is_decided = False
@@ -288,11 +287,11 @@ class Processes:
             self._post(f"failed/{self.index}", json.dumps({"text": text, "missing": missing}))
 
     async def _others_left(self) -> None:
-        if not self.is_primary or not self._leave_secs:
+        if not self.is_primary or not self.leave_secs:
             return
         others = {str(index): index for index in self.members if index != self.index}
         with _logged():
-            await self._wait("left", others, "what has failed was not left", self._leave_secs)
+            await self._wait("left", others, "what has failed was not left", self.leave_secs)
 
     def _leave(self) -> None:
         """Says that this process looks at no key of the operation any more."""
@@ -464,8 +463,8 @@ async def sync_global_processes(
         prefix=f"orbax_async/sync/{_as_key(operation_id or '')}/{_as_key(key)}",
         is_joint=True,
         timeout_secs=timeout,
-        leave_secs=0,
     )
+    meeting.leave_secs = 0.0
     async with meeting.together():
         await meeting.gather(key)
         await meeting.broadcast(key)

@@ -120,7 +120,7 @@ class Checkpointer:
       TypeError, ValueError: an argument is of the wrong type, or impossible.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - Orbax's arguments
         self,
         directory: PathLike,
         *,
@@ -238,7 +238,7 @@ class Checkpointer:
         )
         return decision is not None and decision.is_saved
 
-    def save_async(
+    def save_async(  # noqa: PLR0913 - Orbax's arguments
         self,
         step: int,
         state: Any,

@@ -151,7 +151,7 @@ def retain(
     )
 
 
-def plan(
+def plan(  # noqa: PLR0913 - a public tool for people
     steps: Iterable[int | CheckpointInfo],
     *,
     save_decision_policy: SavePolicy | None = None,

@@ -74,7 +74,7 @@ class CheckpointMetadata(described.CheckpointMetadata[T]):
     step: int
     metrics: Any
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - Orbax's arguments
         self,
         step: int,
         path: PathLike,

@@ -60,7 +60,11 @@ class Job:
     def begin(self, index: int, **options: Any) -> multihost.Processes:
         """Begins an operation on one process."""
         self.become(index)
-        return multihost.Processes(**{"is_joint": True, "timeout_secs": 60.0} | options)
+        leave_secs = options.pop("leave_secs", None)
+        processes = multihost.Processes(**{"is_joint": True, "timeout_secs": 60.0} | options)
+        if leave_secs is not None:
+            processes.leave_secs = leave_secs
+        return processes
 
     def begin_all(self, **options: Any) -> list[multihost.Processes]:
         """Begins an operation on every process."""

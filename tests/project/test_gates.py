@@ -102,6 +102,35 @@ def _ruff(source: str, filename: str) -> list[str]:
     return [f"{found['code']} {found['message']}" for found in json.loads(done.stdout)]
 
 
+COMPLEX = {
+    "C901": 'def f(a):\n    """Docs."""\n' + "    if a:\n        a = 1\n" * 13,
+    "PLR0912": 'def f(a):\n    """Docs."""\n' + "    if a:\n        a = 1\n" * 13,
+    "PLR0913": 'def f(a, b, c, d, e, g, h):\n    """Docs."""\n',
+    "PLR0915": 'def f(a):\n    """Docs."""\n' + "    a = 1\n" * 51,
+    "PLR1702": 'def f(a):\n    """Docs."""\n'
+    + "".join(f"{'    ' * (depth + 1)}while a:\n" for depth in range(7))
+    + f"{'    ' * 8}a = 1\n",
+}
+
+
+@pytest.mark.parametrize("code", COMPLEX)
+def test_ruff_bans_what_is_hard_to_follow(code: str) -> None:
+    """A function has bounded branches, arguments, statements and nesting."""
+    messages = _ruff(COMPLEX[code], "orbax_async/_storage/hard.py")
+    assert any(m.startswith(code) for m in messages), messages
+
+
+def test_no_function_is_too_long() -> None:
+    """No function of the package has more than 60 lines, its docstring aside."""
+    for path in SOURCES:
+        for node in ast.walk(_parsed(path)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            assert node.end_lineno is not None
+            told = len((ast.get_docstring(node, clean=False) or "").splitlines())
+            assert node.end_lineno - node.lineno + 1 - told <= 60, f"{path}: {node.name}"
+
+
 @pytest.mark.parametrize("name", STRAYS)
 def test_ruff_bans_stray_loops_and_threads(name: str) -> None:
     """A room can't start a loop or a thread, sleep, or reach into JAX or Orbax."""

@@ -323,10 +323,8 @@ class Loading:
         read.regions = plan.read_regions(
             placement.shards,
             itemsize,
+            plan.ChunkGrid(stored.shape, stored.chunk_shape, read.raw is not None),
             process=process,
-            shape=stored.shape,
-            chunk_shape=stored.chunk_shape,
-            is_raw=read.raw is not None,
             is_tight=self._stored.lies_plainly,
         )
         if piece_shape is not None and read.regions:  # what is filled up takes memory, too

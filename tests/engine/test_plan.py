@@ -182,10 +182,8 @@ def _regions(
     return plan.read_regions(
         leaf.shards,
         leaf.itemsize,
+        plan.ChunkGrid(leaf.shape, chunk_shape, is_raw),
         process=process,
-        shape=leaf.shape,
-        chunk_shape=chunk_shape,
-        is_raw=is_raw,
     )
 
 

@@ -232,10 +232,8 @@ def test_devices_that_are_apart_read_apart() -> None:
         found = plan.read_regions(
             shards,
             4,
+            plan.ChunkGrid((4, 8), (4, 8), True),
             process=0,
-            shape=(4, 8),
-            chunk_shape=(4, 8),
-            is_raw=True,
             is_tight=is_tight,
         )
         return [region.box for region in found]

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 __all__ = [
-    "Grid",
+    "ChunkGrid",
     "Planned",
     "ReadRequest",
     "Region",
@@ -103,6 +103,17 @@ class Region(NamedTuple):
     parts: tuple[tuple[Box, tuple[int, ...]], ...]
     nbytes: int
     is_empty: bool  # nothing of it is stored
+
+
+class ChunkGrid(NamedTuple):
+    """How an array is stored: its shape, and the smallest piece that is encoded by itself.
+
+    `is_raw` says whether a run of bytes can be read out of the middle of a chunk.
+    """
+
+    shape: Sequence[int]
+    chunk_shape: Sequence[int]
+    is_raw: bool
 
 
 class ReadRequest(NamedTuple):
@@ -254,24 +265,10 @@ def plan_writes(
     return requests
 
 
-class Grid(NamedTuple):
-    """How an array lies in storage.
-
-    Attributes:
-      shape: of the whole array.
-      chunk_shape: of the smallest piece that is stored, and encoded, by itself.
-      is_raw: whether a run of bytes can be read out of the middle of a chunk.
-    """
-
-    shape: Sequence[int]
-    chunk_shape: Sequence[int]
-    is_raw: bool
-
-
 def read_regions(
     shards: Sequence[ShardSpec],
     itemsize: int,
-    grid: Grid,
+    grid: ChunkGrid,
     *,
     process: int,
     is_tight: bool = False,
@@ -281,16 +278,16 @@ def read_regions(
     Args:
       shards: of the sharding to load to, over all processes.
       itemsize: bytes of an element.
-      grid: how the array lies in storage.
+      grid: how the array is stored.
       process: whose devices.
       is_tight: whether nothing may be read that no device needs.
     """
     boxes: dict[Box, tuple[int, ...]] = {}
-    for shard in sorted(shards, key=operator.attrgetter("device_id")):
+    for shard in sorted(shards, key=lambda shard: shard.device_id):
         if shard.process == process:
             boxes[shard.box] = (*boxes.get(shard.box, ()), shard.device_id)
     parts = tuple(boxes.items())
-    regions = tuple([_region(part[0], (part,), itemsize) for part in parts])
+    regions = tuple(_region(part[0], (part,), itemsize) for part in parts)
     if len(parts) < 2 or all(_is_separate(box, grid) for box in boxes):
         return regions
     # Several would have to read, and decode, the same chunks.
@@ -309,7 +306,7 @@ def _region(box: Box, parts: tuple[tuple[Box, tuple[int, ...]], ...], itemsize: 
     return Region(box, parts, nbytes, is_empty=not nbytes)
 
 
-def _is_separate(box: Box, grid: Grid) -> bool:
+def _is_separate(box: Box, grid: ChunkGrid) -> bool:
     """Says whether a box shares no bytes that have to be read together with other boxes."""
     shape, chunk_shape, is_raw = grid
     cut = [

@@ -104,6 +104,7 @@ def _storage(
     assert leaf.shape is not None
     saving, processes = options.array.saving, options.multiprocessing
     dtype = leaf.dtype if cast is None else _cast(leaf, cast)
+    max_count = _max_count(leaf, dtype, own, saving)
     itemsize = max(leaf.dtype.itemsize, dtype.itemsize)
     if leaf.sharding is None:  # the primary's own
         host = plan.ShardSpec(-1, processes.primary_host or 0, plan.whole(leaf.shape))
@@ -112,10 +113,7 @@ def _storage(
         shards = shardings.shards_of(leaf.sharding, leaf.shape)
     write_shape = plan.write_shape(shards, itemsize, policy)
     chunk_shape = plan.chunk_shape(
-        leaf.shape,
-        write_shape,
-        max_count=_max_count(leaf, dtype, own, saving),
-        axes=own.shard_axes or (),
+        leaf.shape, write_shape, max_count=max_count, axes=own.shard_axes or ()
     )
     mode = capture.capture_mode(
         leaf.sharding,

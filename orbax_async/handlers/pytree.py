@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 
-from orbax_async import _operation as operation
+from orbax_async import _operation, errors
 from orbax_async import context as ambient
-from orbax_async import errors
 from orbax_async._engine import loop
 from orbax_async._layouts.table import layout_of
 from orbax_async._storage.openers import open_directory
@@ -80,20 +79,19 @@ class PyTreeHandler:
             if isinstance(checkpointable, PreparedTree)
             else self.flatten(checkpointable)
         )
-        doing = operation.current("save")
-
-        writer = TreeWriter(prepared, doing, is_part=self._partial_save_mode)
+        operation = _operation.current("save")
+        writer = TreeWriter(prepared, operation, is_part=self._partial_save_mode)
         pipeline = writer.pipeline
         await pipeline.capture()
         if pipeline.staged.is_set():
             return writer.run(directory)
         # Copies are limited: some have to be written before the others are made.
-        running = doing.background(lambda: writer.run(directory))
+        running = operation.background(lambda: writer.run(directory))
         try:
             await pipeline.released.wait()
             # A tree that a user's handler passes on may be only a part of what that captures.
             if prepared is checkpointable:
-                doing.release_caller(directory.path.name, is_captured=False)
+                operation.release_caller(directory.path.name, is_captured=False)
             await pipeline.staged.wait()
         except BaseException:
             await running.cancel()
@@ -145,9 +143,9 @@ class PyTreeHandler:
             if isinstance(abstract_checkpointable, AbstractTree)
             else self.read_abstract(abstract_checkpointable)
         )
-        doing = operation.current()
+        operation = _operation.current()
         loading = await loop.to_worker(
-            Loading, os.fspath(directory), abstract, self._options(), doing
+            Loading, os.fspath(directory), abstract, self._options(), operation
         )
         return loading.run()
 

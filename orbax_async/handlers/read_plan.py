@@ -151,7 +151,7 @@ class Loading:
             flat = flat._replace(
                 leaves=[
                     leaf
-                    if keys in selected or structure.is_empty(leaf) or selection.has(keys)
+                    if keys in selected or structure.empty_kind(leaf) or selection.has(keys)
                     else ...
                     for keys, leaf in flat.entries
                 ],
@@ -323,7 +323,7 @@ class Loading:
         read.regions = plan.read_regions(
             placement.shards,
             itemsize,
-            plan.Grid(stored.shape, stored.chunk_shape, is_raw=read.raw is not None),
+            plan.ChunkGrid(stored.shape, stored.chunk_shape, read.raw is not None),
             process=process,
             is_tight=self._stored.lies_plainly,
         )

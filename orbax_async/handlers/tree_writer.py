@@ -6,10 +6,10 @@ import itertools
 from collections import Counter
 
 from orbax_async import _names as names
-from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
 from orbax_async._engine.save_pipeline import SavePipeline
+from orbax_async._operation import Operation
 from orbax_async._storage import array_store
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
@@ -26,37 +26,33 @@ class TreeWriter:
 
     Args:
       prepared: the tree.
-      doing: the operation that it belongs to.
+      operation: the one that it belongs to.
       is_part: whether its arrays stay in databases of their own, to be merged later.
     """
 
     def __init__(
-        self,
-        prepared: PreparedTree,
-        doing: operation.Operation,
-        *,
-        is_part: bool = False,
+        self, prepared: PreparedTree, operation: Operation, *, is_part: bool = False
     ) -> None:
         self._plan = plan = prepared.plan
         self._strings = prepared.strings
-        self._processes = doing.processes
+        self._processes = operation.processes
         self._is_part = is_part
-        limits = (doing.write_budget.limit_nbytes, doing.transfer_budget.limit_nbytes)
-        batches = plan.batches(doing.processes, limits)
+        limits = (operation.write_budget.limit_nbytes, operation.transfer_budget.limit_nbytes)
+        batches = plan.batches(operation.processes, limits)
         report = None
         if plan.status_callback is not None:
             pieces = Counter(request.leaf for batch in batches for request in batch.requests)
             report = StatusReporter(plan.status_callback, plan.paths, pieces)
         # Whether what readers open is made of others, each in its own directory.
-        is_divided = doing.processes.are_several or is_part
-        is_divided = is_divided or any(leaf.storage.is_separate for leaf in plan.arrays)
+        is_divided = is_part or operation.processes.are_several
+        is_divided |= any(batch.is_separate for batch in batches)
         self._is_divided = is_divided and plan.saving.use_ocdbt
         self.pipeline = SavePipeline(
             batches,
             prepared.arrays,
-            write_budget=doing.write_budget,
-            transfer_budget=doing.transfer_budget,
-            recorder=doing.recorder,
+            write_budget=operation.write_budget,
+            transfer_budget=operation.transfer_budget,
+            recorder=operation.recorder,
             report=report,
         )
 

@@ -182,7 +182,7 @@ def _regions(
     return plan.read_regions(
         leaf.shards,
         leaf.itemsize,
-        plan.Grid(leaf.shape, chunk_shape, is_raw),
+        plan.ChunkGrid(leaf.shape, chunk_shape, is_raw),
         process=process,
     )
 

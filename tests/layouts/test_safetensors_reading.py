@@ -232,7 +232,7 @@ def test_devices_that_are_apart_read_apart() -> None:
         found = plan.read_regions(
             shards,
             4,
-            plan.Grid((4, 8), (4, 8), is_raw=True),
+            plan.ChunkGrid((4, 8), (4, 8), True),
             process=0,
             is_tight=is_tight,
         )

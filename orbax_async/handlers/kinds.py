@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbax_async import arrays, errors
+from orbax_async._engine import place
 from orbax_async._engine.leaf import Leaf
 from orbax_async._storage import zarr
-from orbax_async.handlers import shardings
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
@@ -363,7 +363,7 @@ class _JaxArray(Kind):
             self,
             None if leaf.shape is None else tuple(leaf.shape),
             leaf.dtype if leaf.dtype is None or self is RANDOM_KEYS else np.dtype(leaf.dtype),
-            shardings.concrete(getattr(leaf, "sharding", None)),
+            place.concrete(getattr(leaf, "sharding", None)),
             is_weak=bool(getattr(leaf, "weak_type", False)),
         )
 
@@ -549,7 +549,7 @@ def _recorded(
     private = {
         "logical_dtype": logical,
         "weak_type": is_weak or None,
-        "memory_kind": shardings.special_memory_kind(sharding),
+        "memory_kind": place.special_memory_kind(sharding),
     }
     return stored, {name: value for name, value in private.items() if value is not None}
 

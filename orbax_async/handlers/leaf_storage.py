@@ -17,10 +17,10 @@ import numpy as np
 
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
-from orbax_async._engine import capture, plan
+from orbax_async._engine import capture, place, plan
 from orbax_async._engine.leaf import Leaf, Storage
 from orbax_async._storage import codecs, zarr
-from orbax_async.handlers import kinds, leaves, shardings
+from orbax_async.handlers import kinds, leaves
 from orbax_async.options import ArrayOptions
 from orbax_async.tree.keypath import JaxKeyPath
 
@@ -110,7 +110,7 @@ def _storage(
         host = plan.ShardSpec(-1, processes.primary_host or 0, plan.whole(leaf.shape))
         shards: tuple[plan.ShardSpec, ...] = (host,)
     else:
-        shards = shardings.shards_of(leaf.sharding, leaf.shape)
+        shards = place.shards_of(leaf.sharding, leaf.shape)
     write_shape = plan.write_shape(shards, itemsize, policy)
     chunk_shape = plan.chunk_shape(
         leaf.shape, write_shape, max_count=max_count, axes=own.shard_axes or ()

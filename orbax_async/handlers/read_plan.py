@@ -26,7 +26,7 @@ from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.openers import open_directory
 from orbax_async._trace import logger
-from orbax_async.handlers import kinds, leaves, shardings
+from orbax_async.handlers import kinds, leaves
 from orbax_async.handlers.kinds import LeafRecord, Request
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.selection import Select, Selection
@@ -65,7 +65,7 @@ def understand(
     selection = None if select is None else Selection(select)
     if isinstance(sharding, jax.sharding.Sharding):
         try:
-            sharding = shardings.concrete(sharding)
+            sharding = place.concrete(sharding)
         except ValueError as reason:
             raise errors.AbstractLeafError("", str(reason)) from None
     elif sharding is not None and not callable(sharding):
@@ -247,7 +247,7 @@ class Loading:
         if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
             raise TypeError(f"the sharding function returned {sharding!r} for leaf {record.label}")
         try:
-            return shardings.concrete(sharding)
+            return place.concrete(sharding)
         except ValueError as reason:
             raise errors.AbstractLeafError(record.label, str(reason)) from None
 
@@ -298,7 +298,7 @@ class Loading:
         """Returns what is read of an array to get it in a shape, a dtype and a sharding."""
         stored, process = record.array, self._operation.processes.index
         try:
-            placement = shardings.placement(sharding, shape, process, self._options)
+            placement = place.placement(sharding, shape, process, self._options)
         except ValueError as error:
             raise errors.ShardingMismatchError(record.label, str(error)) from None
         piece_shape = None
@@ -341,8 +341,9 @@ class Loading:
         if default is not None:
             return default
         if record.sharding is not None:
+            memory_kind = record.entry.private.get("memory_kind")
             try:
-                return shardings.saved(record.sharding, record.entry.private.get("memory_kind"))
+                return place.saved_sharding(record.sharding, memory_kind)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 logger.info("leaf %s: %s; it is loaded on one device", record.label, error)
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from orbax_async._engine import plan
-from orbax_async.handlers import shardings
+from orbax_async._engine import place, plan
 
 
 class Spec(NamedTuple):
@@ -47,9 +46,9 @@ def topologies(draw: st.DrawFn) -> tuple[Spec, int]:
     processes = draw(st.integers(1, 4))
     ids = draw(st.permutations(range(math.prod(mesh))))
     shards = []
-    for device, place in zip(ids, itertools.product(*map(range, mesh)), strict=True):
+    for device, where in zip(ids, itertools.product(*map(range, mesh)), strict=True):
         at = [0] * rank
-        for coordinate, count, axis in zip(place, mesh, divides, strict=True):
+        for coordinate, count, axis in zip(where, mesh, divides, strict=True):
             if axis is not None:
                 at[axis] = at[axis] * count + coordinate
         box = tuple((i * side, (i + 1) * side) for i, side in zip(at, sides, strict=True))
@@ -249,7 +248,7 @@ def test_b5_6_replica_parallel_pieces_are_those_of_orbax(
 ) -> None:
     """Replicas divide the first axis that their number divides, as far as the options allow."""
     sharding = NamedSharding(mesh8, PartitionSpec(*spec))
-    leaf = Spec(shape, 4, shardings.shards_of(sharding, shape))
+    leaf = Spec(shape, 4, place.shards_of(sharding, shape))
     assert leaf.write_shape(policy) == piece
     assert len(plan.plan_writes([leaf], process=0, policy=policy)) == count
 

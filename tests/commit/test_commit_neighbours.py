@@ -393,9 +393,13 @@ def test_f24_a_save_under_way_shows_that_it_is_alive(
 class Slow:
     """Saves itself, and takes long when its directory is there."""
 
+    def __init__(self) -> None:
+        self.is_writing = threading.Event()
+
     async def save(self, directory: ocp.path.PathAwaitingCreation) -> Awaitable[None]:
         async def write() -> None:
             await directory.await_creation()
+            self.is_writing.set()
             await asyncio.sleep(60)
 
         return write()
@@ -410,11 +414,12 @@ def test_f24_a_save_that_was_taken_for_dead_ends_soon(
 ) -> None:
     """One that was paused, and whose directory is another's or gone, publishes nothing."""
     monkeypatch.setattr(sequence, "_RENEW_SECS", 0.01)
+    slow = Slow()
     with mode_of(mode):
-        response = ocp.save_checkpointables_async(tmp_path / "c", {"slow": Slow()})
-    while not (found := list(tmp_path.glob("c*/slow"))):
-        time.sleep(0.005)
-    found[0].parent.rename(tmp_path / "elsewhere")
+        response = ocp.save_checkpointables_async(tmp_path / "c", {"slow": slow})
+    assert slow.is_writing.wait(30)
+    (found,) = tmp_path.glob("c*/slow")
+    found.parent.rename(tmp_path / "elsewhere")
     with pytest.raises(errors.CommitError, match="taken it for dead"):
         response.result(30)
     shutil.rmtree(tmp_path / "elsewhere")

@@ -159,7 +159,7 @@ def save_checkpointables_async(
       custom_metadata: as for `save_async`.
 
     Returns:
-      A response, as of `save_async`. Its first tier ends when all objects are captured.
+      A response, as of `save_async`. It is staged when all objects are captured.
 
     Raises:
       ValueError: `checkpointables` is no dict, is empty, or has a name that can't be one.

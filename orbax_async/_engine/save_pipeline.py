@@ -48,7 +48,7 @@ _FILLED_AT_ONCE = max(1, min(4, (os.cpu_count() or 1) // 4))
 class SavePipeline:
     """Captures and writes the arrays of one save.
 
-    Tier 1 ends when `staged` is set, tier 2 when `run` returns. `released` is set when all is
+    Phase 1 ends when `staged` is set, phase 2 when `run` returns. `released` is set when all is
     captured for which the caller has to wait: everything but what is delayed.
 
     Args:

@@ -71,7 +71,7 @@ class PyTreeHandler:
         """Captures a state (tier 1) and returns what writes it (tier 2).
 
         Args:
-          directory: where to; it may not exist before tier 2.
+          directory: where to; it may not exist before phase 2.
           checkpointable: a pytree, or what `flatten` made of it.
         """
         prepared = (

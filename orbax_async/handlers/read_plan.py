@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from orbax_async import _operation as operation
 from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._engine import loop, place, plan
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
 from orbax_async._layouts.layout import StoredTree, reading
 from orbax_async._layouts.table import layout_of
+from orbax_async._operation import Operation
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.openers import open_directory
@@ -104,14 +104,14 @@ class Loading:
         directory: str,
         abstract: AbstractTree,
         options: ambient.Context,
-        doing: operation.Operation,
+        operation: Operation,
     ) -> None:
         self._abstract = abstract
         self._options = options.array.loading
-        self._operation = doing
+        self._operation = operation
         self._problems: list[str] = []
         self._refused: list[errors.LeafError] = []
-        layout = layout_of(open_directory(directory), doing.context)
+        layout = layout_of(open_directory(directory), operation.context)
         self._stored = layout.open_tree(is_for_jax=abstract.sharding is not None)
         self._nest = self._stored.nest_for(options)
         self._requests = self._matched(is_partial=options.pytree.loading.partial_load)
@@ -127,8 +127,8 @@ class Loading:
                 to_load,
                 {index: each.read for index, each in self._plans.items()},
                 store,
-                read_budget=doing.read_budget,
-                recorder=doing.recorder,
+                read_budget=operation.read_budget,
+                recorder=operation.recorder,
                 broadcast=self._options.load_and_broadcast_options,
             )
             self._pipeline.map_memory()

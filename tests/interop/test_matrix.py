@@ -121,7 +121,7 @@ def test_richer_than_orbax(name: str, mesh8: Mesh, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ONLY_OURS)
 def test_richer_than_orbax_read_by_orbax(name: str, mesh8: Mesh, tmp_path: Path) -> None:
-    """What Orbax can't save it still loads, as the table in `handlers/leaves.py` says."""
+    """What Orbax can't save it still loads, as the table in `handlers/kinds.py` says."""
     state = ONLY_OURS[name](mesh8)
     ocp.save(tmp_path / "ours", state)
     loaded = dict(leaves_of(v1.load(tmp_path / "ours")))

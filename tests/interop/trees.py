@@ -28,7 +28,7 @@ TREES: dict[str, Factory] = {}
 """What Orbax saves too."""
 
 ONLY_OURS: dict[str, Factory] = {}
-"""What Orbax refuses to save, and loads as `handlers/leaves.py` says."""
+"""What Orbax refuses to save, and loads as `handlers/kinds.py` says."""
 
 JAX_DTYPES = (
     *("bool", "int2", "int4", "int8", "int16", "int32"),

@@ -17,7 +17,7 @@ from orbax_async import _operation, errors
 from orbax_async import context as ambient
 from orbax_async._engine import loop
 from orbax_async._layouts.table import layout_of
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.local import open_directory
 from orbax_async.handlers import read_plan, write_plan
 from orbax_async.handlers.read_plan import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.tree_writer import TreeWriter

@@ -13,7 +13,7 @@ from orbax_async._operation import Operation
 from orbax_async._storage import array_store
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.local import open_directory
 from orbax_async.handlers.status import StatusReporter
 from orbax_async.handlers.write_plan import PreparedTree
 from orbax_async.path import PathAwaitingCreation

@@ -194,7 +194,7 @@ def verify(directory: Path) -> None:
     """Verifies the checkpoint at `c`; what is reported counts as raised."""
     report = ocp.verify(directory / "c")
     if not report.is_intact:
-        raise errors.ReadError(str(report))
+        raise errors.InvalidLayoutError(str(report))
 
 
 OPERATIONS = {

@@ -13,8 +13,7 @@
 | None, empty containers | only the tree's metadata | the same |
 
 `TABLE` has one entry a kind. A new kind is a subclass of `Kind` and an entry of the table, and
-nothing else. A kind does not know where in a tree its leaf is: it raises a ValueError with the
-reason, and the caller names the leaf.
+nothing else. A kind raises a ValueError with the reason; `encode` and `want` name the leaf.
 """
 
 from __future__ import annotations
@@ -445,21 +444,27 @@ def _of_class(table: tuple[Kind, ...], cls: Any) -> tuple[Kind, ...]:
 
 
 def encode(keys: KeyPath, value: Any) -> Encoded:
-    """Returns what is stored of a leaf, or of an empty node.
+    """Returns what a leaf or empty node is, and its value as it is stored.
 
     Raises:
-      ValueError: it can't be stored.
-      RuntimeError: its values are gone.
+      UnsupportedLeafError: a checkpoint can't hold it.
+      StagingError: it is a jax array whose buffer is gone.
     """
     cls: Any = type(value)
-    for kind in _of_class(TABLE, cls):
-        encoded = kind.encode(keys, value)
-        if encoded is not None:
-            return encoded
-    raise ValueError(
-        f"Unsupported leaf type for saving: {type(value)}. Supported leaf types are: jax.Array, "
+    try:
+        for kind in _of_class(TABLE, cls):
+            encoded = kind.encode(keys, value)
+            if encoded is not None:
+                return encoded
+    except ValueError as reason:
+        raise errors.UnsupportedLeafError(keypath.label(keys), str(reason)) from None
+    except RuntimeError as reason:
+        raise errors.StagingError(keypath.label(keys), str(reason)) from None
+    raise errors.UnsupportedLeafError(
+        keypath.label(keys),
+        f"Unsupported leaf type for saving: {cls}. Supported leaf types are: jax.Array, "
         "numpy.ndarray, NumPy scalars, int, float, complex, bool, bytes, str and None. Convert "
-        "it, or take it out of the tree (equinox: `eqx.filter(model, eqx.is_array)`)."
+        "it, or take it out of the tree (equinox: `eqx.filter(model, eqx.is_array)`).",
     )
 
 
@@ -469,24 +474,28 @@ def signature_of(cls: Any) -> Callable[[Any], Hashable]:
     return kind.signature
 
 
-def want(leaf: Any) -> Request:
+def want(keys: KeyPath, leaf: Any) -> Request:
     """Understands an abstract leaf.
 
     Raises:
-      ValueError: nothing can be loaded as this.
+      AbstractLeafError: nothing can be loaded as this.
     """
     cls: Any = leaf if isinstance(leaf, type) else type(leaf)
     candidates = _of_class(TABLE, cls)
     if not candidates and cls is not leaf and isinstance(leaf, arrays.AbstractArray):
         candidates = RANDOM_KEYS, JAX_ARRAY
-    for kind in candidates:
-        request = kind.want(leaf)
-        if request is not None:
-            return request
-    raise ValueError(
+    try:
+        for kind in candidates:
+            request = kind.want(leaf)
+            if request is not None:
+                return request
+    except ValueError as reason:
+        raise errors.AbstractLeafError(keypath.label(keys), str(reason)) from None
+    raise errors.AbstractLeafError(
+        keypath.label(keys),
         f"Unsupported abstract leaf type for loading: {cls}. Give a jax.ShapeDtypeStruct, an "
         "array, a number, bytes or a str, or the type of one (jax.Array, np.ndarray, int, float, "
-        "complex, bool, NumPy scalars, bytes, str), or `...` to skip the leaf."
+        "complex, bool, NumPy scalars, bytes, str), or `...` to skip the leaf.",
     )
 
 

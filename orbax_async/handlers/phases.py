@@ -7,7 +7,7 @@ more. It leaves with a note that names its checkpointable; its class and message
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import anyio
@@ -44,9 +44,9 @@ def naming(name: str) -> Iterator[None]:
 
 
 async def first(
-    phases: Sequence[Phase], *, when_done: Callable[[str], None] = lambda name: None
-) -> list[Phase]:
-    """Runs the first phases, and returns the second ones.
+    phases: Iterable[Phase], *, when_done: Callable[[str], None] = lambda name: None
+) -> dict[str, Phase]:
+    """Runs the first phases, and returns the second ones by name.
 
     Args:
       phases: of all checkpointables.
@@ -56,7 +56,7 @@ async def first(
       HandlerError: a handler does not keep to its protocol.
       Exception: what a handler raised.
     """
-    seconds: dict[str, Phase] = {}
+    second_phases: dict[str, Phase] = {}
 
     async def run(phase: Phase) -> None:
         name, begin, code = phase
@@ -65,21 +65,22 @@ async def first(
                 awaitable = await begin()
             else:
                 awaitable = user_code.checked(await user_code.awaited(begin(), code), code)
-        seconds[name] = Phase(name, lambda: awaitable, code)
+        second_phases[name] = Phase(name, lambda: awaitable, code)
         when_done(name)
 
-    await _run_all(run, phases, unused=seconds.values())
-    return [seconds[phase.name] for phase in phases]
+    phases = list(phases)
+    await _run_all(run, phases, unused=second_phases)
+    return {name: second_phases[name] for name, _, _ in phases}
 
 
-async def second(phases: Sequence[Phase]) -> dict[str, Any]:
-    """Runs the second phases, and returns their results by name.
+async def second(phases: dict[str, Phase]) -> dict[str, Any]:
+    """Runs the second phases, and returns their results in the same order.
 
     Raises:
       Exception: what a handler raised.
     """
-    results = dict[str, Any].fromkeys(phase.name for phase in phases)
-    not_begun = {phase.name: phase for phase in phases}
+    results = dict[str, Any].fromkeys(phases)
+    not_begun = dict(phases)
 
     async def run(phase: Phase) -> None:
         name, begin, code = not_begun.pop(phase.name)
@@ -89,15 +90,15 @@ async def second(phases: Sequence[Phase]) -> dict[str, Any]:
                 awaitable if code is None else user_code.awaited(awaitable, code)
             )
 
-    await _run_all(run, phases, unused=not_begun.values())
+    await _run_all(run, list(phases.values()), unused=not_begun)
     return results
 
 
 async def _run_all(
     run: Callable[[Phase], Coroutine[Any, Any, None]],
-    phases: Sequence[Phase],
+    phases: list[Phase],
     *,
-    unused: Iterable[Phase],
+    unused: dict[str, Phase],
 ) -> None:
     """Runs phases concurrently; after a failure it disposes of the `unused` second ones."""
     try:
@@ -110,6 +111,6 @@ async def _run_all(
                     group.start_soon(run, phase)
     except BaseException:
         with anyio.CancelScope(shield=True):
-            for phase in unused:
+            for phase in unused.values():
                 await user_code.dispose(phase.begin())
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,15 +77,17 @@ def understand(
     requests: list[Request] = []
     refused: list[errors.LeafError] = []
     for keys, leaf in flat.entries:
-        key = None
+        key: Hashable = None
         if type(leaf) is jax.ShapeDtypeStruct or isinstance(leaf, jax.Array):
             key = (leaf.shape, leaf.dtype, leaf.sharding, getattr(leaf, "weak_type", False))
+        elif type(leaf) is np.ndarray:
+            key = (np.ndarray, leaf.shape, leaf.dtype)
         request = alike.get(key)
         if request is None:
             try:
-                request = kinds.want(leaf)
-            except ValueError as reason:
-                refused.append(errors.AbstractLeafError(keypath.label(keys), str(reason)))
+                request = kinds.want(keys, leaf)
+            except errors.LeafError as error:
+                refused.append(error)
                 continue
             request = alike.setdefault(request, request)
             if key is not None:
@@ -118,20 +120,21 @@ class Loading:
         to_load = self._without_data()
         self._plans: dict[int, LeafPlan] = {}
         self._pipeline: LoadPipeline | None = None
-        store = self._stored.open_store() if to_load else None
-        if store is not None:
-            self._plan(store, to_load)
+        if not to_load:
+            self._raise_problems(directory)
+            return
+        store = self._stored.open_store()
+        self._plan(store, to_load)
         self._raise_problems(directory)
-        if store is not None:
-            self._pipeline = LoadPipeline(
-                to_load,
-                {index: each.read for index, each in self._plans.items()},
-                store,
-                read_budget=operation.read_budget,
-                recorder=operation.recorder,
-                broadcast=self._options.load_and_broadcast_options,
-            )
-            self._pipeline.map_memory()
+        self._pipeline = LoadPipeline(
+            to_load,
+            {index: each.read for index, each in self._plans.items()},
+            store,
+            read_budget=operation.read_budget,
+            recorder=operation.recorder,
+            broadcast=self._options.load_and_broadcast_options,
+        )
+        self._pipeline.map_memory()
 
     def _matched(self, *, is_partial: bool) -> Sequence[Request]:
         """Finds what is stored for each leaf, notes all differences; returns what is asked for."""
@@ -146,6 +149,8 @@ class Loading:
             self._entries: list[schema.Entry | None] = list(entries)
             is_wanted = [entry.keys in selected for entry in entries]
             self._values: list[Any] = [None if each else structure.LEFT_OUT for each in is_wanted]
+            if not all(is_wanted):  # what is left out leaves gaps that only plain containers have
+                self._nest = structure.nest
             return [kinds.STORED if each else kinds.SKIPPED for each in is_wanted]
         if selection is not None:
             flat = flat._replace(
@@ -197,20 +202,30 @@ class Loading:
         # Typed keys are stored as uint32; nothing else needs the records of arrays.
         may_hold_keys = any([document.dtype == np.uint32 for document in documents.values()])
         impls = self._stored.prng_impls() if may_hold_keys else {}
-        saved = self._stored.shardings() if self._needs_saved_shardings(to_load) else {}
+        given = self._abstract.sharding
+        of_all = given if isinstance(given, jax.sharding.Sharding) else None
+        needs_saved = of_all is None and any(
+            [
+                each.kind is None or (each.kind.is_on_devices and each.sharding is None)
+                for each in map(self._requests.__getitem__, to_load)
+            ]
+        )
+        saved = self._stored.shardings() if needs_saved else {}
         alike: dict[Hashable, LeafPlan] = {}
         for index, entry in to_load.items():
             request, document = self._requests[index], documents[entry.name]
-            record = LeafRecord(entry, document, impls.get(entry.name), saved.get(entry.name))
-            sharding = self._sharding_for(record, request)
+            impl, saved_sharding = impls.get(entry.name), saved.get(entry.name)
             private = tuple(sorted(entry.private.items())) if entry.private else ()
-            key = (
-                (id(document), id(request), id(record.sharding)),
-                (entry.kind, record.prng_impl, private),
-                sharding,
-            )
+            sharding = request.sharding or of_all
+            if given is not None and sharding is None:
+                record = LeafRecord(entry, document, impl, saved_sharding)
+                sharding = self._ask_for_sharding(record, request)
+            # The sharding of most follows from the request, and is slow to compare.
+            told = None if sharding is request.sharding else sharding
+            key = (id(request), told, id(document), entry.kind, private, impl, id(saved_sharding))
             found = alike.get(key)
             if found is None:
+                record = LeafRecord(entry, document, impl, saved_sharding)
                 try:
                     found = alike[key] = self._plan_leaf(record, request, sharding)
                 except errors.LeafError as error:
@@ -218,23 +233,11 @@ class Loading:
                     continue
             self._plans[index] = found
 
-    def _needs_saved_shardings(self, to_load: Iterable[int]) -> bool:
-        if isinstance(self._abstract.sharding, jax.sharding.Sharding):
-            return False
-        return any(
-            [
-                each.kind is None or (each.kind.is_on_devices and each.sharding is None)
-                for each in map(self._requests.__getitem__, to_load)
-            ]
-        )
-
-    def _sharding_for(self, record: LeafRecord, request: Request) -> jax.sharding.Sharding | None:
-        """Returns where an array goes that goes to devices, if the caller says so."""
-        given = self._abstract.sharding
-        if request.sharding is not None:
-            return request.sharding
-        if given is None or isinstance(given, jax.sharding.Sharding):
-            return given
+    def _ask_for_sharding(
+        self, record: LeafRecord, request: Request
+    ) -> jax.sharding.Sharding | None:
+        """Asks the caller's function where an array goes, if that goes to devices."""
+        given: Any = self._abstract.sharding
         if not kinds.result_kind(record, request).is_on_devices:
             return None
         shape = record.array.shape if request.shape is None else request.shape
@@ -383,14 +386,8 @@ class Loading:
                 self._values[index] = found.finish(pieces.get(index, ()))
         if self._abstract.flat is not None:
             return self._abstract.flat.rebuild(self._values)
-        # What is left out leaves gaps that only plain containers can have.
-        has_gaps = any(value is structure.LEFT_OUT for value in self._values)
-        nest = structure.nest if has_gaps else self._nest
-        return nest(
-            (entry.keys, value)
-            for entry, value in zip(self._entries, self._values, strict=True)
-            if entry is not None
-        )
+        keys = [entry.keys for entry in self._stored.entries]
+        return self._nest(zip(keys, self._values, strict=True))
 
 
 def describe(stored: StoredTree, options: ambient.Context) -> Any:

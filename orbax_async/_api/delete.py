@@ -17,7 +17,7 @@ from orbax_async._layouts.table import find_checkpoint
 from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.directory import Directory
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.local import open_directory
 from orbax_async.path import PathLike, pathlike
 
 __all__ = ["check_options", "delete", "delete_async"]

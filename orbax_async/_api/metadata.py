@@ -14,7 +14,7 @@ from orbax_async._engine import loop
 from orbax_async._layouts.layout import Checkpointable, Details, Layout
 from orbax_async._layouts.orbax import OrbaxLayout, check_name
 from orbax_async._operation import Operation, starting
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.local import open_directory
 from orbax_async._trace import logger
 from orbax_async.handlers import choose, phases, user_code
 from orbax_async.handlers.pytree import PyTreeHandler

@@ -23,7 +23,7 @@ from orbax_async._layouts import table
 from orbax_async._layouts.layout import Layout, reading
 from orbax_async._operation import Operation
 from orbax_async._response import AsyncResponse
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.local import open_directory
 from orbax_async.path import PathLike, pathlike
 
 __all__ = ["Reader"]

@@ -15,7 +15,7 @@ from orbax_async._commit.sequence import Save
 from orbax_async._layouts.orbax import OrbaxLayout, check_name, writes_in_place
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.local import open_directory
 from orbax_async.handlers import choose, phases
 from orbax_async.handlers.documents import MetricsHandler
 from orbax_async.path import PathAwaitingCreation, PathLike, pathlike

@@ -49,7 +49,7 @@ from typing import NamedTuple
 from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._storage.directory import Capability, Directory, Lock
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.local import open_directory
 from orbax_async._trace import logger
 
 __all__ = [

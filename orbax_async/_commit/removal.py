@@ -22,9 +22,8 @@ from typing import Any
 from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import leftovers
-from orbax_async._storage.directory import Directory
-from orbax_async._storage.json_documents import damage_in
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.directory import Directory, damage_in
+from orbax_async._storage.local import open_directory
 
 __all__ = ["begin", "finish", "name_in_deletion", "read_record", "remove_whole"]
 

@@ -34,9 +34,8 @@ from orbax_async import errors
 from orbax_async._commit import leftovers
 from orbax_async._commit.leftovers import Held
 from orbax_async._commit.rename import NameChange, RenameCommit, appeared
-from orbax_async._storage.directory import Directory
-from orbax_async._storage.json_documents import damage_in, read_json
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.directory import Directory, damage_in, read_json
+from orbax_async._storage.local import open_directory
 from orbax_async.tree.merging import merge_json
 
 __all__ = [

@@ -25,8 +25,7 @@ from orbax_async._layouts.layout import (
 )
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore, holds_ocdbt, read_index
-from orbax_async._storage.directory import Directory
-from orbax_async._storage.json_documents import MAX_NBYTES, damage_in, read_json
+from orbax_async._storage.directory import MAX_NBYTES, Directory, damage_in, read_json
 from orbax_async._trace import logger
 from orbax_async.options import AtomicityMode
 from orbax_async.options._file_options import mode_of_temporary_path

@@ -22,8 +22,6 @@ from orbax_async._storage.direct import DirectReader
 from orbax_async._storage.directory import Capability, Directory, sizes
 from orbax_async._storage.safetensors import TensorReader
 
-__all__ = ["ArrayStore", "holds_ocdbt", "merge_process_databases", "read_index", "shared_context"]
-
 _COPY_THREADS = max(2, min(8, os.cpu_count() or 2))
 # For raw arrays a thread only computes a CRC-32C, quicker than any disk writes; a second one would
 # keep the core from whoever writes, and a worker that has just been given the GIL.

@@ -15,19 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-__all__ = [
-    "CHECKSUM_BLOCK",
-    "CODECS",
-    "Codec",
-    "Encoding",
-    "block_checksums",
-    "checksum",
-    "compression_saving",
-    "encode_stored",
-    "have_checksum",
-    "inflate",
-]
-
 Encoding = Literal["stored", "raw", "zstd"]
 
 

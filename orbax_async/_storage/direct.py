@@ -23,8 +23,6 @@ import tensorstore as ts
 from orbax_async._storage import codecs, zarr
 from orbax_async._storage.directory import Capability, Directory
 
-__all__ = ["DirectReader", "Extent", "bytes_of", "open_file", "read_into"]
-
 _GAP_NBYTES = 64 << 10  # values closer to each other are read in one go
 _RUN_NBYTES = 8 << 20
 

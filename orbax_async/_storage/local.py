@@ -1,7 +1,9 @@
-"""The directory of a local file system."""
+"""The directory of a local file system, and which directory a path means."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import ctypes
 import errno
 import functools
@@ -10,17 +12,15 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Self, cast, final
 
-from orbax_async._storage.directory import Capability, Entry, Kind, Lock, Status
+from orbax_async._storage.directory import Capability, Directory, Entry, Kind, Lock, Status
 
 try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
-
-__all__ = ["LocalDirectory"]
 
 _SYNC_FILE_RANGE_WRITE = 2
 _AT_CWD, _RENAME_EXCHANGE = -100, 2
@@ -262,6 +262,31 @@ class LocalDirectory:
             raise
         lock.release()
         return None
+
+
+_opener: contextvars.ContextVar[Callable[[str], Directory]] = contextvars.ContextVar(
+    "orbax_async.opener", default=LocalDirectory
+)
+
+
+def open_directory(path: str | os.PathLike[str]) -> Directory:
+    """Returns the directory that a path means; it need not be there."""
+    text = os.fspath(path)
+    # To ask for the working directory blocks, and may fail.
+    return _opener.get()(text if os.path.isabs(text) else os.path.abspath(text))
+
+
+@contextlib.contextmanager
+def opened_by(opener: Callable[[str], Directory]) -> Iterator[None]:
+    """Has another function open directories, for operations that begin inside the block.
+
+    This is how tests count, delay and fail what an operation asks of its storage.
+    """
+    token = _opener.set(opener)
+    try:
+        yield
+    finally:
+        _opener.reset(token)
 
 
 class _FileLock:

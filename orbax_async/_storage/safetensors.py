@@ -23,10 +23,7 @@ from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._storage import zarr
 from orbax_async._storage.direct import Extent, bytes_of, open_file, read_into
-from orbax_async._storage.directory import Directory
-from orbax_async._storage.json_documents import damage_in, read_json
-
-__all__ = ["Contents", "Tensor", "TensorReader", "find", "find_damage", "read_headers"]
+from orbax_async._storage.directory import Directory, damage_in, read_json
 
 _LENGTH_NBYTES = 8
 _HEADER_NBYTES = 100_000_000  # the most that other readers accept, too

@@ -14,23 +14,6 @@ import numpy as np
 
 from orbax_async._storage import codecs
 
-__all__ = [
-    "ArrayDocument",
-    "RawLayout",
-    "WholeLayout",
-    "array_document",
-    "array_of",
-    "checksums_key",
-    "chunk_key",
-    "decode_whole",
-    "document_key",
-    "dtype_named",
-    "is_storable",
-    "name_of",
-    "parse_document",
-    "plain_document",
-]
-
 _CHECKSUMS = ".checksums"
 _MAX_ELEMENTS = 1 << 58  # of 16 bytes each, as far as an address reaches
 

@@ -13,8 +13,8 @@ from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
 from orbax_async._layouts.layout import reading
-from orbax_async._storage.json_documents import damage_in, parse_json
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.directory import damage_in, parse_json
+from orbax_async._storage.local import open_directory
 from orbax_async.path import Path, PathAwaitingCreation
 
 __all__ = ["JsonHandler", "MetricsHandler", "ProtoHandler"]

@@ -20,9 +20,8 @@ from orbax_async._commit.sessions import Session
 from orbax_async._engine import loop
 from orbax_async._storage import array_store, zarr
 from orbax_async._storage.array_store import ArrayStore, holds_ocdbt
-from orbax_async._storage.directory import Directory
-from orbax_async._storage.json_documents import damage_in, read_json
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.directory import Directory, damage_in, read_json
+from orbax_async._storage.local import open_directory
 from orbax_async.handlers import leaves
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.write_plan import WritePlan

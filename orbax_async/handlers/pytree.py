@@ -25,7 +25,7 @@ from orbax_async._operation import Operation
 from orbax_async._storage import array_store
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.local import open_directory
 from orbax_async.handlers import read_plan, write_plan
 from orbax_async.handlers.read_plan import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.write_plan import PreparedTree

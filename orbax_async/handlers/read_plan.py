@@ -24,7 +24,7 @@ from orbax_async._layouts.table import layout_of
 from orbax_async._operation import Operation
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.local import open_directory
 from orbax_async._trace import logger
 from orbax_async.handlers import kinds, leaves
 from orbax_async.handlers.kinds import LeafRecord, Request

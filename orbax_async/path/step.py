@@ -24,9 +24,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from orbax_async import _names as names
 from orbax_async import errors, multihost
-from orbax_async._storage.directory import Entry
-from orbax_async._storage.json_documents import parse_json, read_json
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.directory import Entry, parse_json, read_json
+from orbax_async._storage.local import open_directory
 from orbax_async.path.pathlike import Path, PathLike, absolute
 
 __all__ = [

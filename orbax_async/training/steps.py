@@ -27,9 +27,8 @@ from orbax_async import errors
 from orbax_async._api import metadata as described
 from orbax_async._commit import leftovers
 from orbax_async._response import AsyncResponse
-from orbax_async._storage.directory import Directory, Status
-from orbax_async._storage.json_documents import damage_in, read_json
-from orbax_async._storage.openers import open_directory
+from orbax_async._storage.directory import Directory, Status, damage_in, read_json
+from orbax_async._storage.local import open_directory
 from orbax_async._trace import logger
 from orbax_async.path import Path, PathLike
 from orbax_async.path.step import NameFormat, StepMetadata, as_step

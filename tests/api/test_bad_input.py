@@ -23,7 +23,7 @@ from watched_directory import instead, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 
 checkpoint = refusals.checkpoint
 the_engine_goes_on = refusals.the_engine_goes_on

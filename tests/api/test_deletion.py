@@ -17,7 +17,7 @@ from watched_directory import Crash, Crashed, Fault, before, on, watched
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._commit import removal
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 
 RECORD = "_CHECKPOINT_DELETION"
 

@@ -16,7 +16,7 @@ from watched_directory import Log, watched
 
 import orbax_async as ocp
 from orbax_async import errors, partial
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 
 stores = pytest.mark.parametrize("use_ocdbt", [True, False])
 

@@ -21,7 +21,7 @@ from orbax_async import errors, partial
 from orbax_async._commit import sequence, sessions
 from orbax_async._storage import local
 from orbax_async._storage.directory import Capability
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 
 
 async def test_w10_parts_saved_by_concurrent_tasks_all_land(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_f3_a_wait_for_a_session_ends_and_names_who_has_it(
 HOLDING = """
 import os, sys
 import orbax_async as ocp
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 from watched_directory import before, on, watched
 
 def wait():

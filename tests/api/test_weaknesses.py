@@ -26,7 +26,7 @@ from watched_directory import Fault, before, on, watched
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._engine import loop
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 
 
 def data_files(checkpoint: Path) -> list[Path]:

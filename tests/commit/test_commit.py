@@ -25,7 +25,7 @@ from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._engine import save_pipeline
 from orbax_async._storage import array_store, local
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 
 STATE = {"a": jnp.arange(2000.0), "b": np.arange(10), "c": "text", "d": 1}
 

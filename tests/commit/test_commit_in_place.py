@@ -26,8 +26,7 @@ from orbax_async._commit import leftovers, sequence
 from orbax_async._commit.destination import Destination
 from orbax_async._commit.marker import MarkerCommit
 from orbax_async._commit.rename import RenameCommit
-from orbax_async._storage.local import LocalDirectory
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import LocalDirectory, opened_by
 
 STATE = {"w": np.arange(4)}
 OLD = {"w": np.arange(3)}

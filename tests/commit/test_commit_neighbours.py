@@ -27,8 +27,7 @@ from orbax_async._commit.marker import MarkerCommit
 from orbax_async._engine import loop
 from orbax_async._storage import local
 from orbax_async._storage.directory import Capability
-from orbax_async._storage.local import LocalDirectory
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import LocalDirectory, opened_by
 from orbax_async.tree import schema
 
 

@@ -17,7 +17,7 @@ from watched_directory import ANY, Call, Crash, Crashed, watched
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._storage import local
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 
 OLD, NEW, NEXT = ({"w": np.arange(size)} for size in (3, 4, 5))
 

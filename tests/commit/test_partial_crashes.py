@@ -24,8 +24,7 @@ import orbax_async as ocp
 from orbax_async import errors, partial
 from orbax_async._commit import leftovers, sessions
 from orbax_async._storage import local
-from orbax_async._storage.local import LocalDirectory
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import LocalDirectory, opened_by
 
 stores = pytest.mark.parametrize("use_ocdbt", [True, False])
 
@@ -115,7 +114,7 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 import orbax_async as ocp
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 from watched_directory import before, on, watched
 
 path, point = sys.argv[1:]

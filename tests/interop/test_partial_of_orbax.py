@@ -21,7 +21,7 @@ from watched_directory import before, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 
 LIBRARIES: dict[str, ModuleType] = {"ours": ocp, "orbax": v1}
 OTHERS = pytest.mark.parametrize(

@@ -20,8 +20,7 @@ from orbax_async._layouts.layout import Layout, StoredTree, reading
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.direct import Extent
-from orbax_async._storage.directory import Directory
-from orbax_async._storage.json_documents import damage_in
+from orbax_async._storage.directory import Directory, damage_in
 from orbax_async._storage.safetensors import Tensor, TensorReader
 from orbax_async.tree import schema
 from orbax_async.tree.keypath import Key

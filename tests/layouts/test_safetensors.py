@@ -25,8 +25,7 @@ from watched_directory import Call, watched
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._storage import safetensors
-from orbax_async._storage.local import LocalDirectory
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import LocalDirectory, opened_by
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from watched_directory import Call, Log, before, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors, multihost
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 from orbax_async.path import step as steps
 
 standard = steps.standard_name_format

@@ -16,8 +16,7 @@ from memory_directory import LIKE_A_BUCKET, LIKE_A_FILE_SYSTEM, MemoryStore
 
 from orbax_async._storage import local
 from orbax_async._storage.directory import Capability, Directory, Entry
-from orbax_async._storage.local import LocalDirectory
-from orbax_async._storage.openers import open_directory, opened_by
+from orbax_async._storage.local import LocalDirectory, open_directory, opened_by
 
 
 class TestLocalDirectory(DirectoryConformance):

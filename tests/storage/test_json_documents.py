@@ -8,9 +8,7 @@ import pytest
 from memory_directory import MemoryStore
 
 from orbax_async import errors
-from orbax_async._storage import json_documents
-from orbax_async._storage.directory import Directory
-from orbax_async._storage.json_documents import damage_in, parse_json, read_json
+from orbax_async._storage.directory import Directory, damage_in, parse_json, read_json
 
 
 @pytest.fixture
@@ -55,7 +53,7 @@ def test_i14_damage_is_an_error_with_the_file(
 
 def test_i14_a_document_has_a_limit(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """I14: not a byte more is read."""
-    monkeypatch.setattr(json_documents, "MAX_NBYTES", 10)
+    monkeypatch.setattr("orbax_async._storage.directory.MAX_NBYTES", 10)
     directory.write("document", b'{"a": 1}  ')
     assert read_json(directory, "document") == {"a": 1}
     directory.write("document", b'{"a": 1}   ')

@@ -16,7 +16,7 @@ from watched_directory import Call, Fault, Log, Watcher, watched
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._storage.directory import Capability, Directory
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 
 STATE: dict[str, Any] = {
     "w": jnp.arange(1000.0),

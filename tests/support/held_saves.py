@@ -14,7 +14,7 @@ from watched_directory import Fault, before, on, watched
 
 import orbax_async as ocp
 from orbax_async._commit import sequence
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 from orbax_async.handlers.pytree import PyTreeHandler
 
 STATE = {"a": np.arange(1000), "b": 1}

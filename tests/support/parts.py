@@ -14,7 +14,7 @@ import numpy as np
 from watched_directory import before, on, watched
 
 import orbax_async as ocp
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 
 PYTHON_PATH = os.pathsep.join([str(Path(ocp.__file__).parents[1]), str(Path(__file__).parent)])
 FIRST: dict[str, Any] = {

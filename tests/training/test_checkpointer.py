@@ -17,7 +17,7 @@ from watched_directory import Fault, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 from orbax_async.training import Checkpointer
 from orbax_async.training import preservation_policies as keep
 from orbax_async.training import save_decision_policies as when

@@ -17,7 +17,7 @@ from watched_directory import Fault, Log, on, watched
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._commit import leftovers
-from orbax_async._storage.openers import opened_by
+from orbax_async._storage.local import opened_by
 from orbax_async.training import Checkpointer, retirement
 from orbax_async.training import preservation_policies as keep
 

@@ -25,11 +25,8 @@ _METRICS_FILE = "metrics"
 _PROTO_FILE = "proto.pbtxt"
 
 
-class Encoded:
+class Encoded(bytes):
     """A document as it will be written: what the first phase starts from."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
 
 
 class _DocumentHandler:
@@ -52,7 +49,7 @@ class _DocumentHandler:
         if not operation.current().processes.is_primary:
             return
         with errors.reported_as(errors.CommitError, f"cannot write {self._filename}"):
-            await loop.to_worker(where.write, self._filename, encoded.data)
+            await loop.to_worker(where.write, self._filename, encoded)
 
     async def metadata(self, directory: Path) -> None:
         """Returns None, the abstract form of any document: it does not say what it holds."""

@@ -42,10 +42,8 @@ def describe(
 ) -> list[Encoded]:
     """Describes every leaf of a flattened tree, and refuses it as a whole if any can't be held.
 
-    Args:
-      entries: leaves and empty nodes by key path.
-      as_files: whether each leaf becomes a directory, whose name then has to be a legal one.
-      are_several: whether several processes save the tree together.
+    Where leaves are stored as files, their names have to be legal ones. `are_several` says that
+    several processes save the tree together.
 
     Raises:
       UnsupportedLeafError: leaves that can't be held, all named in one message.
@@ -139,11 +137,7 @@ def choose_storage(
 ) -> None:
     """Decides how each array is stored: sets its `storage`, and what is recorded of a cast.
 
-    Args:
-      arrays: the leaves that are stored as arrays.
-      options: those of the save.
-      policy: how replicas share the work.
-      named: jax's key path and the user's own leaf for each, where callbacks are asked.
+    `named` has jax's key path and the user's own leaf for each, where callbacks are asked.
 
     Raises:
       UnsupportedLeafError: what the options ask of a leaf can't be; all such leaves are named.

@@ -19,17 +19,11 @@ __all__ = ["Phase", "first", "naming", "second"]
 
 
 class Phase(NamedTuple):
-    """One phase of one checkpointable.
-
-    Attributes:
-      name: the checkpointable's.
-      begin: returns what is to be awaited.
-      code: what a user calls the code behind it, "PointHandler.save"; None for code of ours.
-    """
+    """One phase of one checkpointable."""
 
     name: str
-    begin: Callable[[], Any]
-    code: str | None
+    begin: Callable[[], Any]  # returns what is to be awaited
+    code: str | None  # what users call the code behind it, "PointHandler.save"; None for our own
 
 
 @contextlib.contextmanager
@@ -46,16 +40,7 @@ def naming(name: str) -> Iterator[None]:
 async def first(
     phases: Iterable[Phase], *, when_done: Callable[[str], None] = lambda name: None
 ) -> dict[str, Phase]:
-    """Runs the first phases, and returns the second ones by name.
-
-    Args:
-      phases: of all checkpointables.
-      when_done: called with the name of each that has ended well.
-
-    Raises:
-      HandlerError: a handler does not keep to its protocol.
-      Exception: what a handler raised.
-    """
+    """Runs the first phases, tells of each that has ended well, and returns the second ones."""
     second_phases: dict[str, Phase] = {}
 
     async def run(phase: Phase) -> None:
@@ -74,11 +59,7 @@ async def first(
 
 
 async def second(phases: dict[str, Phase]) -> dict[str, Any]:
-    """Runs the second phases, and returns their results in the same order.
-
-    Raises:
-      Exception: what a handler raised.
-    """
+    """Runs the second phases, and returns their results in the same order."""
     results = dict[str, Any].fromkeys(phases)
     not_begun = dict(phases)
 

@@ -187,13 +187,7 @@ class PyTreeHandler:
 
 
 class TreeWriter:
-    """Writes one tree.
-
-    Args:
-      prepared: the tree.
-      operation: the one that it belongs to.
-      is_part: whether its arrays stay in databases of their own, to be merged later.
-    """
+    """Writes one tree; the arrays of a part stay in databases of their own, to be merged later."""
 
     def __init__(
         self, prepared: PreparedTree, operation: Operation, *, is_part: bool = False

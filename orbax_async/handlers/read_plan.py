@@ -7,7 +7,6 @@ tree. Leaves that are stored alike and asked for alike share one plan.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,21 +38,13 @@ ShardingFunction = Callable[
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class AbstractTree:
-    """What is asked for, understood.
+class AbstractTree(NamedTuple):
+    """What is asked for, understood."""
 
-    Attributes:
-      flat: the abstract tree; None for what is stored.
-      requests: its leaves.
-      selection: which leaves are loaded; None for all.
-      sharding: of jax arrays of which the tree says none: one for all, or a function.
-    """
-
-    flat: FlatTree | None
+    flat: FlatTree | None  # None asks for what is stored
     requests: Sequence[Request]
-    selection: Selection | None = None
-    sharding: jax.sharding.Sharding | ShardingFunction | None = None
+    selection: Selection | None = None  # None for all leaves
+    sharding: jax.sharding.Sharding | ShardingFunction | None = None  # where the tree says none
 
 
 def understand(
@@ -96,6 +87,13 @@ def understand(
     if refused:
         raise leaves.summary(refused)
     return AbstractTree(flat, requests, selection, sharding)
+
+
+class LeafPlan(NamedTuple):
+    """How leaves are loaded that are stored alike and asked for alike."""
+
+    read: ArrayRead
+    finish: Callable[[Sequence[Any]], Any]  # makes a leaf's value of its pieces
 
 
 class Loading:
@@ -257,13 +255,7 @@ class Loading:
     def _plan_leaf(
         self, record: LeafRecord, request: Request, sharding: jax.sharding.Sharding | None
     ) -> LeafPlan:
-        """Decides how one array is read, and what is made of it.
-
-        Raises:
-          ShapeMismatchError: another shape was asked for.
-          DtypeMismatchError: the dtype can't be had without losing values.
-          ShardingMismatchError: a sharding does not fit.
-        """
+        """Decides how one array is read, and what is made of it; refuses what can't be had."""
         kind = kinds.result_kind(record, request)
         kind.check(record, request)
         are_keys = record.prng_impl is not None or kind is kinds.RANDOM_KEYS
@@ -352,12 +344,7 @@ class Loading:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def _raise_problems(self, directory: str) -> None:
-        """Reports everything at once that keeps the tree from being loaded as it is asked for.
-
-        Raises:
-          TreeMismatchError: the trees differ.
-          LeafError: they don't, but leaves can't be had so; all but the first hang on it.
-        """
+        """Reports everything at once that keeps the tree from being loaded as it is asked for."""
         if not self._problems:
             if self._refused:
                 raise leaves.summary(self._refused)
@@ -419,18 +406,6 @@ def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
         if name is not None:
             sizes[name] += nbytes
     return {name: nbytes for name, nbytes in sizes.items() if nbytes}
-
-
-class LeafPlan(NamedTuple):
-    """How leaves are loaded that are stored alike and asked for alike.
-
-    Attributes:
-      read: what is read of each.
-      finish: makes a leaf's value of its pieces.
-    """
-
-    read: ArrayRead
-    finish: Callable[[Sequence[Any]], Any]
 
 
 def _shape(record: LeafRecord, request: Request, *, may_differ: bool) -> tuple[int, ...]:

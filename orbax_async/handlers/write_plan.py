@@ -38,15 +38,7 @@ _KEPT = 8  # plans; a program saves few structures
 class WritePlan:
     """What is written of a tree of one structure under given options.
 
-    Args:
-      all_leaves: its leaves and empty nodes, in order.
-      state: the tree.
-      options: those of the save.
-
-    Attributes:
-      leaves: all of them.
-      arrays: those that are stored as arrays.
-      saving: how arrays are stored.
+    `leaves` are its leaves and empty nodes, in order; `arrays` those that are stored as arrays.
     """
 
     def __init__(self, all_leaves: list[Leaf], state: Any, options: ambient.Context) -> None:
@@ -96,12 +88,7 @@ class WritePlan:
         """Asks the status callback for the priority of each leaf that it is told of.
 
         What it lets wait is captured behind everything else; where transfers are limited,
-        `save_async` does not wait for it either.
-
-        Raises:
-          AttributeError: the callback lacks a method.
-          UnsupportedLeafError: the priority of leaves is unknown; all of them are named.
-          Exception: what the callback raises.
+        `save_async` does not wait for it either. A callback that lacks a method is refused here.
         """
         callback: Any = self._status_callback
         for event in get_args(Event):
@@ -121,12 +108,7 @@ class WritePlan:
     def batches(
         self, processes: multihost.Processes, limits: Iterable[int | None]
     ) -> list[WriteBatch]:
-        """Returns what this process writes, in batches; the same under the same limits.
-
-        Args:
-          processes: who takes part.
-          limits: of the budgets of the save; None for none.
-        """
+        """Returns what this process writes, in batches; the same under the same limits."""
         limit_nbytes = min([limit for limit in limits if limit is not None], default=None)
         if self._batches is None or self._batches[0] != limit_nbytes:
             requests = plan.plan_writes(self.arrays, process=processes.index, policy=self._policy)
@@ -261,17 +243,11 @@ def _asks_user(options: ambient.Context) -> bool:
 
 
 class PreparedTree(NamedTuple):
-    """A state taken apart: what phase 1 starts from.
-
-    Attributes:
-      plan: what is written of it.
-      arrays: the arrays to store, in the order of `plan.arrays`.
-      strings: the document of its strings, if it has any.
-    """
+    """A state taken apart: what phase 1 starts from."""
 
     plan: WritePlan
-    arrays: list[Any]
-    strings: bytes | None
+    arrays: list[Any]  # to store, in the order of `plan.arrays`
+    strings: bytes | None  # the document of its strings, if it has any
 
 
 def prepare(state: Any, options: ambient.Context) -> PreparedTree:

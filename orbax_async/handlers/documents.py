@@ -111,7 +111,8 @@ class JsonHandler(_DocumentHandler):
             raise errors.AbstractLeafError(
                 "", f"JSON is loaded as it is: ask for None, not for {abstract_checkpointable!r}"
             )
-        return loop.to_worker(_read, directory, self._names, _parse_json)
+        parse = functools.partial(parse_json, kind=object)
+        return loop.to_worker(_read, directory, self._names, parse)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether JSON can hold a value."""
@@ -123,10 +124,6 @@ class JsonHandler(_DocumentHandler):
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Returns None: what a value is loaded as does not tell that it is JSON."""
-
-
-def _parse_json(data: bytes, path: str) -> Any:
-    return parse_json(data, path, object)
 
 
 class MetricsHandler(JsonHandler):

@@ -198,8 +198,7 @@ class TreeWriter:
         limits = (operation.write_budget.limit_nbytes, operation.transfer_budget.limit_nbytes)
         batches = self._plan.batches(operation.processes, limits)
         # Whether what readers open is made of others, each in its own directory.
-        is_divided = is_part or operation.processes.are_several
-        is_divided |= any([batch.is_separate for batch in batches])
+        is_divided = is_part or operation.processes.are_several or self._plan.is_separate
         self._is_divided = is_divided and self._plan.saving.use_ocdbt
         self.pipeline = SavePipeline(
             batches,

@@ -144,12 +144,20 @@ class Loading:
             selected = {keys: entry for keys, entry in by_keys.items() if selection.has(keys)}
             self._problems += selection.problems(by_keys)
         if flat is None:
-            self._entries: list[schema.Entry | None] = list(entries)
-            is_wanted = [entry.keys in selected for entry in entries]
-            self._values: list[Any] = [None if each else structure.LEFT_OUT for each in is_wanted]
-            if not all(is_wanted):  # what is left out leaves gaps that only plain containers have
-                self._nest = structure.nest
-            return [kinds.STORED if each else kinds.SKIPPED for each in is_wanted]
+            self._entries: list[schema.Entry | None] = []  # None where nothing is to be loaded
+            self._values: list[Any] = []
+            for entry in entries:
+                is_selected = selection is None or entry.keys in selected
+                has_data = is_selected and not entry.is_empty
+                self._entries.append(entry if has_data else None)
+                if has_data:
+                    self._values.append(None)
+                elif is_selected:
+                    self._values.append(entry.empty_value())
+                else:  # only plain containers can have gaps
+                    self._values.append(structure.LEFT_OUT)
+                    self._nest = structure.nest
+            return [kinds.STORED] * len(entries)
         if selection is not None:
             flat = flat._replace(
                 leaves=[
@@ -174,9 +182,7 @@ class Loading:
         for index, (entry, request) in enumerate(zip(self._entries, self._requests, strict=True)):
             if entry is None or request is kinds.SKIPPED:
                 continue
-            if entry.is_empty:
-                self._values[index] = entry.empty_value()
-            elif entry.kind != schema.STRING:
+            if entry.kind != schema.STRING:
                 to_load[index] = entry
             elif (request.kind or kinds.TEXT).value_type == schema.STRING:
                 texts[index] = entry
@@ -214,12 +220,11 @@ class Loading:
             request, document = self._requests[index], documents[entry.name]
             impl, saved_sharding = impls.get(entry.name), saved.get(entry.name)
             private = tuple(sorted(entry.private.items())) if entry.private else ()
-            sharding = request.sharding or of_all
+            sharding, told = request.sharding or of_all, None
             if given is not None and sharding is None:
                 record = LeafRecord(entry, document, impl, saved_sharding)
-                sharding = self._ask_for_sharding(record, request)
-            # The sharding of most follows from the request, and is slow to compare.
-            told = None if sharding is request.sharding else sharding
+                sharding = told = self._ask_for_sharding(record, request)
+            # Any other sharding follows from the request, and would be slow to compare.
             key = (id(request), told, id(document), entry.kind, private, impl, id(saved_sharding))
             found = alike.get(key)
             if found is None:

@@ -69,6 +69,8 @@ class WritePlan:
                 pair for pair, leaf in zip(pairs, all_leaves, strict=True) if leaf.shape is not None
             ]
         leaves.choose_storage(self.arrays, options, self._policy, named)
+        # Whether a part of them goes to databases of their own.
+        self.is_separate = any([leaf.storage.is_separate for leaf in self.arrays])
         self._status_callback = memory.serialization_status_callback
         self._told_of: dict[int, JaxKeyPath] = {}  # by the index of an array
         if self._status_callback is not None:

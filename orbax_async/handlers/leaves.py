@@ -23,71 +23,46 @@ from orbax_async._engine import capture, place, plan
 from orbax_async._engine.leaf import Leaf, Storage
 from orbax_async._storage import codecs, zarr
 from orbax_async.handlers import kinds
+from orbax_async.handlers.kinds import Encoded
 from orbax_async.options import ArrayOptions
-from orbax_async.tree import keypath
 from orbax_async.tree.keypath import JaxKeyPath, KeyPath
 
-__all__ = [
-    "Described",
-    "choose_storage",
-    "describe",
-    "describe_all",
-    "summary",
-]
+__all__ = ["choose_storage", "describe", "summary"]
 
+_Saving = ArrayOptions.Saving
+_StorageOptions = ArrayOptions.Saving.StorageOptions
 
 _DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.ARRAY_METADATAS}
+_DATA_FILE_NBYTES = 2 << 30  # as much as one data file of OCDBT holds unless another size is set
+_STORED_NBYTES = 64 << 10  # chunks up to this size are encoded by us, without opening an array
 
 
-Described = tuple[Leaf, Any]  # with its array, its text, or None
-
-
-def describe(keys: KeyPath, value: Any) -> Described:
-    """Describes one leaf or empty node.
-
-    Returns:
-      What it is, and its value as it is stored: a jax or NumPy array, a str, or None.
-
-    Raises:
-      UnsupportedLeafError: a checkpoint can't hold it.
-      StagingError: it is a jax array whose buffer is gone.
-    """
-    try:
-        return kinds.encode(keys, value)
-    except ValueError as reason:
-        raise errors.UnsupportedLeafError(keypath.label(keys), str(reason)) from None
-    except RuntimeError as reason:
-        raise errors.StagingError(keypath.label(keys), str(reason)) from None
-
-
-def describe_all(
-    entries: Iterable[tuple[KeyPath, Any]], *, as_files: bool, are_several: bool = False
-) -> list[Described]:
+def describe(
+    entries: Iterable[tuple[KeyPath, Any]], *, as_files: bool, are_several: bool
+) -> list[Encoded]:
     """Describes every leaf of a flattened tree, and refuses it as a whole if any can't be held.
 
-    Args:
-      entries: leaves and empty nodes by key path.
-      as_files: whether each leaf becomes a directory, whose name then has to be a legal one.
-      are_several: whether several processes save the tree together.
+    Where leaves are stored as files, their names have to be legal ones. `are_several` says that
+    several processes save the tree together.
 
     Raises:
       UnsupportedLeafError: leaves that can't be held, all named in one message.
       DuplicateLeafError: two leaves would be stored under the same name.
       StagingError: a jax array was deleted or donated.
     """
-    described: list[Described] = []
+    described: list[Encoded] = []
     refused: list[errors.LeafError] = []
     for keys, value in entries:
         try:
-            form, stored = describe(keys, value)
+            leaf, stored = kinds.encode(keys, value)
             if are_several and isinstance(stored, jax.Array):
-                _check_shared(form.label, stored)
-            described.append((form, stored))
+                _check_shared(leaf.label, stored)
+            described.append((leaf, stored))
         except errors.LeafError as error:
             refused.append(error)
     if refused:
         raise summary(refused)
-    _check_names([form for form, _ in described], as_files=as_files)
+    _check_names([leaf for leaf, _ in described], as_files=as_files)
     return described
 
 
@@ -113,9 +88,9 @@ def _check_shared(label: str, array: jax.Array) -> None:
         )
 
 
-def _check_names(forms: list[Leaf], *, as_files: bool) -> None:
+def _check_names(leaves: list[Leaf], *, as_files: bool) -> None:
     by_name: dict[str, Leaf] = {}
-    for leaf in forms:
+    for leaf in leaves:
         if not leaf.has_value:
             continue
         other = by_name.setdefault(leaf.name, leaf)
@@ -127,7 +102,7 @@ def _check_names(forms: list[Leaf], *, as_files: bool) -> None:
             )
     if not as_files:
         return
-    for leaf in forms:
+    for leaf in leaves:
         parts = leaf.name.split("/")
         if leaf.shape is not None and parts[0] in _DOCUMENTS:
             raise errors.UnsupportedLeafError(
@@ -153,12 +128,6 @@ def _check_names(forms: list[Leaf], *, as_files: bool) -> None:
 
 # How arrays are stored.
 
-_Saving = ArrayOptions.Saving
-_StorageOptions = ArrayOptions.Saving.StorageOptions
-
-_DATA_FILE_NBYTES = 2 << 30  # as much as one data file of OCDBT holds unless another size is set
-_STORED_NBYTES = 64 << 10  # chunks up to this size are encoded by us, without opening an array
-
 
 def choose_storage(
     arrays: Sequence[Leaf],
@@ -168,11 +137,7 @@ def choose_storage(
 ) -> None:
     """Decides how each array is stored: sets its `storage`, and what is recorded of a cast.
 
-    Args:
-      arrays: the leaves that are stored as arrays.
-      options: those of the save.
-      policy: how replicas share the work.
-      named: jax's key path and the user's own leaf for each, where callbacks are asked.
+    `named` has jax's key path and the user's own leaf for each, where callbacks are asked.
 
     Raises:
       UnsupportedLeafError: what the options ask of a leaf can't be; all such leaves are named.
@@ -211,13 +176,9 @@ def _merged(scoped: Any, general: _StorageOptions) -> _StorageOptions:
             "array.saving.scoped_storage_options_creator must return StorageOptions or None, "
             f"not {scoped!r}"
         )
-    merged = {
-        field.name: getattr(general, field.name)
-        if getattr(scoped, field.name) is None
-        else getattr(scoped, field.name)
-        for field in dataclasses.fields(_StorageOptions)
-    }
-    return _StorageOptions(**merged)
+    own = {field.name: getattr(scoped, field.name) for field in dataclasses.fields(scoped)}
+    given = {name: value for name, value in own.items() if value is not None}
+    return dataclasses.replace(general, **given)
 
 
 def _storage(

@@ -132,14 +132,7 @@ class PartsHandler(PyTreeHandler):
 
 
 async def _put_together(directory: PathAwaitingCreation, session: Session) -> None:
-    """Writes the tree of all parts of a session that is claimed once there is the directory.
-
-    Raises:
-      PartialSaveError: the trees do not fit together.
-      InvalidLayoutError: a document of theirs is damaged.
-      CommitError: a file can't be linked or written.
-      WriteError: an array is missing.
-    """
+    """Writes the tree of all parts of a session, which is claimed once there is the directory."""
     target = open_directory(os.fspath(await directory.await_creation()))
     if not operation.current("save").processes.is_primary:
         return

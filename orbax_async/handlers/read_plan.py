@@ -7,9 +7,8 @@ tree. Leaves that are stored alike and asked for alike share one plan.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,21 +38,13 @@ ShardingFunction = Callable[
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class AbstractTree:
-    """What is asked for, understood.
+class AbstractTree(NamedTuple):
+    """What is asked for, understood."""
 
-    Attributes:
-      flat: the abstract tree; None for what is stored.
-      requests: its leaves.
-      selection: which leaves are loaded; None for all.
-      sharding: of jax arrays of which the tree says none: one for all, or a function.
-    """
-
-    flat: FlatTree | None
+    flat: FlatTree | None  # None asks for what is stored
     requests: Sequence[Request]
-    selection: Selection | None = None
-    sharding: jax.sharding.Sharding | ShardingFunction | None = None
+    selection: Selection | None = None  # None for all leaves
+    sharding: jax.sharding.Sharding | ShardingFunction | None = None  # where the tree says none
 
 
 def understand(
@@ -77,15 +68,17 @@ def understand(
     requests: list[Request] = []
     refused: list[errors.LeafError] = []
     for keys, leaf in flat.entries:
-        key = None
+        key: Hashable = None
         if type(leaf) is jax.ShapeDtypeStruct or isinstance(leaf, jax.Array):
             key = (leaf.shape, leaf.dtype, leaf.sharding, getattr(leaf, "weak_type", False))
+        elif type(leaf) is np.ndarray:
+            key = (np.ndarray, leaf.shape, leaf.dtype)
         request = alike.get(key)
         if request is None:
             try:
-                request = kinds.want(leaf)
-            except ValueError as reason:
-                refused.append(errors.AbstractLeafError(keypath.label(keys), str(reason)))
+                request = kinds.want(keys, leaf)
+            except errors.LeafError as error:
+                refused.append(error)
                 continue
             request = alike.setdefault(request, request)
             if key is not None:
@@ -94,6 +87,13 @@ def understand(
     if refused:
         raise leaves.summary(refused)
     return AbstractTree(flat, requests, selection, sharding)
+
+
+class LeafPlan(NamedTuple):
+    """How leaves are loaded that are stored alike and asked for alike."""
+
+    read: ArrayRead
+    finish: Callable[[Sequence[Any]], Any]  # makes a leaf's value of its pieces
 
 
 class Loading:
@@ -118,20 +118,21 @@ class Loading:
         to_load = self._without_data()
         self._plans: dict[int, LeafPlan] = {}
         self._pipeline: LoadPipeline | None = None
-        store = self._stored.open_store() if to_load else None
-        if store is not None:
-            self._plan(store, to_load)
+        if not to_load:
+            self._raise_problems(directory)
+            return
+        store = self._stored.open_store()
+        self._plan(store, to_load)
         self._raise_problems(directory)
-        if store is not None:
-            self._pipeline = LoadPipeline(
-                to_load,
-                {index: each.read for index, each in self._plans.items()},
-                store,
-                read_budget=operation.read_budget,
-                recorder=operation.recorder,
-                broadcast=self._options.load_and_broadcast_options,
-            )
-            self._pipeline.map_memory()
+        self._pipeline = LoadPipeline(
+            to_load,
+            {index: each.read for index, each in self._plans.items()},
+            store,
+            read_budget=operation.read_budget,
+            recorder=operation.recorder,
+            broadcast=self._options.load_and_broadcast_options,
+        )
+        self._pipeline.map_memory()
 
     def _matched(self, *, is_partial: bool) -> Sequence[Request]:
         """Finds what is stored for each leaf, notes all differences; returns what is asked for."""
@@ -143,10 +144,20 @@ class Loading:
             selected = {keys: entry for keys, entry in by_keys.items() if selection.has(keys)}
             self._problems += selection.problems(by_keys)
         if flat is None:
-            self._entries: list[schema.Entry | None] = list(entries)
-            is_wanted = [entry.keys in selected for entry in entries]
-            self._values: list[Any] = [None if each else structure.LEFT_OUT for each in is_wanted]
-            return [kinds.STORED if each else kinds.SKIPPED for each in is_wanted]
+            self._entries: list[schema.Entry | None] = []  # None where nothing is to be loaded
+            self._values: list[Any] = []
+            for entry in entries:
+                is_selected = selection is None or entry.keys in selected
+                has_data = is_selected and not entry.is_empty
+                self._entries.append(entry if has_data else None)
+                if has_data:
+                    self._values.append(None)
+                elif is_selected:
+                    self._values.append(entry.empty_value())
+                else:  # only plain containers can have gaps
+                    self._values.append(structure.LEFT_OUT)
+                    self._nest = structure.nest
+            return [kinds.STORED] * len(entries)
         if selection is not None:
             flat = flat._replace(
                 leaves=[
@@ -171,9 +182,7 @@ class Loading:
         for index, (entry, request) in enumerate(zip(self._entries, self._requests, strict=True)):
             if entry is None or request is kinds.SKIPPED:
                 continue
-            if entry.is_empty:
-                self._values[index] = entry.empty_value()
-            elif entry.kind != schema.STRING:
+            if entry.kind != schema.STRING:
                 to_load[index] = entry
             elif (request.kind or kinds.TEXT).value_type == schema.STRING:
                 texts[index] = entry
@@ -197,20 +206,29 @@ class Loading:
         # Typed keys are stored as uint32; nothing else needs the records of arrays.
         may_hold_keys = any([document.dtype == np.uint32 for document in documents.values()])
         impls = self._stored.prng_impls() if may_hold_keys else {}
-        saved = self._stored.shardings() if self._needs_saved_shardings(to_load) else {}
+        given = self._abstract.sharding
+        of_all = given if isinstance(given, jax.sharding.Sharding) else None
+        needs_saved = of_all is None and any(
+            [
+                each.kind is None or (each.kind.is_on_devices and each.sharding is None)
+                for each in map(self._requests.__getitem__, to_load)
+            ]
+        )
+        saved = self._stored.shardings() if needs_saved else {}
         alike: dict[Hashable, LeafPlan] = {}
         for index, entry in to_load.items():
             request, document = self._requests[index], documents[entry.name]
-            record = LeafRecord(entry, document, impls.get(entry.name), saved.get(entry.name))
-            sharding = self._sharding_for(record, request)
+            impl, saved_sharding = impls.get(entry.name), saved.get(entry.name)
             private = tuple(sorted(entry.private.items())) if entry.private else ()
-            key = (
-                (id(document), id(request), id(record.sharding)),
-                (entry.kind, record.prng_impl, private),
-                sharding,
-            )
+            sharding, told = request.sharding or of_all, None
+            if given is not None and sharding is None:
+                record = LeafRecord(entry, document, impl, saved_sharding)
+                sharding = told = self._ask_for_sharding(record, request)
+            # Any other sharding follows from the request, and would be slow to compare.
+            key = (id(request), told, id(document), entry.kind, private, impl, id(saved_sharding))
             found = alike.get(key)
             if found is None:
+                record = LeafRecord(entry, document, impl, saved_sharding)
                 try:
                     found = alike[key] = self._plan_leaf(record, request, sharding)
                 except errors.LeafError as error:
@@ -218,23 +236,11 @@ class Loading:
                     continue
             self._plans[index] = found
 
-    def _needs_saved_shardings(self, to_load: Iterable[int]) -> bool:
-        if isinstance(self._abstract.sharding, jax.sharding.Sharding):
-            return False
-        return any(
-            [
-                each.kind is None or (each.kind.is_on_devices and each.sharding is None)
-                for each in map(self._requests.__getitem__, to_load)
-            ]
-        )
-
-    def _sharding_for(self, record: LeafRecord, request: Request) -> jax.sharding.Sharding | None:
-        """Returns where an array goes that goes to devices, if the caller says so."""
-        given = self._abstract.sharding
-        if request.sharding is not None:
-            return request.sharding
-        if given is None or isinstance(given, jax.sharding.Sharding):
-            return given
+    def _ask_for_sharding(
+        self, record: LeafRecord, request: Request
+    ) -> jax.sharding.Sharding | None:
+        """Asks the caller's function where an array goes, if that goes to devices."""
+        given: Any = self._abstract.sharding
         if not kinds.result_kind(record, request).is_on_devices:
             return None
         shape = record.array.shape if request.shape is None else request.shape
@@ -254,13 +260,7 @@ class Loading:
     def _plan_leaf(
         self, record: LeafRecord, request: Request, sharding: jax.sharding.Sharding | None
     ) -> LeafPlan:
-        """Decides how one array is read, and what is made of it.
-
-        Raises:
-          ShapeMismatchError: another shape was asked for.
-          DtypeMismatchError: the dtype can't be had without losing values.
-          ShardingMismatchError: a sharding does not fit.
-        """
+        """Decides how one array is read, and what is made of it; refuses what can't be had."""
         kind = kinds.result_kind(record, request)
         kind.check(record, request)
         are_keys = record.prng_impl is not None or kind is kinds.RANDOM_KEYS
@@ -349,12 +349,7 @@ class Loading:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def _raise_problems(self, directory: str) -> None:
-        """Reports everything at once that keeps the tree from being loaded as it is asked for.
-
-        Raises:
-          TreeMismatchError: the trees differ.
-          LeafError: they don't, but leaves can't be had so; all but the first hang on it.
-        """
+        """Reports everything at once that keeps the tree from being loaded as it is asked for."""
         if not self._problems:
             if self._refused:
                 raise leaves.summary(self._refused)
@@ -383,14 +378,8 @@ class Loading:
                 self._values[index] = found.finish(pieces.get(index, ()))
         if self._abstract.flat is not None:
             return self._abstract.flat.rebuild(self._values)
-        # What is left out leaves gaps that only plain containers can have.
-        has_gaps = any(value is structure.LEFT_OUT for value in self._values)
-        nest = structure.nest if has_gaps else self._nest
-        return nest(
-            (entry.keys, value)
-            for entry, value in zip(self._entries, self._values, strict=True)
-            if entry is not None
-        )
+        keys = [entry.keys for entry in self._stored.entries]
+        return self._nest(zip(keys, self._values, strict=True))
 
 
 def describe(stored: StoredTree, options: ambient.Context) -> Any:
@@ -422,18 +411,6 @@ def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
         if name is not None:
             sizes[name] += nbytes
     return {name: nbytes for name, nbytes in sizes.items() if nbytes}
-
-
-class LeafPlan(NamedTuple):
-    """How leaves are loaded that are stored alike and asked for alike.
-
-    Attributes:
-      read: what is read of each.
-      finish: makes a leaf's value of its pieces.
-    """
-
-    read: ArrayRead
-    finish: Callable[[Sequence[Any]], Any]
 
 
 def _shape(record: LeafRecord, request: Request, *, may_differ: bool) -> tuple[int, ...]:

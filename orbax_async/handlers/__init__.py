@@ -2,11 +2,12 @@
 
 Does:
   - say of each kind of leaf how it is stored, asked for and given back (`kinds`), and how arrays
-    are divided and placed (`leaves`, `leaf_storage`, `shardings`);
-  - plan what is written of a tree and what is read of one (`write_plan`, `read_plan`);
-  - save and load pytrees in two phases (`pytree`, `tree_writer`), and tell callbacks (`status`);
-  - put the trees of partial saves together (`parts`);
-  - save and load documents (`documents`), and objects that do so themselves (`stateful`);
+    are divided (`leaves`);
+  - plan what is written of a tree, and in which order, and what is read of one (`write_plan`,
+    `read_plan`);
+  - save and load pytrees in two phases (`pytree`), and put those of partial saves together
+    (`parts`);
+  - save and load documents (`documents`), and objects that do so themselves (`user_code`);
   - choose the handler of a checkpointable, from the package's and the users' (`choose`);
   - run both phases of several handlers at once (`phases`), users' code among them (`user_code`).
 

@@ -25,12 +25,12 @@ import jax
 from orbax_async import _names as names
 from orbax_async import errors, registration
 from orbax_async._trace import logger
-from orbax_async.handlers import stateful
+from orbax_async.handlers import user_code
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler, ProtoHandler
 from orbax_async.handlers.parts import PartsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.read_plan import ShardingFunction
-from orbax_async.handlers.stateful import StatefulCheckpointableHandler
+from orbax_async.handlers.user_code import StatefulCheckpointableHandler
 from orbax_async.tree.selection import Select
 
 __all__ = ["TYPESTRS", "Part", "for_loading", "for_saving", "state_for_loading"]
@@ -135,7 +135,7 @@ def for_saving(
       HandlerError: the handler bound to the name can't be made.
       LeafError: it is a state, or bound to a handler of such, and holds what can't be stored.
     """
-    saves_itself = not is_state and stateful.is_stateful(checkpointable)
+    saves_itself = not is_state and user_code.is_stateful(checkpointable)
     if not saves_itself and registry.has(name):
         handler = _made(registry.get(name))
         prepare = _PREPARE_TO_SAVE.get(type(handler))
@@ -187,7 +187,7 @@ def for_loading(
       AbstractLeafError: it is a pytree, and what is asked for is none.
     """
     if typestr == TYPESTRS[StatefulCheckpointableHandler]:
-        if stateful.is_stateful(abstract):
+        if user_code.is_stateful(abstract):
             return Part(name, StatefulCheckpointableHandler(), abstract)
         if is_pytree:  # Orbax's partial saves call the handler of their trees so
             typestr = TYPESTRS[PyTreeHandler]

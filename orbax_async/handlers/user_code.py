@@ -18,8 +18,10 @@ from typing import Any, Generic, TypeVar
 
 from orbax_async import errors
 from orbax_async._trace import logger
+from orbax_async.handlers.protocol import StatefulCheckpointable
+from orbax_async.path import Path, PathAwaitingCreation
 
-__all__ = ["Then", "awaited", "checked", "dispose"]
+__all__ = ["StatefulCheckpointableHandler", "awaited", "checked", "dispose", "is_stateful"]
 
 T = TypeVar("T")
 
@@ -128,3 +130,48 @@ class Then:
     def __await__(self) -> Generator[Any, Any, Any]:
         yield from self.awaitable.__await__()
         return self._result
+
+
+class StatefulCheckpointableHandler:
+    """Lets a `StatefulCheckpointable` save and load itself."""
+
+    async def save(
+        self, directory: PathAwaitingCreation, checkpointable: StatefulCheckpointable
+    ) -> Awaitable[None]:
+        """Lets the object capture its state (phase 1), and returns what writes it (phase 2)."""
+        code = f"{type(checkpointable).__name__}.save"
+        writing: Awaitable[None] = await checked(checkpointable.save(directory), code)
+        return writing
+
+    async def load(
+        self, directory: Path, abstract_checkpointable: StatefulCheckpointable | None = None
+    ) -> Awaitable[Any]:
+        """Returns what loads the state into the object, and returns that.
+
+        Raises:
+          MissingAbstractError: there is no object to load into.
+        """
+        if abstract_checkpointable is None:
+            raise errors.MissingAbstractError(
+                "To restore a `StatefulCheckpointable`, you must pass an instance of the object: "
+                "its state is loaded into that"
+            )
+        code = f"{type(abstract_checkpointable).__name__}.load"
+        loading = await checked(abstract_checkpointable.load(directory), code)
+        return Then(checked(loading, code), abstract_checkpointable)
+
+    async def metadata(self, directory: Path) -> None:
+        """Returns None: only the object itself can read what it has written."""
+
+    def is_handleable(self, checkpointable: Any) -> bool:
+        """Says whether an object saves itself."""
+        return is_stateful(checkpointable)
+
+    def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
+        """Says whether an object loads itself."""
+        return is_stateful(abstract_checkpointable)
+
+
+def is_stateful(value: Any) -> bool:
+    """Says whether an object is a `StatefulCheckpointable`; a class of such objects is none."""
+    return isinstance(value, StatefulCheckpointable) and not isinstance(value, type)

@@ -12,8 +12,9 @@ import dataclasses
 import functools
 import os
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, get_args
 
 import jax
 
@@ -24,11 +25,14 @@ from orbax_async import errors, multihost
 from orbax_async._engine import plan
 from orbax_async._engine.batches import WriteBatch, write_batches
 from orbax_async._engine.leaf import Leaf
-from orbax_async.handlers import kinds, leaf_storage, leaves, status
+from orbax_async._engine.save_pipeline import Event
+from orbax_async.handlers import kinds, leaves
+from orbax_async.handlers.leaves import choose_storage
+from orbax_async.options import SerializationStatusCallback, TransferPriority
 from orbax_async.tree import rich, schema, structure
 from orbax_async.tree.keypath import JaxKeyPath
 
-__all__ = ["PreparedTree", "WritePlan", "prepare"]
+__all__ = ["PreparedTree", "StatusReporter", "WritePlan", "prepare"]
 
 _KEPT = 8  # plans; a program saves few structures
 
@@ -71,14 +75,14 @@ class WritePlan:
             named = [
                 pair for pair, leaf in zip(pairs, leaves, strict=True) if leaf.shape is not None
             ]
-        leaf_storage.choose(self.arrays, options, self._policy, named)
+        choose_storage(self.arrays, options, self._policy, named)
         if self.status_callback is not None:
             self.paths = {
                 index: path
                 for index, (path, _) in enumerate(named)
                 if self.arrays[index].sharding is not None
             }
-            status.set_priorities(
+            set_priorities(
                 self.status_callback,
                 [(path, self.arrays[index]) for index, path in self.paths.items()],
             )
@@ -262,3 +266,70 @@ def _key(values: list[Any], treedef: Any, options: ambient.Context, are_several:
 
 
 _signatures: dict[type, Callable[[Any], Hashable]] = {}  # by the class of a leaf
+
+
+# By name, so that Orbax's own members are understood.
+_PRIORITIES = {
+    TransferPriority.SYNCHRONOUS.name: 1,
+    TransferPriority.ASYNCHRONOUS_PRIORITIZED.name: 2,
+    TransferPriority.ASYNCHRONOUS_DEPRIORITIZED.name: 3,
+}
+
+
+def set_priorities(
+    callback: SerializationStatusCallback, named: Iterable[tuple[JaxKeyPath, Leaf]]
+) -> None:
+    """Asks for the priority of each leaf.
+
+    Raises:
+      AttributeError: the callback lacks a method.
+      UnsupportedLeafError: the priority of leaves is unknown; all of them are named.
+      Exception: what the callback raises.
+    """
+    for event in get_args(Event):
+        getattr(callback, f"on_{event}")
+    refused: list[errors.LeafError] = []
+    for path, leaf in named:
+        answer = callback.key_priority(path)
+        priority = _PRIORITIES.get(getattr(answer, "name", ""))
+        if priority is None:
+            message = f"Prioritization is unknown: key_priority({path}) returned {answer!r}"
+            refused.append(errors.UnsupportedLeafError(leaf.label, message))
+        else:
+            leaf.priority = priority
+    if refused:
+        raise leaves.summary(refused)
+
+
+class StatusReporter:
+    """Counts the pieces of leaves, and calls back for the first that starts and the last that ends.
+
+    Args:
+      callback: what to call.
+      paths: the key path of each leaf to tell of.
+      pieces: how many pieces of each leaf there are.
+    """
+
+    def __init__(
+        self,
+        callback: SerializationStatusCallback,
+        paths: Mapping[int, JaxKeyPath],
+        pieces: Mapping[int, int],
+    ) -> None:
+        self._callback = callback
+        self._paths = paths
+        self._pieces = pieces
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[str, int]] = Counter()
+
+    def __call__(self, event: Event, leaves: Iterable[int]) -> None:
+        """Notes an event of a piece of each of these leaves, with repetitions."""
+        for leaf in leaves:
+            if leaf not in self._paths:
+                continue
+            due = 1 if event.endswith("_start") else self._pieces[leaf]
+            with self._lock:
+                self._counts[event, leaf] += 1
+                is_due = self._counts[event, leaf] == due
+            if is_due:
+                getattr(self._callback, f"on_{event}")(self._paths[leaf])

@@ -95,7 +95,7 @@ def in_mode(mode: str) -> ocp.Context:
 @pytest.mark.parametrize("mode", ["fresh", "overwrite", "in-place fresh", "in-place overwrite"])
 def test_a_kill_at_any_moment(mode: str, tmp_path: Path, soak: Callable[[int, int], int]) -> None:
     """The last acknowledged checkpoint loads bit-exact, and no half of one is ever visible."""
-    kills, killed_in_a_save, visible = soak(3, 50), 0, 0
+    kills, killed_in_a_save, visible = soak(3, 250), 0, 0
     moments = random.Random(mode)
     for seed in range(kills):
         victim = Victim(tmp_path, mode, seed)

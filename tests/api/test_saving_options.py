@@ -23,7 +23,7 @@ from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.direct import DirectReader
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.local import LocalDirectory
-from orbax_async.handlers import tree_writer, write_plan
+from orbax_async.handlers import pytree, write_plan
 from orbax_async.options import CheckpointingImpl
 
 StorageOptions = ocp.options.ArrayOptions.Saving.StorageOptions
@@ -277,12 +277,12 @@ def test_a_widening_cast_counts_against_the_budget(
     """What is written, not what it was made of, is limited where that is more."""
     pipelines = []
 
-    class Watched(tree_writer.SavePipeline):
+    class Watched(pytree.SavePipeline):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             pipelines.append(self)
 
-    monkeypatch.setattr(tree_writer, "SavePipeline", Watched)
+    monkeypatch.setattr(pytree, "SavePipeline", Watched)
     context = with_saving(storage_options=StorageOptions(dtype=np.float64))
     context.memory.write_concurrent_bytes = 9000
     with context:
@@ -501,13 +501,13 @@ def test_prioritized_leaves_stay_first_with_separate_folders(
 ) -> None:
     """A prioritized leaf is captured before the others, whichever database it goes to."""
     order: list[str] = []
-    capture = tree_writer.SavePipeline._capture
+    capture = pytree.SavePipeline._capture
 
     def noted(self: Any, batch: Any, *others: Any) -> Any:
         order.extend(leaf.name for leaf in batch.leaves)
         return capture(self, batch, *others)
 
-    monkeypatch.setattr(tree_writer.SavePipeline, "_capture", noted)
+    monkeypatch.setattr(pytree.SavePipeline, "_capture", noted)
     context = with_saving(enable_replica_parallel_separate_folder=True)
     context.memory.is_prioritized_key_fn = lambda key: key[0].key in ("replicated", "host")
     with context:

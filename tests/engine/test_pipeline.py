@@ -26,7 +26,7 @@ from orbax_async._engine import batches, load_pipeline, save_pipeline
 from orbax_async._engine.leaf import Piece
 from orbax_async._storage import codecs
 from orbax_async._storage.array_store import ArrayStore
-from orbax_async.handlers import pytree, read_plan, tree_writer
+from orbax_async.handlers import pytree, read_plan
 
 
 class Watched:
@@ -66,7 +66,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             super().__init__(*args, **kwargs)
             seen.loads.append(self)
 
-    monkeypatch.setattr(tree_writer, "SavePipeline", Saving)
+    monkeypatch.setattr(pytree, "SavePipeline", Saving)
     monkeypatch.setattr(read_plan, "LoadPipeline", Loading)
     return seen
 
@@ -346,7 +346,7 @@ def test_the_caller_is_released_before_anything_is_written(
     async def refuse(*_: Any) -> None:
         raise RuntimeError("not written")
 
-    monkeypatch.setattr(tree_writer.TreeWriter, "run", refuse)
+    monkeypatch.setattr(pytree.TreeWriter, "run", refuse)
     for name, leaf in {"views": jnp.ones(3), "copies": np.ones(3)}.items():
         response = ocp.save_async(tmp_path / name, {"a": leaf, "b": 1.5})
         response.wait_staged(timeout=0)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async.handlers import tree_writer
+from orbax_async.handlers import pytree
 
 GIB = 1024**3
 
@@ -61,12 +61,12 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     """The limit of transfers of each save in turn."""
     found: list[int | None] = []
 
-    class Watched(tree_writer.SavePipeline):
+    class Watched(pytree.SavePipeline):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             found.append(self.transfer_budget.statistics().limit_nbytes)
 
-    monkeypatch.setattr(tree_writer, "SavePipeline", Watched)
+    monkeypatch.setattr(pytree, "SavePipeline", Watched)
     return found
 
 
@@ -119,12 +119,12 @@ def test_the_limit_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """What is captured and not yet written stays under the regulator's limit."""
     pipelines = []
 
-    class Watched(tree_writer.SavePipeline):
+    class Watched(pytree.SavePipeline):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             pipelines.append(self)
 
-    monkeypatch.setattr(tree_writer, "SavePipeline", Watched)
+    monkeypatch.setattr(pytree, "SavePipeline", Watched)
     profiler = Profiler()
     profiler.total_memory_gib = 0.0
     with regulated(profiler, min_memory_limit_gib=10_000 / GIB, max_memory_limit_gib=1):

@@ -20,7 +20,7 @@ from orbax_async._engine import capture, gil
 from orbax_async._engine.save_pipeline import SavePipeline
 from orbax_async._operation import Operation
 from orbax_async.handlers import write_plan
-from orbax_async.handlers.tree_writer import TreeWriter
+from orbax_async.handlers.pytree import TreeWriter
 
 
 def pipeline_of(state: Any, context: ocp.Context | None = None) -> SavePipeline:

@@ -32,8 +32,6 @@ from orbax_async.options._operation_options import mode_of_temporary_path
 from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["OrbaxLayout", "check_name", "writes_in_place"]
-
 T = TypeVar("T")
 
 

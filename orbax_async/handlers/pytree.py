@@ -20,7 +20,7 @@ from orbax_async import _operation, errors
 from orbax_async import context as ambient
 from orbax_async._engine import loop
 from orbax_async._engine.save_pipeline import SavePipeline
-from orbax_async._layouts.table import layout_of
+from orbax_async._layouts.reader import layout_of
 from orbax_async._operation import Operation
 from orbax_async._storage import array_store
 from orbax_async._storage.array_store import ArrayStore

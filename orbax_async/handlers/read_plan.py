@@ -19,7 +19,7 @@ from orbax_async import errors
 from orbax_async._engine import loop, plan, transfer
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
 from orbax_async._layouts.layout import StoredTree, reading
-from orbax_async._layouts.table import layout_of
+from orbax_async._layouts.reader import layout_of
 from orbax_async._operation import Operation
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore

@@ -24,7 +24,7 @@ Theory of operation
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from orbax_async import _names as names
 from orbax_async import errors
@@ -68,29 +68,30 @@ class MarkerCommit(RenameCommit):
         others = {name: data for name, data in documents.items() if name != proof}
         with errors.reported_as(errors.CommitError, self._problem):
             self._prepare_to_publish()
-            self._write(others)
-            self.final.sync([*others, ""])
-            self._is_published = True
             try:
+                self._write(others)
+                self.final.sync([*others, ""])
+                self._is_published = True
                 self._write({proof: text})
                 self.final.sync([proof, ""])
                 self.final.parent.sync([""])
             except OSError as error:
                 if not isinstance(error.__cause__, FileExistsError):  # else it is another's
-                    self._take_back(proof, error)
+                    self._take_back([proof, *others], error)
                 raise
         with contextlib.suppress(OSError):
             self.final.write(names.CHECKPOINT_MARKER, b"")
         self.release()
         return None
 
-    def _take_back(self, proof: str, cause: OSError) -> None:
+    def _take_back(self, documents: Iterable[str], cause: OSError) -> None:
         with errors.reported_as(
             errors.CommitError,
             f"{cause}. It can't be taken back either",
             f"What was saved is visible at {self.final.path}, though a crash may undo it.",
         ):
-            self.final.remove(proof)
+            for name in documents:
+                self.final.remove(name)
         self._is_published = False
 
     def _remove(self) -> None:

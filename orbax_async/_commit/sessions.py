@@ -66,7 +66,8 @@ def find_parts(session: Directory) -> list[Directory]:
 
     The session itself comes first if a finalization was interrupted that had put together some.
     """
-    entries = session.entries()
+    with errors.reported_as(errors.CommitError, f"cannot look into {session.path}"):
+        entries = session.entries()
     parts = [
         session / name for name, is_directory in entries if names.PART_MARK in name and is_directory
     ]

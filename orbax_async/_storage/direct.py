@@ -12,19 +12,36 @@ import errno
 import functools
 import io
 import itertools
+import json
 import os
-import urllib.parse
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import tensorstore as ts
 
+from orbax_async import _names as names
 from orbax_async._storage import codecs, zarr
 from orbax_async._storage.directory import Capability, Directory
 
 _GAP_NBYTES = 64 << 10  # values closer to each other are read in one go
 _RUN_NBYTES = 8 << 20
+MAX_VALUE_NBYTES = 64 << 20
+"""The most that is read as one value: a document, checksums, a small array."""
+
+_MANIFEST, _NODE = bytes.fromhex("0cdb3a2a"), bytes.fromhex("0cdb20de")
+_HEAD_NBYTES = 18  # of a record that holds nothing
+_FIRST_NBYTES = 256 << 10  # of a record are read before it is known how long it is
+_MAX_RECORD_NBYTES = 512 << 20
+_SMALL_NBYTES = 1024  # as long a CRC-32C is computed here, in less than a call of TensorStore
+_ZSTD = bytes.fromhex("28b52ffd")
+_RLE, _COMPRESSED = 1, 2
+_MAX_BLOCK_NBYTES = 128 << 10
+_HAS_DIGEST = 4
+
+_Located: TypeAlias = tuple[str, int, int]  # a file, an offset in it, and a length
+_Branch: TypeAlias = tuple[_Located, str, bytes, int]  # a node, its directory, prefix and height
 
 
 class Extent(NamedTuple):
@@ -38,8 +55,7 @@ class Extent(NamedTuple):
 class DirectReader:
     """The values of one database as it is now; for one operation, on any thread.
 
-    The directory has `Capability.MAP`. TensorStore starts to read the index, beside what else there
-    is to do until a value is asked for. What keeps the index from being read is raised then.
+    The directory has `Capability.MAP`. The index is read when a value is asked for first.
 
     Raises:
       ValueError: the index is damaged, or of a kind that TensorStore alone reads.
@@ -48,55 +64,28 @@ class DirectReader:
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
-        self._base = ts.KvStore.open(
-            directory.kvstore(), context=ts.Context({"file_io_concurrency": {"limit": 1}})
-        ).result()
-        self._root: Any = None
-        with contextlib.suppress(Exception):
-            self._root = self._read_root()
-
-    def _read_root(self) -> Any:
-        versions = ts.ocdbt.dump(self._base).result()["versions"]
-        location = versions[-1]["root"].get("location") if versions else None
-        return ts.ocdbt.dump(self._base, location) if location else None
 
     @functools.cached_property
-    def _entries(self) -> dict[str, bytes | str]:
-        found: dict[str, bytes | str] = {}
-        node, prefix = self._root or self._read_root(), b""
-        below: list[tuple[str, bytes]] = []
-        while node is not None:
-            entries = node.result()["entries"]
-            if entries and "location" in entries[0]:
-                below += [
-                    (entry["location"], prefix + entry["subtree_common_prefix"])
-                    for entry in entries
-                ]
-            else:
-                found |= {
-                    (prefix + entry["key"]).decode(): entry["inline_value"]
-                    if "inline_value" in entry
-                    else entry["indirect_value"]
-                    for entry in entries
-                }
-            location, prefix = below.pop() if below else (None, b"")
-            node = ts.ocdbt.dump(self._base, location) if location else None
-        self._root = None
-        return found
+    def _entries(self) -> dict[str, bytes | _Located]:
+        """Each value by its key, or where it lies."""
+        return _Index(self._directory).entries()
 
     def sizes(self) -> dict[str, int]:
         """Returns the bytes of each value, by key."""
         return {
-            key: len(value) if isinstance(value, bytes) else _extent(value).nbytes
+            key: len(value) if isinstance(value, bytes) else value[2]
             for key, value in self._entries.items()
         }
 
     def values(self, keys: Sequence[str]) -> list[bytes | memoryview | None]:
         """Returns whole values, None for each key that is absent; neighbours are read together."""
         found = [self._entries.get(key) for key in keys]
-        where = [
-            (*_located(value), index) for index, value in enumerate(found) if isinstance(value, str)
-        ]
+        where = [(*value, index) for index, value in enumerate(found) if isinstance(value, tuple)]
+        for key, value in zip(keys, found, strict=True):
+            if isinstance(value, tuple) and value[2] > MAX_VALUE_NBYTES:
+                raise ValueError(
+                    f"{value[2]} bytes found in {key}, at most {MAX_VALUE_NBYTES} expected"
+                )
         values: list[Any] = found
         where.sort()
         for run in _runs(where):
@@ -154,7 +143,7 @@ class DirectReader:
                 (sums,) = self.values([zarr.checksums_key(name, index)])
             if isinstance(location, bytes) or (layout.has_crc32c and sums is None):
                 return False
-            chunks.append((_extent(location), sums, within_chunk, within_target))
+            chunks.append((Extent(*location), sums, within_chunk, within_target))
         for extent, sums, within_chunk, within_target in chunks:
             into = target[within_target] if within_target else target
             self._read_part(extent, sums, layout, within_chunk, into)
@@ -190,6 +179,270 @@ class DirectReader:
             _read_run(file, extent.offset, (start, stop, nbytes), sums, bytes_of(run))
             if run is not into:
                 into[...] = run
+
+
+class _Index:
+    """Reads the index of a database: a manifest, and below it a B-tree of nodes.
+
+    Each is a record with a checksum, and mostly compressed. TensorStore verifies and decompresses
+    records; what they say is read here. I14: memory is taken as far as bytes are really there.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._entries: dict[str, bytes | _Located] = {}
+        self._seen: set[_Located] = set()
+        self._context = ts.Context()  # whose memory goes with it
+
+    def entries(self) -> dict[str, bytes | _Located]:
+        """Reads all of it."""
+        pending = self._root()
+        while pending:
+            location, base, prefix, height = pending.pop()
+            if location in self._seen:
+                raise ValueError("its index is damaged: a node is in it twice")
+            self._seen.add(location)
+            path, offset, nbytes = location
+            body = self._body(path, offset, nbytes, _NODE)
+            with _cut_off():
+                pending += self._read_node(_Fields(body), base, prefix, height)
+        return self._entries
+
+    def _root(self) -> list[_Branch]:
+        """Returns the node at the top, if there is any."""
+        body = self._body(names.OCDBT_MANIFEST, 0, _MAX_RECORD_NBYTES, _MANIFEST)
+        with _cut_off():
+            fields = _Fields(body)
+            fields.take(16)  # its name
+            if fields.number() != 0:
+                raise ValueError("its index is in several files")
+            fields.numbers(2)
+            fields.take(1)
+            if fields.number():
+                fields.take(4)  # the level of compression
+            files = _files(fields, "")
+            count = fields.number()
+            fields.numbers(count)  # generations
+            heights = fields.take(count)
+            file, offset, nbytes, keys = [fields.numbers(count)[-1:] for _ in range(4)]
+            if not count or not keys[0]:
+                return []
+            base, path = files[file[0]]
+            return [((path, offset[0], nbytes[0]), base, b"", heights[-1])]
+
+    def _read_node(self, fields: _Fields, base: str, prefix: bytes, height: int) -> list[_Branch]:
+        """Adds the values of a leaf; returns the nodes below another."""
+        if fields.take(1)[0] != height:
+            raise ValueError("its index is damaged: a node has another height than it should")
+        files = _files(fields, base)
+        count = fields.number()
+        shared, lengths = [0, *fields.numbers(count - 1)][:count], fields.numbers(count)
+        common = fields.numbers(count) if height else []
+        keys, key = [], b""
+        for kept, suffix in zip(shared, fields.pieces(lengths), strict=True):
+            key = key[:kept] + suffix
+            keys.append(key)
+        if height:
+            columns = [fields.numbers(count) for _ in range(3)]
+            return [
+                ((files[file][1], offset, nbytes), files[file][0], prefix + key[:kept], height - 1)
+                for key, kept, file, offset, nbytes in zip(keys, common, *columns, strict=True)
+            ]
+        lengths, kinds = fields.numbers(count), fields.take(count)
+        elsewhere = kinds.count(1)
+        paths = [files[file][1] for file in fields.numbers(elsewhere)]
+        offsets = fields.numbers(elsewhere)
+        sizes = itertools.compress(lengths, kinds)
+        places = zip(paths, offsets, sizes, strict=True)
+        inside = fields.pieces([0 if kind else n for kind, n in zip(kinds, lengths, strict=True)])
+        for key, kind, value in zip(keys, kinds, inside, strict=True):
+            self._entries[(prefix + key).decode()] = next(places) if kind else value
+        return []
+
+    def _body(self, path: str, offset: int, nbytes: int, magic: bytes) -> bytes:
+        """Returns what a record holds, once its checksum is verified."""
+        record = self._directory.read(path, offset, min(nbytes, _FIRST_NBYTES))
+        if record is None:
+            path = (self._directory / path).path
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        length = int.from_bytes(record[4:12], "little")
+        if record[:4] != magic or not _HEAD_NBYTES <= length <= min(nbytes, _MAX_RECORD_NBYTES):
+            raise ValueError(f"its index is damaged: no record is at byte {offset} of {path}")
+        if length > len(record):
+            record = self._directory.read(path, offset, length) or b""
+        if len(record) != length or not self._has_checksum(record):
+            raise ValueError(f"its index is damaged: a checksum does not match in {path}")
+        version, compression, body = record[12], record[13], record[14:-4]
+        if version != 0 or compression > 1:
+            raise ValueError(f"its index is of a kind that is not known here: {path}")
+        return self._decompressed(body) if compression else body
+
+    def _has_checksum(self, record: bytes) -> bool:
+        """Says whether the CRC-32C at the end of a record is that of what is before."""
+        nbytes = len(record) - 4
+        if nbytes <= _SMALL_NBYTES:
+            table, crc = _crc32c_table(), 0xFFFFFFFF
+            for byte in record[:-4]:
+                crc = table[(crc ^ byte) & 255] ^ (crc >> 8)
+            return (crc ^ 0xFFFFFFFF).to_bytes(4, "little") == record[-4:]
+        self._memory["record/c/0"] = record
+        document = zarr.array_document((nbytes,), (nbytes,), "uint8", "raw", zarr3=True)
+        array = ts.open(
+            {"driver": "zarr3", "metadata": json.loads(document)},
+            kvstore=self._memory / "record/",
+            open=True,
+            assume_metadata=True,
+            context=self._context,
+        ).result()
+        try:
+            array[:1].read().result()
+        except ValueError:
+            return False
+        return True
+
+    def _decompressed(self, frame: bytes) -> bytes:
+        """Decompresses a zstd frame as the only entry of a zip archive, which has a bound.
+
+        The result may have zeros at its end, where the frame does not say how long it is.
+        """
+        frame, nbytes = _bounded_frame(frame)
+        self._memory["zip"] = _zip_archive(frame, nbytes)
+        base = {"driver": "memory", "path": "zip"}
+        archive = ts.KvStore.open({"driver": "zip", "base": base}, context=self._context).result()
+        return archive.read("x").result().value
+
+    @functools.cached_property
+    def _memory(self) -> ts.KvStore:
+        return ts.KvStore.open("memory://", context=self._context).result()
+
+
+class _Fields:
+    """Reads the fields of a record, one after the other; what is not there is an IndexError."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def take(self, nbytes: int) -> bytes:
+        """Returns some bytes."""
+        end = self._at + nbytes
+        if end > len(self._data):
+            raise IndexError
+        taken = self._data[self._at : end]
+        self._at = end
+        return taken
+
+    def pieces(self, lengths: Sequence[int]) -> list[bytes]:
+        """Returns bytes of these lengths."""
+        ends = itertools.accumulate(lengths)
+        taken = self.take(sum(lengths))
+        return [taken[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+    def number(self) -> int:
+        """Returns a number, of seven bits a byte, the lowest first."""
+        return self.numbers(1)[0]
+
+    def numbers(self, count: int) -> list[int]:
+        """Returns several of them."""
+        data, at = self._data, self._at
+        if count > len(data) - at:
+            raise IndexError
+        if count > 0 and max(data[at : at + count]) < 128:
+            return list(self.take(count))
+        found = []
+        for _ in range(count):
+            value, shift = data[at] & 127, 0
+            while data[at] > 127:
+                at += 1
+                shift += 7
+                value |= (data[at] & 127) << shift
+            at += 1
+            found.append(value)
+        self._at = at
+        return found
+
+
+def _files(fields: _Fields, base: str) -> list[tuple[str, str]]:
+    """I14: reads a table of files below the database: of each its directory and its path."""
+    count = fields.number()
+    shared, lengths = [0, *fields.numbers(count - 1)][:count], fields.numbers(count)
+    bases = fields.numbers(count)
+    files, path = [], b""
+    for kept, suffix, of_base in zip(shared, fields.pieces(lengths), bases, strict=True):
+        path = path[:kept] + suffix
+        name = base + path.decode()
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"its index names a file outside of it: {name}")
+        files.append((base + path[:of_base].decode(), name))
+    return files
+
+
+@contextlib.contextmanager
+def _cut_off() -> Iterator[None]:
+    try:
+        yield
+    except IndexError:
+        raise ValueError("its index is damaged: a record is cut off") from None
+
+
+def _bounded_frame(frame: bytes) -> tuple[bytes, int]:
+    """I14: returns a zstd frame (RFC 8878), and how many bytes to decompress of it.
+
+    A frame that says how long it is stays as it is. Of another the blocks bound it; zeros are put
+    after the last one, so that there is as much as the bound.
+    """
+    with _cut_off():
+        descriptor = frame[4]
+        is_single = descriptor >> 5 & 1
+        size_nbytes = (is_single, 2, 4, 8)[descriptor >> 6]
+        if frame[:4] != _ZSTD or descriptor & 3:
+            raise ValueError("its index is damaged: a node is no zstd frame")
+        at = 6 - is_single
+        if size_nbytes:
+            nbytes = int.from_bytes(frame[at : at + size_nbytes], "little")
+            nbytes += 256 if size_nbytes == 2 else 0
+        else:
+            exponent, eighths = frame[5] >> 3, frame[5] & 7
+            longest = min(_MAX_BLOCK_NBYTES, (8 + eighths) << 7 + exponent)
+            nbytes, is_last = 0, 0
+            while not is_last:
+                last, header = at, int.from_bytes(frame[at : at + 3], "little")
+                is_last, kind, size = header & 1, header >> 1 & 3, header >> 3
+                at += 3 + (1 if kind == _RLE else size)
+                nbytes += longest if kind == _COMPRESSED else min(size, longest)
+                frame[at - 1]  # is there
+            zeros = b"".join(
+                (_RLE << 1 | longest << 3).to_bytes(3, "little") + b"\0"
+                for _ in range(0, nbytes, longest)
+            )
+            flags = bytes([descriptor & ~_HAS_DIGEST, frame[5]])
+            goes_on = bytes([frame[last] & ~1])
+            frame = b"".join(
+                [_ZSTD, flags, frame[6:last], goes_on, frame[last + 1 : at], zeros, b"\1\0\0"]
+            )
+    if nbytes > _MAX_RECORD_NBYTES:
+        raise ValueError(f"its index is damaged: a node has {nbytes} bytes")
+    return frame, nbytes
+
+
+def _zip_archive(frame: bytes, nbytes: int) -> bytes:
+    """Returns a zip archive of one zstd frame, the entry `x`."""
+    method, name = 93, b"x"
+    sizes = struct.pack("<2L", len(frame), nbytes)
+    about = struct.pack("<2H8x", 0, method) + sizes
+    local = b"PK\3\4" + struct.pack("<H", 63) + about + struct.pack("<2H", len(name), 0) + name
+    entry = b"PK\1\2" + struct.pack("<2H", 63, 63) + about
+    entry += struct.pack("<H16x", len(name)) + name
+    end = b"PK\5\6" + struct.pack("<4H2LH", 0, 0, 1, 1, len(entry), len(local) + len(frame), 0)
+    return b"".join([local, frame, entry, end])
+
+
+@functools.cache
+def _crc32c_table() -> list[int]:
+    table = list(range(256))
+    for _ in range(8):
+        table = [each >> 1 ^ (0x82F63B78 if each & 1 else 0) for each in table]
+    return table
 
 
 def _read_run(
@@ -259,29 +512,14 @@ def read_into(file: io.RawIOBase, offset: int, into: memoryview) -> None:
     file.seek(offset)
     done = 0
     while done < len(into):
-        count = file.readinto(into[done:])
+        try:
+            count = file.readinto(into[done:])
+        except OSError as error:
+            error.filename = error.filename or getattr(file, "name", None)
+            raise
         if not count:
             raise ValueError(f"{done} bytes found, {len(into)} expected")
         done += count
-
-
-def _extent(location: str) -> Extent:
-    return Extent(*_located(location))
-
-
-def _located(location: str) -> tuple[str, int, int]:
-    """Reads `value:<directory>:<file>:<offset>:<nbytes>`, as TensorStore writes a location."""
-    _, base, path, offset, nbytes = location.split(":")
-    return _file(base, path), int(offset), int(nbytes)
-
-
-@functools.lru_cache(maxsize=256)
-def _file(base: str, path: str) -> str:
-    """I14: returns a file's name below the database."""
-    name = urllib.parse.unquote(base) + urllib.parse.unquote(path)
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError(f"its index names a file outside of it: {name}")
-    return name
 
 
 def _runs(where: list[tuple[str, int, int, int]]) -> Iterable[list[tuple[str, int, int, int]]]:

@@ -104,7 +104,7 @@ class LocalDirectory:
         """Returns (files, directories) below it by relative name, deepest directories first."""
         files: list[str] = []
         directories: list[str] = []
-        for directory, _, names in os.walk(self.path, topdown=False):
+        for directory, _, names in os.walk(self.path, topdown=False, onerror=_unless_gone):
             below = os.path.relpath(directory, self.path).replace(os.sep, "/")
             prefix = "" if below == "." else f"{below}/"
             files += [prefix + name for name in names]
@@ -113,13 +113,17 @@ class LocalDirectory:
 
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes | None:
         """Returns the bytes of a file, or a range of them; None where there is no such file."""
+        path = self._at(name)
         try:
-            with open(self._at(name), "rb", buffering=0) as file:
+            with open(path, "rb", buffering=0) as file:
                 if start:
                     file.seek(start)
                 return file.read() if nbytes is None else _read(file, nbytes)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            error.filename = path  # a read itself names no file
+            raise
 
     def is_writable(self) -> bool:
         """Says whether permission bits let this process make something in it."""
@@ -323,6 +327,11 @@ class _FileLock:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_FileLock.forget_all)
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _read(file: io.FileIO, nbytes: int) -> bytes:

@@ -109,7 +109,8 @@ def _read_trees(parts: Sequence[Directory]) -> list[tuple[Directory, schema.Tree
     trees = []
     for part in parts:
         file = (_tree_of(part) / names.TREE_METADATA).path
-        data = _tree_of(part).read(names.TREE_METADATA)
+        with errors.reported_as(errors.UnreadableError, f"cannot read {file}"):
+            data = _tree_of(part).read(names.TREE_METADATA)
         if data is not None:
             with damage_in(file, _ADVICE):
                 trees.append((part, schema.TreeDocument.load(data)))
@@ -134,7 +135,6 @@ async def _put_together(directory: PathAwaitingCreation, session: Session) -> No
     if not operation.current("save").processes.is_primary:
         return
     await loop.to_worker(_link_parts, session, target)
-    await loop.to_worker(array_store.merge_process_databases, target)
     if ambient.current().array.saving.enable_post_merge_validation:
         await loop.to_worker(_validate, target)
 
@@ -147,6 +147,7 @@ def _link_parts(session: Session, target: Directory) -> None:
         for part in session.parts:
             serial = "" if part == session.directory else _serial(part)
             _link_data(_tree_of(part), target, serial)
+        array_store.merge_process_databases(target)
 
 
 def _serial(part: Directory) -> str:
@@ -210,12 +211,13 @@ def _link_data(source: Directory, target: Directory, serial: str) -> None:
 
 def _validate(directory: Directory) -> None:
     """Checks that every array of the tree is in the store."""
-    document = directory.read(names.TREE_METADATA)
+    with errors.reported_as(errors.CommitError, f"cannot look at {directory.path}"):
+        document = directory.read(names.TREE_METADATA)
+        is_ocdbt = holds_ocdbt(directory)
     tree = schema.TreeDocument.load(document or b"")
     arrays = [each for each in tree.entries if not each.is_empty and each.kind != schema.STRING]
     if not arrays:
         return
-    is_ocdbt = holds_ocdbt(directory)
     keys = ArrayStore(directory, ocdbt=is_ocdbt, zarr3=tree.uses_zarr3).list_keys()
     for entry in arrays:
         key = zarr.document_key(entry.name, zarr3=tree.uses_zarr3)

@@ -92,9 +92,9 @@ def location(directory: Path, key: str) -> tuple[Path, int, int]:
     if not (directory / "manifest.ocdbt").exists():
         return directory / key, 0, (directory / key).stat().st_size
     entry = DirectReader(LocalDirectory(str(directory)))._entries[key]
-    assert isinstance(entry, str), "it lies in a node of the index"
-    _, base, path, offset, nbytes = entry.split(":")
-    return directory / base / path.replace("%2F", "/"), int(offset), int(nbytes)
+    assert isinstance(entry, tuple), "it lies in a node of the index"
+    path, offset, nbytes = entry
+    return directory / path, offset, nbytes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -100,16 +100,30 @@ def test_a_directory_named_like_the_manifest_is_no_database(directory: Directory
 
 
 @pytest.mark.parametrize("place", ["/etc/", "../", "d/../../"])
-def test_i14_an_index_names_no_file_outside_of_its_database(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_i14_an_index_names_no_file_outside_of_its_database(place: str, tmp_path: Path) -> None:
     """I14: what an index says of where a value lies is not believed."""
-    directory = LocalDirectory(str(tmp_path / "run"))
-    put(ArrayStore.create(directory, ocdbt=True, zarr3=True), {"key": bytes(5000)})
-    reader = DirectReader(directory)
-    monkeypatch.setitem(reader._entries, "key", f"value:{place}:passwd:0:10")
+    base = {"driver": "file", "path": f"{tmp_path}/run/"}
+    config = {"compression": None, "max_inline_value_bytes": 0}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base, "config": config}).result()
+    store["key"] = bytes(5000)
+    (data,) = (tmp_path / "run" / "d").iterdir()
+    for file in (data, tmp_path / "run" / "manifest.ocdbt"):
+        name = f"d/{data.name}".encode()
+        record = file.read_bytes().replace(name, place.encode().ljust(len(name), b"x"))
+        start = record.find(bytes.fromhex("0cdb"))
+        file.write_bytes(record[:start] + with_checksum(record[start:-4]))
     with pytest.raises(ValueError, match="outside"):
-        reader.values(["key"])
+        DirectReader(LocalDirectory(str(tmp_path / "run"))).values(["key"])
+
+
+def with_checksum(record: bytes) -> bytes:
+    """Returns a record with the CRC-32C that it should have at its end."""
+    crc = 0xFFFFFFFF
+    for byte in record:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return record + (crc ^ 0xFFFFFFFF).to_bytes(4, "little")
 
 
 # Safetensors.

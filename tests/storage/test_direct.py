@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -383,3 +385,52 @@ def test_parts_that_only_tensorstore_verifies(
     store[zarr.checksums_key("flat", (0,))] = None
     assert np.array_equal(ocp.load(tmp_path / "checkpoint")["flat"], value)
     assert ("flat", value.shape) in parts
+
+
+@pytest.mark.parametrize("node_bytes", [400, 5000, 100_000_000])
+@pytest.mark.parametrize("compression", [None, {"id": "zstd"}])
+@pytest.mark.parametrize("commits", [1, 2, 40])
+def test_the_index_says_what_tensorstore_says(
+    node_bytes: int, compression: Any, commits: int, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Of nodes of one block and of many, that compress and that do not, of one version or many."""
+    base = {"driver": "file", "path": f"{tmp_path}/"}
+    config = {"max_decoded_node_bytes": node_bytes, "compression": compression}
+    config |= {"max_inline_value_bytes": 1000, "version_tree_arity_log2": 2}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base, "config": config}).result()
+    values = {
+        f"läyer.{i % 7}/w{i:04}": (rng.bytes if i % 5 else bytes)(int(rng.integers(0, 1500)))
+        for i in range(600)
+    }
+    for part in range(commits):
+        transaction = ts.Transaction(atomic=True)
+        for key in list(values)[part::commits]:
+            store.with_transaction(transaction)[key] = values[key]
+        transaction.commit_async().result()
+    reader = DirectReader(LocalDirectory(str(tmp_path)))
+    assert reader.sizes() == {key: len(value) for key, value in values.items()}
+    found = reader.values(list(values))
+    assert [bytes(each or b"") for each in found] == list(values.values())
+
+
+def test_f11_a_load_leaves_nothing_of_the_index_behind(tmp_path: Path) -> None:
+    """F11: what was read of an index is freed; TensorStore's dump keeps four blocks a key."""
+    ocp.save(tmp_path / "checkpoint", {str(i): np.arange(3) for i in range(300)})
+    counts = []
+    for _ in range(6):
+        ocp.load(tmp_path / "checkpoint")
+        gc.collect()
+        counts.append(sys.getallocatedblocks())
+    assert counts[-1] - counts[2] < 300
+
+
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "d"])
+def test_a_flipped_bit_in_an_index_is_found(name: str, tmp_path: Path) -> None:
+    """Each record has a checksum, which is verified before anything is believed."""
+    database(tmp_path, {f"key{i}": bytes([i]) * 50 for i in range(200)})
+    for file in [tmp_path / name] if name != "d" else (tmp_path / name).iterdir():
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        DirectReader(LocalDirectory(str(tmp_path))).sizes()

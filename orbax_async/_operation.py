@@ -38,8 +38,6 @@ from orbax_async._response import AsyncResponse
 from orbax_async._trace import Recorder, logger
 from orbax_async.options import CheckpointLayout, MemoryOptions
 
-__all__ = ["CancelSwitch", "Operation", "PathLock", "current", "starting"]
-
 T = TypeVar("T")
 Verb = Literal["save", "load", "metadata", "delete"]
 

@@ -31,7 +31,7 @@ from orbax_async.handlers.parts import PartsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.handlers.user_code import StatefulCheckpointableHandler
-from orbax_async.tree.selection import Select
+from orbax_async.tree.keypath import Select
 
 __all__ = ["TYPESTRS", "Part", "for_loading", "for_saving", "state_for_loading"]
 

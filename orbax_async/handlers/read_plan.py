@@ -16,7 +16,7 @@ import numpy as np
 
 from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._engine import loop, place, plan
+from orbax_async._engine import loop, plan, transfer
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
 from orbax_async._layouts.layout import StoredTree, reading
 from orbax_async._layouts.table import layout_of
@@ -28,7 +28,7 @@ from orbax_async._trace import logger
 from orbax_async.handlers import kinds, leaves
 from orbax_async.handlers.kinds import LeafRecord, Request
 from orbax_async.tree import keypath, schema, structure
-from orbax_async.tree.selection import Select, Selection
+from orbax_async.tree.keypath import Select, Selection
 from orbax_async.tree.structure import FlatTree
 
 __all__ = ["AbstractTree", "Loading", "ShardingFunction", "describe", "understand"]
@@ -56,7 +56,7 @@ def understand(
     selection = None if select is None else Selection(select)
     if isinstance(sharding, jax.sharding.Sharding):
         try:
-            sharding = place.concrete(sharding)
+            sharding = transfer.concrete(sharding)
         except ValueError as reason:
             raise errors.AbstractLeafError("", str(reason)) from None
     elif sharding is not None and not callable(sharding):
@@ -251,7 +251,7 @@ class Loading:
         if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
             raise TypeError(f"the sharding function returned {sharding!r} for leaf {record.label}")
         try:
-            return place.concrete(sharding)
+            return transfer.concrete(sharding)
         except ValueError as reason:
             raise errors.AbstractLeafError(record.label, str(reason)) from None
 
@@ -281,7 +281,7 @@ class Loading:
             if sharding is None:
                 (array,) = pieces
             else:
-                array = place.assemble(shape, sharding, pieces)
+                array = transfer.assemble(shape, sharding, pieces)
             return kind.decode(array, record, request)
 
         return read, finish
@@ -296,7 +296,7 @@ class Loading:
         """Returns what is read of an array to get it in a shape, a dtype and a sharding."""
         stored, process = record.array, self._operation.processes.index
         try:
-            placement = place.placement(sharding, shape, process, self._options)
+            placement = transfer.placement(sharding, shape, process, self._options)
         except ValueError as error:
             raise errors.ShardingMismatchError(record.label, str(error)) from None
         piece_shape = None
@@ -341,7 +341,7 @@ class Loading:
         if record.sharding is not None:
             memory_kind = record.entry.private.get("memory_kind")
             try:
-                return place.saved_sharding(record.sharding, memory_kind)
+                return transfer.saved_sharding(record.sharding, memory_kind)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 logger.info("leaf %s: %s; it is loaded on one device", record.label, error)
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -155,13 +155,14 @@ def choose_storage(
         cast = np.dtype(own.dtype) if own.dtype is not None and _is_numeric(leaf) else None
         what = (leaf.shape, leaf.dtype, _values_dtype(leaf), leaf.sharding, leaf.is_mutable)
         alike = (*what, cast, own.chunk_byte_size, own.shard_axes)
-        try:
-            if alike not in shared:
-                shared[alike] = _storage(leaf, cast, own, options, policy)
-        except ValueError as error:
-            refused.append(errors.UnsupportedLeafError(leaf.label, str(error)))
-            continue
-        leaf.storage = shared[alike]
+        storage = shared.get(alike)
+        if storage is None:
+            try:
+                storage = shared[alike] = _storage(leaf, cast, own, options, policy)
+            except ValueError as error:
+                refused.append(errors.UnsupportedLeafError(leaf.label, str(error)))
+                continue
+        leaf.storage = storage
         if cast is not None:
             leaf.private = _recorded(leaf, cast)
     if refused:

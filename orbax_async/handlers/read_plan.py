@@ -89,11 +89,8 @@ def understand(
     return AbstractTree(flat, requests, selection, sharding)
 
 
-class LeafPlan(NamedTuple):
-    """How leaves are loaded that are stored alike and asked for alike."""
-
-    read: ArrayRead
-    finish: Callable[[Sequence[Any]], Any]  # makes a leaf's value of its pieces
+# What is read of leaves that are stored alike and asked for alike, and what makes a value of it.
+LeafPlan = tuple[ArrayRead, Callable[[Sequence[Any]], Any]]
 
 
 class Loading:
@@ -116,7 +113,8 @@ class Loading:
         self._nest = self._stored.nest_for(options)
         self._requests = self._matched(is_partial=options.pytree.loading.partial_load)
         to_load = self._without_data()
-        self._plans: dict[int, LeafPlan] = {}
+        self._reads: dict[int, ArrayRead] = {}
+        self._finishers: dict[int, Callable[[Sequence[Any]], Any]] = {}
         self._pipeline: LoadPipeline | None = None
         if not to_load:
             self._raise_problems(directory)
@@ -126,7 +124,7 @@ class Loading:
         self._raise_problems(directory)
         self._pipeline = LoadPipeline(
             to_load,
-            {index: each.read for index, each in self._plans.items()},
+            self._reads,
             store,
             read_budget=operation.read_budget,
             recorder=operation.recorder,
@@ -234,7 +232,7 @@ class Loading:
                 except errors.LeafError as error:
                     self._refused.append(error)
                     continue
-            self._plans[index] = found
+            self._reads[index], self._finishers[index] = found
 
     def _ask_for_sharding(
         self, record: LeafRecord, request: Request
@@ -286,7 +284,7 @@ class Loading:
                 array = transfer.assemble(shape, sharding, pieces)
             return kind.decode(array, record, request)
 
-        return LeafPlan(read, finish)
+        return read, finish
 
     def _array_read(
         self,
@@ -350,20 +348,16 @@ class Loading:
 
     def _raise_problems(self, directory: str) -> None:
         """Reports everything at once that keeps the tree from being loaded as it is asked for."""
-        if not self._problems:
-            if self._refused:
-                raise leaves.summary(self._refused)
-            return
-        lines = [
-            *self._problems,
-            *(str(error).removeprefix("leaf ") for error in self._refused),
-        ]
-        listing = "\n  ".join(lines)
-        raise self._stored.mismatch(
-            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
-            f"{self._stored.mismatch_hint}",
-            tuple(lines),
-        )
+        if self._problems:
+            lines = *self._problems, *(str(each).removeprefix("leaf ") for each in self._refused)
+            listing = "\n  ".join(lines)
+            raise self._stored.mismatch(
+                f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
+                f"{self._stored.mismatch_hint}",
+                lines,
+            )
+        if self._refused:
+            raise leaves.summary(self._refused)
 
     async def run(self) -> Any:
         """Reads the data and rebuilds the tree."""
@@ -374,8 +368,8 @@ class Loading:
     def _finish(self) -> Any:
         if self._pipeline is not None:
             pieces = self._pipeline.pieces
-            for index, found in self._plans.items():
-                self._values[index] = found.finish(pieces.get(index, ()))
+            for index, finish in self._finishers.items():
+                self._values[index] = finish(pieces.get(index, ()))
         if self._abstract.flat is not None:
             return self._abstract.flat.rebuild(self._values)
         keys = [entry.keys for entry in self._stored.entries]

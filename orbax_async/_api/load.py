@@ -11,11 +11,13 @@ import jax
 from orbax_async import _names as names
 from orbax_async._api.metadata import CheckpointMetadata
 from orbax_async._engine import loop
-from orbax_async._layouts.layout import Checkpointable, Layout
+from orbax_async._layouts.layout import Checkpointable, Layout, reading
 from orbax_async._layouts.orbax import check_name
 from orbax_async._layouts.reader import Reader
 from orbax_async._operation import Operation, older, starting
 from orbax_async._response import AsyncResponse
+from orbax_async._storage import seal
+from orbax_async._storage.local import open_directory
 from orbax_async.handlers import choose, phases
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.read_plan import ShardingFunction
@@ -249,6 +251,10 @@ _Found = tuple[choose.Part, Path]
 async def _load(found: list[_Found], operation: Operation) -> dict[str, Any]:
     """Runs both phases of all that is to be loaded."""
     operation.expect(part.name or "" for part, _ in found)
+    for part, directory in found:
+        if part.code("load") is not None:  # our own handlers prove what they read
+            with phases.naming(part.name or ""):
+                await loop.to_worker(_prove, directory)
     seconds = await phases.first(
         [
             phases.Phase(
@@ -261,6 +267,12 @@ async def _load(found: list[_Found], operation: Operation) -> dict[str, Any]:
         when_done=operation.release_caller,
     )
     return await phases.second(seconds)
+
+
+def _prove(path: Path) -> None:
+    """Raises if the files of a checkpointable are not what was saved; blocks."""
+    with reading(str(path)):
+        seal.of_tree(open_directory(path)).check_all()
 
 
 def _options_of_reading(select: Any, sharding: Any) -> dict[str, Any]:

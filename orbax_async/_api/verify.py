@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import ArrayRead, VerifyPipeline
-from orbax_async._layouts.layout import Checkpointable, Damage, StoredTree
+from orbax_async._layouts.layout import Checkpointable, Damage, StoredTree, reading
 from orbax_async._layouts.reader import Reader, layout_of
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
+from orbax_async._storage import seal
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.zarr import ArrayDocument
@@ -44,7 +45,11 @@ class VerificationReport:
       elapsed_secs: how long it took.
       unproven: leaves that could be read, but whose values have no checksum that proves them, as
         `name['key']`. Orbax itself writes none.
-      unchecked: checkpointables of which only their own handler could tell.
+      unchecked: checkpointables of which only their own handler could tell. Where they have
+        digests, their files are what was saved.
+      unproven_documents: checkpointables whose files have no digests that prove them, as of Orbax
+        and of older versions; the checkpoint's path where it has no names.
+      added: files that lie in the checkpoint and were not saved with it. Loads ignore them.
     """
 
     path: str
@@ -54,6 +59,8 @@ class VerificationReport:
     elapsed_secs: float
     unproven: tuple[str, ...] = ()
     unchecked: tuple[str, ...] = ()
+    unproven_documents: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
 
     @property
     def is_intact(self) -> bool:
@@ -78,6 +85,10 @@ class VerificationReport:
             lines.append(f"  without checksums: {_listed(self.unproven)}")
         if self.unchecked:
             lines.append(f"  not looked into: {_listed(self.unchecked)}")
+        if self.unproven_documents:
+            lines.append(f"  documents without digests: {_listed(self.unproven_documents)}")
+        if self.added:
+            lines.append(f"  added, and ignored: {_listed(self.added)}")
         return "\n".join(lines)
 
 
@@ -132,6 +143,7 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
         ) -> VerificationReport:
             stored, damage = found
             findings = _Findings(damage)
+            sealed = await loop.to_worker(_sealed, reader.directory, list(stored))
             for name, each in stored.items():
                 if each.is_pytree or each.typestr in _TREES:
                     await _Inspection(name, each.directory, operation, findings).run()
@@ -142,17 +154,40 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
                     findings.unchecked.append(name)
             return VerificationReport(
                 reader.directory.path,
-                tuple(findings.damage),
+                tuple(_distinct(findings.damage)),
                 findings.leaves,
                 findings.nbytes,
                 operation.recorder.progress().elapsed_secs,
                 tuple(findings.unproven),
                 tuple(findings.unchecked),
+                tuple(name or reader.directory.path for name in sealed.unproven),
+                tuple(sealed.added),
             )
 
         return reader.start(
             "verification of", lambda layout: layout.survey(), read, may_be_damaged=True
         )
+
+
+def _distinct(damage: list[Damage]) -> list[Damage]:
+    """Leaves out what is said of a file as such, where its checkpointable says more of it."""
+    named = {each.path for each in damage if each.checkpointable and not each.keypath}
+    return [each for each in damage if each.checkpointable or each.path not in named]
+
+
+class _Sealed(NamedTuple):
+    unproven: list[str]  # checkpointables without digests
+    added: list[str]
+
+
+def _sealed(root: Directory, stored: list[str]) -> _Sealed:
+    """Returns what a checkpoint's seal does not cover; blocks."""
+    with reading(root.path):
+        try:
+            found = seal.of_checkpoint(root)
+        except errors.InvalidLayoutError:  # which is among the damage
+            return _Sealed(stored, [])
+        return _Sealed([name for name in stored if not found.covers(name)], found.added())
 
 
 @dataclasses.dataclass

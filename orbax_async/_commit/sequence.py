@@ -31,13 +31,13 @@ from typing import Any, NamedTuple
 
 import anyio
 
-from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import leftovers, removal
 from orbax_async._commit.commits import Commit, MarkerCommit, RenameCommit
 from orbax_async._commit.leftovers import Held
 from orbax_async._engine import loop
 from orbax_async._operation import Operation
+from orbax_async._storage import seal
 from orbax_async._storage.directory import Capability, Directory
 from orbax_async._trace import logger
 from orbax_async.path import Path, PathAwaitingCreation
@@ -241,12 +241,13 @@ class Save:
                 "commit_timestamp_nsecs": time.time_ns(),
                 "custom_metadata": custom_metadata,
             }
-            self._documents = {
-                names.CHECKPOINT_METADATA: json.dumps(document).encode(),
-                names.COMMIT_MARKER: f"Checkpoint commit was successful to {self.final}".encode(),
-            }
+            directory = self.commit.directory
+            files, directories = directory.walk()
+            proof = f"Checkpoint commit was successful to {self.final}"
+            self._documents = seal.documents(directory, files, document, proof)
             self.commit.complete(self._documents)
-        return self.commit.directory.walk()
+            files += [name for name in self._documents if directory.status(name) is not None]
+        return files, directories
 
     def _sync(self, written: list[str]) -> None:
         for start in range(0, len(written), _SYNCED_IN_A_ROW):

@@ -23,9 +23,9 @@ from orbax_async._layouts.layout import (
     StoredTree,
     reading,
 )
-from orbax_async._storage import zarr
+from orbax_async._storage import seal, zarr
 from orbax_async._storage.array_store import ArrayStore, holds_ocdbt, read_index
-from orbax_async._storage.directory import MAX_NBYTES, Directory, damage_in, read_json
+from orbax_async._storage.directory import Directory, damage_in, read_json
 from orbax_async._trace import logger
 from orbax_async.options import AtomicityMode
 from orbax_async.options._operation_options import mode_of_temporary_path
@@ -148,7 +148,13 @@ class OrbaxLayout(Layout):
 
     @functools.cached_property
     def document(self) -> dict[str, Any]:
-        """The checkpoint's own metadata; damage there costs only what they say."""
+        """The checkpoint's own metadata; damage there costs only what they say, if unsealed.
+
+        Raises:
+          InvalidLayoutError: the checkpoint is sealed, and they are not what was saved.
+        """
+        with reading(self.directory.path):
+            seal.of_checkpoint(self.directory).check_root()
         try:
             return self._read_document()
         except errors.UnreadableError:
@@ -273,8 +279,24 @@ class OrbaxLayout(Layout):
         for name in recorded:
             if name not in found and name != hidden:
                 add(name, "it is recorded, and missing")
+        known = {each.path for each in damage}
+        damage += [each for each in self._unsealed(hidden) if each.path not in known]
         listed = [""] if self.is_flat else [name for name in found if name != hidden]
         return {name: self._checkpointable(name, recorded) for name in listed}, damage
+
+    def _unsealed(self, hidden: str | None) -> Iterator[Damage]:
+        """Yields what the digests of the files say."""
+        found: Iterable[tuple[str, str]]
+        if seal.is_missing(self.directory):
+            found = [(names.COMMIT_MARKER, "it is missing, and with it the files' digests")]
+        else:
+            try:
+                found = seal.of_checkpoint(self.directory).problems(hidden=hidden)
+            except errors.InvalidLayoutError as error:
+                yield Damage.of(self.directory, error)
+                return
+        for name, problem in found:
+            yield Damage("", "", (self.directory / name).path, problem, COPY_AGAIN)
 
     # Its trees.
 
@@ -308,9 +330,11 @@ class _OrbaxTree(StoredTree):
 
     def __init__(self, directory: Directory) -> None:
         with reading(directory.path):
+            self._seal = seal.of_tree(directory)
             index = read_index(directory)
             is_database = index is not None or holds_ocdbt(directory)
-        document = _read(directory, names.TREE_METADATA, schema.TreeDocument.load)
+        self.directory = directory
+        document = self._read(names.TREE_METADATA, schema.TreeDocument.load)
         if document is None:
             raise errors.InvalidLayoutError.of_file(
                 f"{directory.path} holds no pytree: it has no {names.TREE_METADATA}",
@@ -347,6 +371,10 @@ class _OrbaxTree(StoredTree):
 
     def open_store(self) -> ArrayStore:
         """Opens the store of its arrays."""
+        if self._is_ocdbt:
+            with reading(self.directory.path):
+                self._seal.read(names.OCDBT_MANIFEST)
+                self._seal.check_data()
         return ArrayStore(
             self.directory,
             ocdbt=self._is_ocdbt,
@@ -359,6 +387,11 @@ class _OrbaxTree(StoredTree):
     ) -> dict[str, zarr.ArrayDocument]:
         """Reads the zarr documents of some arrays, by stored name."""
         keys = [zarr.document_key(entry.name, zarr3=store.zarr3) for entry in entries]
+        if not self._is_ocdbt:
+            with reading(self.directory.path):
+                self._seal.check_data(f"{entry.name}/" if entry.name else "" for entry in entries)
+                for key in keys if self._seal.is_there else ():
+                    self._seal.read(key)
         try:
             with reading(self.directory.path):
                 values = store.read_many(keys)
@@ -388,7 +421,7 @@ class _OrbaxTree(StoredTree):
 
     def shardings(self) -> Mapping[str, Mapping[str, Any]]:
         """Reads where jax arrays were, by stored name."""
-        return _read(self.directory, names.SHARDINGS, schema.load_shardings) or {}
+        return self._read(names.SHARDINGS, schema.load_shardings) or {}
 
     def prng_impls(self) -> Mapping[str, str]:
         """Reads the implementations of typed keys, by stored name, as one process recorded them."""
@@ -404,13 +437,13 @@ class _OrbaxTree(StoredTree):
 
     def read_array_metadatas(self, name: str) -> dict[str, str]:
         """Reads one of those documents."""
-        return _read(self.directory, name, schema.load_array_metadatas) or {}
+        return self._read(name, schema.load_array_metadatas) or {}
 
     def strings(self, entries: Sequence[schema.Entry]) -> dict[str, str]:
         """Reads the texts of some leaves, by stored name."""
         wanted = [entry.name for entry in entries]
         parse = functools.partial(schema.load_strings, wanted=wanted)
-        found = _read(self.directory, names.STRINGS, parse) or {}
+        found = self._read(names.STRINGS, parse) or {}
         for entry in entries:
             if entry.name not in found:
                 file = self.directory / names.STRINGS
@@ -419,18 +452,17 @@ class _OrbaxTree(StoredTree):
                 )
         return found
 
+    def _read(self, name: str, parse: Callable[[bytes], T]) -> T | None:
+        """Returns what a document says; None where there is none.
 
-def _read(directory: Directory, name: str, parse: Callable[[bytes], T]) -> T | None:
-    """Returns what a document says; None where there is none.
-
-    Raises:
-      InvalidLayoutError: it is damaged, or can't be read.
-    """
-    path = (directory / name).path
-    with reading(path):
-        data = directory.read(name, nbytes=MAX_NBYTES + 1)
-    with damage_in(path):
-        return None if data is None else parse(data)
+        Raises:
+          InvalidLayoutError: it is damaged, or can't be read.
+        """
+        path = (self.directory / name).path
+        with reading(path):
+            data = self._seal.read(name)
+        with damage_in(path):
+            return None if data is None else parse(data)
 
 
 def _recorded(document: Mapping[str, Any]) -> Mapping[str, str]:

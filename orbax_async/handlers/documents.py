@@ -13,6 +13,7 @@ from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
 from orbax_async._layouts.layout import reading
+from orbax_async._storage import seal
 from orbax_async._storage.directory import damage_in, parse_json
 from orbax_async._storage.local import open_directory
 from orbax_async.path import Path, PathAwaitingCreation
@@ -58,10 +59,12 @@ class _DocumentHandler:
 def _read(directory: Path, names: Sequence[str], parse: Callable[[bytes, str], Any]) -> Any:
     """Returns what the first of some files that is there holds."""
     where = open_directory(directory)
+    with reading(where.path):
+        sealed = seal.of_tree(where)
     for name in names:
         path = (where / name).path
         with reading(path):
-            data = where.read(name)
+            data = sealed.read(name)
         if data is not None:
             return parse(data, path)
     path = (where / names[0]).path

@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from orbax_async import _names as names
 from orbax_async import errors, multihost
+from orbax_async._storage import seal
 from orbax_async._storage.directory import Entry, parse_json, read_json
 from orbax_async._storage.local import open_directory
 from orbax_async.path.pathlike import Path, PathLike, absolute
@@ -155,13 +156,12 @@ class StepMetadata:
         Raises:
           InvalidLayoutError: it has, and they can't be read.
         """
-        metrics = f"{names.METRICS}/{names.METRICS}"
-        directory = open_directory(self._path)
+        directory = open_directory(self._path) / names.METRICS
         with _reading(self._path):
-            data = directory.read(metrics)
+            data = seal.of_tree(directory).read(names.METRICS)
         if data is None:
             return self._document.get("metrics") or None
-        file = (directory / metrics).path
+        file = (directory / names.METRICS).path
         return parse_json(data, f"the file of the metrics of step {self._step} at {file}", object)
 
     @functools.cached_property

@@ -1,0 +1,298 @@
+"""The seal of a checkpoint: digests of its files, in the file that says it is whole.
+
+Rules
+  I12  What a load reads of a sealed checkpoint is what was saved, and is this checkpoint's.
+
+Theory of operation
+  `commit_success.txt` has the line that Orbax writes too, then the seal as one line of JSON, then
+  the SHA-256 of both. The seal holds the SHA-256 of each document. Array data has checksums of
+  its own, so of its files the seal holds the size and the last bytes: these are a checksum, or
+  of a node that has random names in it, and tell the file from that of another checkpoint.
+
+  `_CHECKPOINT_METADATA` is unlike that of any other checkpoint, since it has the time of the save.
+  Deleting a checkpointable takes a handler out of it, with Orbax too, and nothing else; that is
+  accepted. A line feed at its end says that there is a seal: whoever writes it anew leaves it out.
+
+  Every function blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from orbax_async import _names as names
+from orbax_async import errors
+from orbax_async._storage.directory import MAX_NBYTES, Directory, damage_in, sizes
+
+_DIGEST_CHARACTERS = 32
+_TAIL_NBYTES = 8
+_WHOLE_NBYTES = 16 << 20  # of a file of a user's handler; of a larger one size and end are noted
+_TREE_DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.OCDBT_MANIFEST}
+_ARRAY_DOCUMENTS = {"zarr.json", ".zarray", ".zattrs", ".zgroup"}
+_UNSEALED = {names.CHECKPOINT_MARKER, names.COMMIT_MARKER, names.DELETION_RECORD}
+_COPY_AGAIN = "Copy it again from where the checkpoint came from."
+
+Mark = str | list[Any]
+"""The digest of a document, or the size and the end of a file of data."""
+
+
+def documents(
+    directory: Directory, files: Iterable[str], root: Mapping[str, Any], proof: str
+) -> dict[str, bytes]:
+    """Returns the checkpoint's own documents, the last of which has the seal.
+
+    Args:
+      directory: where everything else is written.
+      files: all files in it, by relative name.
+      root: what `_CHECKPOINT_METADATA` says.
+      proof: the first line of the last document.
+    """
+    encoded = json.dumps(root).encode() + b"\n"
+    files = set(files) - _UNSEALED
+    marks: dict[str, Mark] = {names.CHECKPOINT_METADATA: _digest(encoded)}
+    for name in sorted(files):
+        mark = _mark(directory, name, is_data=_is_data(name, files))
+        if mark is not None:
+            marks[name] = mark
+    sealed = {"handlers": root["item_handlers"], "rest": _digest_of_rest(root), "files": marks}
+    text = f"{proof}\n{json.dumps(sealed, separators=(',', ':'))}\n".encode()
+    digest = hashlib.sha256(text).hexdigest().encode()
+    return {names.CHECKPOINT_METADATA: encoded, names.COMMIT_MARKER: text + digest + b"\n"}
+
+
+class Seal:
+    """What the seal of a checkpoint says of its files.
+
+    Args:
+      root: the checkpoint.
+      prefix: what comes before the names that `read` is asked for: "state/".
+      marks: what is known of each file, by relative name; nothing where there is no seal.
+      problem: what is wrong with `_CHECKPOINT_METADATA`.
+    """
+
+    def __init__(
+        self, root: Directory, prefix: str, marks: Mapping[str, Mark], problem: str | None = None
+    ) -> None:
+        self._root = root
+        self._prefix = prefix
+        self._marks = marks
+        self._problem = problem
+        self.is_there = any(name.startswith(prefix) for name in marks)
+
+    def read(self, name: str) -> bytes | None:
+        """Reads a document; None where there is none, or one that the checkpoint did not have.
+
+        Raises:
+          InvalidLayoutError: it is another than was saved.
+          OSError: it can't be read.
+        """
+        name = self._prefix + name
+        mark = self._marks.get(name)
+        if mark is None and self.is_there:
+            return None
+        data = self._root.read(name, nbytes=MAX_NBYTES + 1)
+        if mark is not None:
+            problem = _problem_of(mark, data)
+            if problem is not None:
+                raise self._error(name, problem)
+        return data
+
+    def check_root(self) -> None:
+        """Raises if `_CHECKPOINT_METADATA` is not what was saved.
+
+        Raises:
+          InvalidLayoutError: it is not.
+        """
+        if self._problem is not None:
+            raise self._error(names.CHECKPOINT_METADATA, self._problem)
+
+    def check_data(self, below: Iterable[str] = ("",)) -> None:
+        """Raises if a file of arrays is another checkpoint's; damage is what their checksums find.
+
+        Args:
+          below: the beginnings of the names of those that are looked at.
+
+        Raises:
+          InvalidLayoutError: one is.
+        """
+        beginnings = tuple(self._prefix + each for each in below)
+        for name, mark in self._marks.items():
+            if isinstance(mark, list) and name.startswith(beginnings):
+                nbytes, tail = mark
+                found = self._root.read(name, max(0, nbytes - _TAIL_NBYTES), _TAIL_NBYTES)
+                if found and _differs_much(found, bytes.fromhex(tail)):
+                    raise self._error(name, "it is not of this checkpoint")
+
+    def check_all(self) -> None:
+        """Raises if any file of a checkpointable is another than was saved.
+
+        Raises:
+          InvalidLayoutError: one is.
+        """
+        for name, problem in self.problems():
+            raise self._error(name, problem)
+
+    def _error(self, name: str, problem: str) -> errors.InvalidLayoutError:
+        file = (self._root / name).path
+        message = f"{file} is damaged: {problem}. {_COPY_AGAIN}"
+        return errors.InvalidLayoutError.of_file(message, file)
+
+    def problems(self, *, hidden: str | None = None) -> Iterator[tuple[str, str]]:
+        """Yields each file that is another than was saved, and what is wrong with it.
+
+        Args:
+          hidden: a checkpointable whose deletion was begun.
+        """
+        if self._problem is not None and not self._prefix:
+            yield names.CHECKPOINT_METADATA, self._problem
+        for name, mark in self._marks.items():
+            is_hidden = hidden is not None and name.startswith(f"{hidden}/")
+            if name == names.CHECKPOINT_METADATA or is_hidden or not name.startswith(self._prefix):
+                continue
+            try:
+                problem = _problem_of(mark, self._read_marked(name, mark))
+                nbytes = None if isinstance(mark, str) or problem else sizes_of(self._root, name)
+            except OSError as error:
+                problem, nbytes = f"it can't be read: {error.strerror or error}", None
+            if nbytes is not None and nbytes != mark[0]:
+                problem = f"it has {nbytes} bytes, {mark[0]} were saved"
+            if problem is not None:
+                yield name, problem
+
+    def _read_marked(self, name: str, mark: Mark) -> bytes | None:
+        if isinstance(mark, str):
+            return self._root.read(name, nbytes=MAX_NBYTES + 1)
+        return self._root.read(name, max(0, mark[0] - _TAIL_NBYTES), _TAIL_NBYTES)
+
+    def covers(self, checkpointable: str) -> bool:
+        """Says whether it has marks of the files of a checkpointable."""
+        return any(name.startswith(f"{checkpointable}/") for name in self._marks)
+
+    def added(self) -> list[str]:
+        """Returns the files that lie there and were not saved."""
+        if not self._marks:
+            return []
+        found = set(sizes(self._root)) - _UNSEALED
+        return sorted(found - self._marks.keys())
+
+
+def sizes_of(directory: Directory, name: str) -> int | None:
+    """Returns the bytes of one file; None where there is none."""
+    status = directory.status(name, follow_links=True)
+    return None if status is None else status.nbytes
+
+
+def of_tree(directory: Directory) -> Seal:
+    """Reads what the seal of a checkpoint says of one of its checkpointables.
+
+    Args:
+      directory: where the checkpointable lies.
+
+    Raises:
+      InvalidLayoutError: the seal, or what it says of the checkpoint itself, is damaged.
+      OSError: it can't be read.
+    """
+    seal = of_checkpoint(directory.parent, f"{directory.name}/")
+    if seal.is_there:
+        seal.check_root()
+    return seal
+
+
+def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
+    """Reads the seal of a checkpoint, and what it says of `_CHECKPOINT_METADATA`.
+
+    Args:
+      root: the checkpoint.
+      prefix: the checkpointable that is asked about, and a slash.
+
+    Raises:
+      InvalidLayoutError: the seal is damaged.
+      OSError: it can't be read.
+    """
+    proof = root.read(names.COMMIT_MARKER, nbytes=MAX_NBYTES + 1)
+    if proof is None:
+        return Seal(root, prefix, {})
+    document = root.read(names.CHECKPOINT_METADATA, nbytes=MAX_NBYTES + 1)
+    file = (root / names.COMMIT_MARKER).path
+    with damage_in(file, f"{_COPY_AGAIN} Without that file the rest can be loaded, unproven."):
+        lines = proof.split(b"\n")
+        if len(lines) == 1:
+            if document is not None and document.endswith(b"\n"):
+                raise ValueError("it has lost the digests of the other files")
+            return Seal(root, prefix, {})
+        digest = hashlib.sha256(b"\n".join(lines[:2]) + b"\n").hexdigest().encode()
+        if len(lines) != 4 or lines[2:] != [digest, b""]:
+            raise ValueError("it does not match its own digest")
+        sealed = json.loads(lines[1])
+        marks = sealed["files"]
+        problem = _problem_of(marks[names.CHECKPOINT_METADATA], document)
+        handlers = None if problem is None else _handlers_left(document, sealed)
+        if handlers is None:
+            return Seal(root, prefix, marks, problem)
+        gone = tuple(f"{name}/" for name in sealed["handlers"] if name not in handlers)
+        left = {name: mark for name, mark in marks.items() if not name.startswith(gone)}
+        return Seal(root, prefix, left)
+
+
+def is_missing(root: Directory) -> bool:
+    """Says whether a checkpoint had a seal, and has lost the file that held it."""
+    if root.status(names.COMMIT_MARKER) is not None:
+        return False
+    return (root.read(names.CHECKPOINT_METADATA, nbytes=MAX_NBYTES + 1) or b"").endswith(b"\n")
+
+
+def _is_data(name: str, files: set[str]) -> bool:
+    """Says whether a file holds arrays, which have checksums of their own."""
+    top, _, inside = name.partition("/")
+    if f"{top}/{names.TREE_METADATA}" not in files:
+        return False
+    is_document = inside in _TREE_DOCUMENTS or inside.startswith(f"{names.ARRAY_METADATAS}/")
+    return not is_document and name.rpartition("/")[2] not in _ARRAY_DOCUMENTS
+
+
+def _mark(directory: Directory, name: str, *, is_data: bool) -> Mark | None:
+    nbytes = sizes_of(directory, name)
+    if nbytes is None:
+        return None
+    if not is_data and nbytes <= _WHOLE_NBYTES:
+        data = directory.read(name)
+        return None if data is None else _digest(data)
+    tail = directory.read(name, max(0, nbytes - _TAIL_NBYTES), _TAIL_NBYTES)
+    return None if tail is None else [nbytes, tail.hex()]
+
+
+def _problem_of(mark: Mark, data: bytes | None) -> str | None:
+    if data is None:
+        return "it is missing"
+    if isinstance(mark, str):
+        return None if _digest(data) == mark else "it is not what was saved"
+    return None if data.hex() == mark[1] else "its end is not what was saved"
+
+
+def _differs_much(found: bytes, expected: bytes) -> bool:
+    """Says whether bytes differ as those of two files do, not as those of one that is damaged."""
+    pairs = zip(found, expected, strict=False)
+    return len(found) == len(expected) and sum(a != b for a, b in pairs) > 1
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:_DIGEST_CHARACTERS]
+
+
+def _digest_of_rest(root: Mapping[str, Any]) -> str:
+    keys = ("init_timestamp_nsecs", "commit_timestamp_nsecs", "custom_metadata")
+    return _digest(json.dumps([root.get(key) for key in keys], sort_keys=True).encode())
+
+
+def _handlers_left(document: bytes | None, sealed: Mapping[str, Any]) -> dict[str, str] | None:
+    """Returns the handlers of a checkpoint of which some were deleted; None if that is not it."""
+    try:
+        root = json.loads(document or b"")
+        handlers, saved = root["item_handlers"].items(), sealed["handlers"].items()
+        is_edited = handlers < saved and _digest_of_rest(root) == sealed["rest"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return dict(handlers) if is_edited else None

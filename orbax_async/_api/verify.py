@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import ArrayRead, VerifyPipeline
-from orbax_async._layouts.layout import Checkpointable, Damage, StoredTree, reading
+from orbax_async._layouts.layout import COPY_AGAIN, Checkpointable, Damage, StoredTree, reading
 from orbax_async._layouts.reader import Reader, layout_of
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
@@ -143,7 +143,6 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
         ) -> VerificationReport:
             stored, damage = found
             findings = _Findings(damage)
-            sealed = await loop.to_worker(_sealed, reader.directory, list(stored))
             for name, each in stored.items():
                 if each.is_pytree or each.typestr in _TREES:
                     await _Inspection(name, each.directory, operation, findings).run()
@@ -152,9 +151,10 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
                     findings.add(name, await _inspect_document(each.directory, kind()))
                 else:
                     findings.unchecked.append(name)
+            sealed = await loop.to_worker(_sealed, reader.directory, list(stored), findings.damage)
             return VerificationReport(
                 reader.directory.path,
-                tuple(_distinct(findings.damage)),
+                (*findings.damage, *sealed.damage),
                 findings.leaves,
                 findings.nbytes,
                 operation.recorder.progress().elapsed_secs,
@@ -169,25 +169,39 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
         )
 
 
-def _distinct(damage: list[Damage]) -> list[Damage]:
-    """Leaves out what is said of a file as such, where its checkpointable says more of it."""
-    named = {each.path for each in damage if each.checkpointable and not each.keypath}
-    return [each for each in damage if each.checkpointable or each.path not in named]
-
-
 class _Sealed(NamedTuple):
+    """What the seal of a checkpoint says of it."""
+
+    damage: list[Damage]
     unproven: list[str]  # checkpointables without digests
     added: list[str]
 
 
-def _sealed(root: Directory, stored: list[str]) -> _Sealed:
-    """Returns what a checkpoint's seal does not cover; blocks."""
+def _sealed(root: Directory, stored: Collection[str], known: Sequence[Damage]) -> _Sealed:
+    """Compares all files with their digests; leaves out what is known in more detail. Blocks."""
+    named = {each.path for each in known}
+    with_damaged_leaves = {each.checkpointable for each in known if each.keypath}
     with reading(root.path):
+        if seal.is_missing(root):
+            file = (root / names.COMMIT_MARKER).path
+            problem = "it is missing, and with it the digests of all other files"
+            return _Sealed([Damage("", "", file, problem, COPY_AGAIN)], list(stored), [])
         try:
             found = seal.of_checkpoint(root)
-        except errors.InvalidLayoutError:  # which is among the damage
-            return _Sealed(stored, [])
-        return _Sealed([name for name in stored if not found.covers(name)], found.added())
+        except errors.InvalidLayoutError as error:
+            is_known = getattr(error, "path", None) in named
+            damage = [] if is_known else [Damage.of(root, error)]
+            return _Sealed(damage, list(stored), [])
+        damage = []
+        for name, problem, is_data in found.problems():
+            top, _, inside = name.partition("/")
+            file = (root / name).path
+            is_gone = bool(inside) and top not in stored
+            if not (is_gone or file in named or (is_data and top in with_damaged_leaves)):
+                owner = top if inside else ""
+                damage.append(Damage(owner, "", file, problem, COPY_AGAIN))
+        unproven = [name for name in stored if not found.covers(f"{name}/")]
+        return _Sealed(damage, unproven, found.added())
 
 
 @dataclasses.dataclass

@@ -25,7 +25,7 @@ from orbax_async._layouts.layout import (
 )
 from orbax_async._storage import seal, zarr
 from orbax_async._storage.array_store import ArrayStore, holds_ocdbt, read_index
-from orbax_async._storage.directory import Directory, damage_in, read_json
+from orbax_async._storage.directory import MAX_NBYTES, Directory, damage_in, read_json
 from orbax_async._trace import logger
 from orbax_async.options import AtomicityMode
 from orbax_async.options._operation_options import mode_of_temporary_path
@@ -279,24 +279,8 @@ class OrbaxLayout(Layout):
         for name in recorded:
             if name not in found and name != hidden:
                 add(name, "it is recorded, and missing")
-        known = {each.path for each in damage}
-        damage += [each for each in self._unsealed(hidden) if each.path not in known]
         listed = [""] if self.is_flat else [name for name in found if name != hidden]
         return {name: self._checkpointable(name, recorded) for name in listed}, damage
-
-    def _unsealed(self, hidden: str | None) -> Iterator[Damage]:
-        """Yields what the digests of the files say."""
-        found: Iterable[tuple[str, str]]
-        if seal.is_missing(self.directory):
-            found = [(names.COMMIT_MARKER, "it is missing, and with it the files' digests")]
-        else:
-            try:
-                found = seal.of_checkpoint(self.directory).problems(hidden=hidden)
-            except errors.InvalidLayoutError as error:
-                yield Damage.of(self.directory, error)
-                return
-        for name, problem in found:
-            yield Damage("", "", (self.directory / name).path, problem, COPY_AGAIN)
 
     # Its trees.
 
@@ -371,10 +355,6 @@ class _OrbaxTree(StoredTree):
 
     def open_store(self) -> ArrayStore:
         """Opens the store of its arrays."""
-        if self._is_ocdbt:
-            with reading(self.directory.path):
-                self._seal.read(names.OCDBT_MANIFEST)
-                self._seal.check_data()
         return ArrayStore(
             self.directory,
             ocdbt=self._is_ocdbt,
@@ -387,11 +367,6 @@ class _OrbaxTree(StoredTree):
     ) -> dict[str, zarr.ArrayDocument]:
         """Reads the zarr documents of some arrays, by stored name."""
         keys = [zarr.document_key(entry.name, zarr3=store.zarr3) for entry in entries]
-        if not self._is_ocdbt:
-            with reading(self.directory.path):
-                self._seal.check_data(f"{entry.name}/" if entry.name else "" for entry in entries)
-                for key in keys if self._seal.is_there else ():
-                    self._seal.read(key)
         try:
             with reading(self.directory.path):
                 values = store.read_many(keys)
@@ -417,7 +392,26 @@ class _OrbaxTree(StoredTree):
                 raise errors.CorruptDataError(
                     keypath.label(entry.keys), f"the metadata of its array is damaged: {error}"
                 ) from error
+        self._prove(entries, values)
         return found
+
+    def _prove(self, entries: Sequence[schema.Entry], documents: Sequence[Any]) -> None:
+        """Raises if what the store of some arrays consists of is not what was saved."""
+        if not self._seal.is_there:
+            return
+        with reading(self.directory.path):
+            if self._is_ocdbt:
+                self._seal.read(names.OCDBT_MANIFEST)
+                self._seal.check_data()
+                return
+            zarr3 = self._document.uses_zarr3
+            for entry, document in zip(entries, documents, strict=True):
+                try:
+                    key = zarr.document_key(entry.name, zarr3=zarr3)
+                    self._seal.check(key, bytes(document))
+                    self._seal.check_data(entry.name, is_one_value=True)
+                except errors.InvalidLayoutError as error:
+                    raise errors.CorruptDataError(keypath.label(entry.keys), str(error)) from error
 
     def shardings(self) -> Mapping[str, Mapping[str, Any]]:
         """Reads where jax arrays were, by stored name."""
@@ -431,6 +425,8 @@ class _OrbaxTree(StoredTree):
 
     def array_metadatas(self) -> list[str]:
         """Returns the names of the documents that hold them."""
+        if self._seal.is_there:
+            return self._seal.names_below(names.ARRAY_METADATAS)
         directory = self.directory / names.ARRAY_METADATAS
         with reading(directory.path):
             return [f"{names.ARRAY_METADATAS}/{entry.name}" for entry in directory.entries()]
@@ -459,10 +455,14 @@ class _OrbaxTree(StoredTree):
           InvalidLayoutError: it is damaged, or can't be read.
         """
         path = (self.directory / name).path
+        if self._seal.is_added(name):
+            return None
         with reading(path):
-            data = self._seal.read(name)
+            data = self.directory.read(name, nbytes=MAX_NBYTES + 1)
         with damage_in(path):
-            return None if data is None else parse(data)
+            found = None if data is None else parse(data)
+        self._seal.check(name, data)
+        return found
 
 
 def _recorded(document: Mapping[str, Any]) -> Mapping[str, str]:

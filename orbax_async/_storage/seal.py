@@ -18,6 +18,7 @@ Theory of operation
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,9 @@ from orbax_async._storage.directory import MAX_NBYTES, Directory, damage_in, siz
 
 _DIGEST_CHARACTERS = 32
 _TAIL_NBYTES = 8
+_SMALL_NBYTES = 64 << 10  # of a file of data that has a digest too, for `verify`
+_WITH_DIGEST = 3  # as long its mark is
+_CHANGED = "it is not what was saved"
 _WHOLE_NBYTES = 16 << 20  # of a file of a user's handler; of a larger one size and end are noted
 _TREE_DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.OCDBT_MANIFEST}
 _ARRAY_DOCUMENTS = {"zarr.json", ".zarray", ".zattrs", ".zgroup"}
@@ -36,7 +40,7 @@ _UNSEALED = {names.CHECKPOINT_MARKER, names.COMMIT_MARKER, names.DELETION_RECORD
 _COPY_AGAIN = "Copy it again from where the checkpoint came from."
 
 Mark = str | list[Any]
-"""The digest of a document, or the size and the end of a file of data."""
+"""The digest of a document; of a file of data its size and end, and of a small one its digest."""
 
 
 def documents(
@@ -79,8 +83,9 @@ class Seal:
         self._root = root
         self._prefix = prefix
         self._marks = marks
+        self._names = sorted(marks)
         self._problem = problem
-        self.is_there = any(name.startswith(prefix) for name in marks)
+        self.is_there = self.covers(prefix)
 
     def read(self, name: str) -> bytes | None:
         """Reads a document; None where there is none, or one that the checkpoint did not have.
@@ -89,16 +94,31 @@ class Seal:
           InvalidLayoutError: it is another than was saved.
           OSError: it can't be read.
         """
-        name = self._prefix + name
-        mark = self._marks.get(name)
-        if mark is None and self.is_there:
+        if self.is_added(name):
             return None
-        data = self._root.read(name, nbytes=MAX_NBYTES + 1)
-        if mark is not None:
-            problem = _problem_of(mark, data)
-            if problem is not None:
-                raise self._error(name, problem)
+        data = self._root.read(self._prefix + name, nbytes=MAX_NBYTES + 1)
+        self.check(name, data)
         return data
+
+    def names_below(self, name: str) -> list[str]:
+        """Returns the files of the checkpoint in a directory, by relative name."""
+        below = self._below(f"{self._prefix}{name}/")
+        return [each.removeprefix(self._prefix) for each in below]
+
+    def is_added(self, name: str) -> bool:
+        """Says whether a file was not saved with the checkpoint."""
+        return self.is_there and self._prefix + name not in self._marks
+
+    def check(self, name: str, data: bytes | None) -> None:
+        """Raises if a document is another than was saved.
+
+        Raises:
+          InvalidLayoutError: it is.
+        """
+        mark = self._marks.get(self._prefix + name)
+        problem = None if mark is None else _problem_of(mark, data)
+        if problem is not None:
+            raise self._error(self._prefix + name, problem)
 
     def check_root(self) -> None:
         """Raises if `_CHECKPOINT_METADATA` is not what was saved.
@@ -109,22 +129,25 @@ class Seal:
         if self._problem is not None:
             raise self._error(names.CHECKPOINT_METADATA, self._problem)
 
-    def check_data(self, below: Iterable[str] = ("",)) -> None:
+    def check_data(self, name: str = "", *, is_one_value: bool = False) -> None:
         """Raises if a file of arrays is another checkpoint's; damage is what their checksums find.
 
         Args:
-          below: the beginnings of the names of those that are looked at.
+          name: the directory whose files are looked at.
+          is_one_value: whether each file is one value, which another may be that is shorter. In a
+            shorter file of several values each is where nobody looks for it.
 
         Raises:
           InvalidLayoutError: one is.
         """
-        beginnings = tuple(self._prefix + each for each in below)
-        for name, mark in self._marks.items():
-            if isinstance(mark, list) and name.startswith(beginnings):
-                nbytes, tail = mark
-                found = self._root.read(name, max(0, nbytes - _TAIL_NBYTES), _TAIL_NBYTES)
-                if found and _differs_much(found, bytes.fromhex(tail)):
-                    raise self._error(name, "it is not of this checkpoint")
+        for each in self._below(f"{self._prefix}{name}/" if name else self._prefix):
+            mark = self._marks[each]
+            if isinstance(mark, list):
+                nbytes, tail = mark[:2]
+                found = self._root.read(each, max(0, nbytes - _TAIL_NBYTES), _TAIL_NBYTES + 1)
+                is_cut = found == b"" and not is_one_value
+                if found is not None and not is_cut and _differs_much(found, bytes.fromhex(tail)):
+                    raise self._error(each, "it is not of this checkpoint")
 
     def check_all(self) -> None:
         """Raises if any file of a checkpointable is another than was saved.
@@ -132,44 +155,52 @@ class Seal:
         Raises:
           InvalidLayoutError: one is.
         """
-        for name, problem in self.problems():
+        for name, problem, _ in self.problems():
             raise self._error(name, problem)
+
+    def problems(self) -> Iterator[tuple[str, str, bool]]:
+        """Yields each file that is another than was saved, what is wrong, and if it holds data."""
+        if not self._prefix:
+            if self._problem is not None:
+                yield names.CHECKPOINT_METADATA, self._problem, False
+                yield names.COMMIT_MARKER, "it is of another save than the metadata", False
+            if self._marks and _nbytes_of(self._root, names.CHECKPOINT_MARKER) is None:
+                yield names.CHECKPOINT_MARKER, "it is missing", False
+        for name in self._below(self._prefix):
+            if name != names.CHECKPOINT_METADATA:
+                problem = self._problem_with(name)
+                if problem is not None:
+                    yield name, problem, isinstance(self._marks[name], list)
+
+    def _problem_with(self, name: str) -> str | None:
+        mark = self._marks[name]
+        try:
+            nbytes = _nbytes_of(self._root, name)
+            if isinstance(mark, str) or nbytes is None:
+                return _problem_of(mark, self._root.read(name, nbytes=MAX_NBYTES + 1))
+            if nbytes != mark[0]:
+                return f"it has {nbytes} bytes, {mark[0]} were saved"
+            if len(mark) == _WITH_DIGEST:
+                return _problem_of(mark[-1], self._root.read(name))
+            tail = self._root.read(name, max(0, nbytes - _TAIL_NBYTES), _TAIL_NBYTES)
+            return None if tail == bytes.fromhex(mark[1]) else _CHANGED
+        except OSError as error:
+            return f"it can't be read: {error.strerror or error}"
+
+    def _below(self, beginning: str) -> Iterator[str]:
+        for index in range(bisect.bisect_left(self._names, beginning), len(self._names)):
+            if not self._names[index].startswith(beginning):
+                return
+            yield self._names[index]
 
     def _error(self, name: str, problem: str) -> errors.InvalidLayoutError:
         file = (self._root / name).path
         message = f"{file} is damaged: {problem}. {_COPY_AGAIN}"
         return errors.InvalidLayoutError.of_file(message, file)
 
-    def problems(self, *, hidden: str | None = None) -> Iterator[tuple[str, str]]:
-        """Yields each file that is another than was saved, and what is wrong with it.
-
-        Args:
-          hidden: a checkpointable whose deletion was begun.
-        """
-        if self._problem is not None and not self._prefix:
-            yield names.CHECKPOINT_METADATA, self._problem
-        for name, mark in self._marks.items():
-            is_hidden = hidden is not None and name.startswith(f"{hidden}/")
-            if name == names.CHECKPOINT_METADATA or is_hidden or not name.startswith(self._prefix):
-                continue
-            try:
-                problem = _problem_of(mark, self._read_marked(name, mark))
-                nbytes = None if isinstance(mark, str) or problem else sizes_of(self._root, name)
-            except OSError as error:
-                problem, nbytes = f"it can't be read: {error.strerror or error}", None
-            if nbytes is not None and nbytes != mark[0]:
-                problem = f"it has {nbytes} bytes, {mark[0]} were saved"
-            if problem is not None:
-                yield name, problem
-
-    def _read_marked(self, name: str, mark: Mark) -> bytes | None:
-        if isinstance(mark, str):
-            return self._root.read(name, nbytes=MAX_NBYTES + 1)
-        return self._root.read(name, max(0, mark[0] - _TAIL_NBYTES), _TAIL_NBYTES)
-
-    def covers(self, checkpointable: str) -> bool:
-        """Says whether it has marks of the files of a checkpointable."""
-        return any(name.startswith(f"{checkpointable}/") for name in self._marks)
+    def covers(self, beginning: str) -> bool:
+        """Says whether it knows of files whose names begin so."""
+        return next(self._below(beginning), None) is not None
 
     def added(self) -> list[str]:
         """Returns the files that lie there and were not saved."""
@@ -179,7 +210,7 @@ class Seal:
         return sorted(found - self._marks.keys())
 
 
-def sizes_of(directory: Directory, name: str) -> int | None:
+def _nbytes_of(directory: Directory, name: str) -> int | None:
     """Returns the bytes of one file; None where there is none."""
     status = directory.status(name, follow_links=True)
     return None if status is None else status.nbytes
@@ -254,28 +285,32 @@ def _is_data(name: str, files: set[str]) -> bool:
 
 
 def _mark(directory: Directory, name: str, *, is_data: bool) -> Mark | None:
-    nbytes = sizes_of(directory, name)
+    nbytes = _nbytes_of(directory, name)
     if nbytes is None:
         return None
     if not is_data and nbytes <= _WHOLE_NBYTES:
         data = directory.read(name)
         return None if data is None else _digest(data)
-    tail = directory.read(name, max(0, nbytes - _TAIL_NBYTES), _TAIL_NBYTES)
-    return None if tail is None else [nbytes, tail.hex()]
+    is_small = nbytes <= _SMALL_NBYTES
+    start = 0 if is_small else max(0, nbytes - _TAIL_NBYTES)
+    data = directory.read(name, start, nbytes - start)
+    if data is None:
+        return None
+    mark = [nbytes, data[-_TAIL_NBYTES:].hex()]
+    return [*mark, _digest(data)] if is_small else mark
 
 
 def _problem_of(mark: Mark, data: bytes | None) -> str | None:
     if data is None:
         return "it is missing"
-    if isinstance(mark, str):
-        return None if _digest(data) == mark else "it is not what was saved"
-    return None if data.hex() == mark[1] else "its end is not what was saved"
+    return None if _digest(data) == mark else _CHANGED
 
 
 def _differs_much(found: bytes, expected: bytes) -> bool:
     """Says whether bytes differ as those of two files do, not as those of one that is damaged."""
-    pairs = zip(found, expected, strict=False)
-    return len(found) == len(expected) and sum(a != b for a, b in pairs) > 1
+    if len(found) != len(expected):
+        return True
+    return sum(a != b for a, b in zip(found, expected, strict=True)) > 1
 
 
 def _digest(data: bytes) -> str:

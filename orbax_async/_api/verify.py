@@ -197,7 +197,8 @@ def _sealed(root: Directory, stored: Collection[str], known: Sequence[Damage]) -
             top, _, inside = name.partition("/")
             file = (root / name).path
             is_gone = bool(inside) and top not in stored
-            if not (is_gone or file in named or (is_data and top in with_damaged_leaves)):
+            is_told = file in named or any(file in each.problem for each in known)
+            if not (is_gone or is_told or (is_data and top in with_damaged_leaves)):
                 owner = top if inside else ""
                 damage.append(Damage(owner, "", file, problem, COPY_AGAIN))
         unproven = [name for name in stored if not found.covers(f"{name}/")]

@@ -461,7 +461,8 @@ class _OrbaxTree(StoredTree):
             data = self.directory.read(name, nbytes=MAX_NBYTES + 1)
         with damage_in(path):
             found = None if data is None else parse(data)
-        self._seal.check(name, data)
+        if data is not None or name != names.STRINGS:  # without texts each leaf is named
+            self._seal.check(name, data)
         return found
 
 

@@ -33,6 +33,7 @@ _TAIL_NBYTES = 8
 _SMALL_NBYTES = 64 << 10  # of a file of data that has a digest too, for `verify`
 _WITH_DIGEST = 3  # as long its mark is
 _CHANGED = "it is not what was saved"
+_OF_ANOTHER = "it is of another save than the digests"
 _WHOLE_NBYTES = 16 << 20  # of a file of a user's handler; of a larger one size and end are noted
 _TREE_DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.OCDBT_MANIFEST}
 _ARRAY_DOCUMENTS = {"zarr.json", ".zarray", ".zattrs", ".zgroup"}
@@ -80,6 +81,7 @@ class Seal:
     def __init__(
         self, root: Directory, prefix: str, marks: Mapping[str, Mark], problem: str | None = None
     ) -> None:
+        self._is_of_another = problem == _OF_ANOTHER
         self._root = root
         self._prefix = prefix
         self._marks = marks
@@ -163,14 +165,16 @@ class Seal:
         if not self._prefix:
             if self._problem is not None:
                 yield names.CHECKPOINT_METADATA, self._problem, False
-                yield names.COMMIT_MARKER, "it is of another save than the metadata", False
+                if self._is_of_another:
+                    yield names.COMMIT_MARKER, "it is of another save than the metadata", False
             if self._marks and _nbytes_of(self._root, names.CHECKPOINT_MARKER) is None:
                 yield names.CHECKPOINT_MARKER, "it is missing", False
         for name in self._below(self._prefix):
             if name != names.CHECKPOINT_METADATA:
                 problem = self._problem_with(name)
                 if problem is not None:
-                    yield name, problem, isinstance(self._marks[name], list)
+                    is_data = isinstance(self._marks[name], list)
+                    yield name, problem, is_data or _is_of_array(name)
 
     def _problem_with(self, name: str) -> str | None:
         mark = self._marks[name]
@@ -223,13 +227,10 @@ def of_tree(directory: Directory) -> Seal:
       directory: where the checkpointable lies.
 
     Raises:
-      InvalidLayoutError: the seal, or what it says of the checkpoint itself, is damaged.
+      InvalidLayoutError: the seal is damaged.
       OSError: it can't be read.
     """
-    seal = of_checkpoint(directory.parent, f"{directory.name}/")
-    if seal.is_there:
-        seal.check_root()
-    return seal
+    return of_checkpoint(directory.parent, f"{directory.name}/")
 
 
 def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
@@ -261,6 +262,8 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
         marks = sealed["files"]
         problem = _problem_of(marks[names.CHECKPOINT_METADATA], document)
         handlers = None if problem is None else _handlers_left(document, sealed)
+        if problem == _CHANGED and handlers is None and _is_of_another(document, sealed):
+            problem = _OF_ANOTHER
         if handlers is None:
             return Seal(root, prefix, marks, problem)
         gone = tuple(f"{name}/" for name in sealed["handlers"] if name not in handlers)
@@ -281,7 +284,11 @@ def _is_data(name: str, files: set[str]) -> bool:
     if f"{top}/{names.TREE_METADATA}" not in files:
         return False
     is_document = inside in _TREE_DOCUMENTS or inside.startswith(f"{names.ARRAY_METADATAS}/")
-    return not is_document and name.rpartition("/")[2] not in _ARRAY_DOCUMENTS
+    return not is_document and not _is_of_array(name)
+
+
+def _is_of_array(name: str) -> bool:
+    return name.rpartition("/")[2] in _ARRAY_DOCUMENTS
 
 
 def _mark(directory: Directory, name: str, *, is_data: bool) -> Mark | None:
@@ -320,6 +327,13 @@ def _digest(data: bytes) -> str:
 def _digest_of_rest(root: Mapping[str, Any]) -> str:
     keys = ("init_timestamp_nsecs", "commit_timestamp_nsecs", "custom_metadata")
     return _digest(json.dumps([root.get(key) for key in keys], sort_keys=True).encode())
+
+
+def _is_of_another(document: bytes | None, sealed: Mapping[str, Any]) -> bool:
+    try:
+        return _digest_of_rest(json.loads(document or b"")) != sealed["rest"]
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _handlers_left(document: bytes | None, sealed: Mapping[str, Any]) -> dict[str, str] | None:

@@ -16,6 +16,7 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from saved_states import Pair, Sds, state
+from seals import unseal
 
 import orbax_async as ocp
 from orbax_async import errors
@@ -350,6 +351,7 @@ def test_missing_data_is_an_error_or_zeros(
         )
     directory = tmp_path / "c" / "state"
     if ocdbt:
+        unseal(tmp_path / "c")
         store = ts.KvStore.open(f"{directory.as_uri()}/|ocdbt:").result()
         del store["a/c/1/0"], store["whole/c/0"]
     else:

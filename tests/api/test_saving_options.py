@@ -14,6 +14,7 @@ import pytest
 import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from seals import unseal
 
 import orbax_async as ocp
 from orbax_async import errors
@@ -434,6 +435,7 @@ def test_damaged_rich_types_are_an_error_with_a_way_out(damaged: str, tmp_path: 
     """What can't be rebuilt is refused by name; without the option the tree loads."""
     with with_rich_types():
         ocp.save(tmp_path / "c", {"t": (1, 2)})
+    unseal(tmp_path / "c")
     file = tmp_path / "c" / "state" / "_METADATA"
     document = json.loads(file.read_text())
     file.write_text(json.dumps(document | {"value_metadata_tree": damaged}))

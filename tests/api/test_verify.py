@@ -19,6 +19,7 @@ import pytest
 import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from seals import unseal
 
 import orbax_async as ocp
 from orbax_async import errors
@@ -164,6 +165,7 @@ def test_lost_data_is_found(tmp_path: Path, state: dict[str, Any], ocdbt: bool) 
     directory = tmp_path / "c" / "state"
     lost = ["sharded/c/2/0", "params.b/zarr.json", "step/c"]
     if ocdbt:
+        unseal(tmp_path / "c")
         store = ts.KvStore.open(f"{directory.as_uri()}/|ocdbt:").result()
         for key in lost:
             del store[key]
@@ -257,6 +259,7 @@ def test_a_damaged_manifest_costs_every_array(saved: Path) -> None:
 def test_a_damaged_node_of_the_index_costs_its_leaves(tmp_path: Path) -> None:
     """In an index of several nodes, leaves whose nodes are whole are not reported."""
     save(tmp_path / "c", {f"leaf {index:04}": np.arange(100) + index for index in range(40)})
+    unseal(tmp_path / "c")
     directory = tmp_path / "c" / "state"
     # Rewritten with small nodes, so that there are several.
     store = ts.KvStore.open(f"{directory.as_uri()}/|ocdbt:").result()
@@ -282,6 +285,7 @@ def test_a_damaged_node_of_the_index_costs_its_leaves(tmp_path: Path) -> None:
 
 def test_nonsense_in_an_array_document_is_damage_of_the_leaf(saved: Path) -> None:
     """A document that is JSON, and describes no array that can be, is reported, not raised."""
+    unseal(saved)
     store = ts.KvStore.open(f"{(saved / 'state').as_uri()}/|ocdbt:").result()
     whole = json.loads(store.read("params.b/zarr.json").result().value)
     for change in (

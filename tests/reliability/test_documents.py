@@ -22,7 +22,7 @@ from orbax_async import errors
 from orbax_async.partial import finalize
 from orbax_async.partial import save as save_part
 
-SELF_PROVING = {"d", "c"}  # directories of data files, which have checksums of their own
+ARRAY_DOCUMENTS = {"zarr.json", ".zarray"}
 DAMAGES = ["flip", "truncate", "remove", "swap"]
 
 
@@ -41,6 +41,7 @@ def state_of(number: int) -> dict[str, Any]:
 
 
 def save_files(path: Path, number: int, *, use_zarr3: bool = True) -> None:
+    """Saves an array in files of its own."""
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
     context.array.saving.use_zarr3 = use_zarr3
@@ -49,6 +50,7 @@ def save_files(path: Path, number: int, *, use_zarr3: bool = True) -> None:
 
 
 def save_in_place(path: Path, number: int) -> None:
+    """Saves where readers look."""
     context = ocp.Context()
     context.atomicity.mode = "commit_file"
     with context:
@@ -56,6 +58,7 @@ def save_in_place(path: Path, number: int) -> None:
 
 
 def save_several(path: Path, number: int) -> None:
+    """Saves checkpointables of several handlers, also a user's."""
     with using(PointHandler, config=ocp.handlers.JsonHandler):
         ocp.save_checkpointables(
             path,
@@ -64,6 +67,7 @@ def save_several(path: Path, number: int) -> None:
 
 
 def save_in_parts(path: Path, number: int) -> None:
+    """Saves in two parts."""
     state = state_of(number)
     save_part(path, {key: state[key] for key in ("w", "words", "key")})
     save_part(path, {key: state[key] for key in ("b", "n", "small")})
@@ -94,6 +98,7 @@ def content(path: Path) -> list[Any]:
 
 
 def comparable(leaf: Any) -> Any:
+    """Returns what tells a leaf from any other."""
     if isinstance(leaf, Point):
         return dataclasses.astuple(leaf)
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -130,6 +135,7 @@ class Specimen:
 
 @pytest.fixture(scope="module")
 def specimens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Specimen]:
+    """Returns a checkpoint of each kind; what is damaged is put back."""
     made = {}
     for kind, save in KINDS.items():
         folder = tmp_path_factory.mktemp(kind)
@@ -167,8 +173,9 @@ def damaged(specimen: Specimen, file: Path, damage: str, chance: random.Random) 
 
 
 def is_self_proving(specimen: Specimen, file: Path) -> bool:
+    """Says whether a file is one of an array, whose damage is its leaf's."""
     inside = file.relative_to(specimen.path).parts
-    return "d" in inside[:-1] or "c" in inside or file.name.replace(".", "").isdigit()
+    return "d" in inside[:-1] or "c" in inside or file.name in ARRAY_DOCUMENTS
 
 
 def outcome(specimen: Specimen, file: Path) -> str:
@@ -193,6 +200,7 @@ def outcome(specimen: Specimen, file: Path) -> str:
 
 
 def explain(kind: str, specimen: Specimen, file: Path, damage: str, result: str) -> str:
+    """Tells of a case that went wrong."""
     return f"{kind} {file.relative_to(specimen.path)} {damage}: {result}"
 
 
@@ -201,6 +209,7 @@ def explain(kind: str, specimen: Specimen, file: Path, damage: str, result: str)
 def test_f21_damage_of_each_document_is_found_and_named(
     specimens: dict[str, Specimen], kind: str, damage: str
 ) -> None:
+    """F21: no damaged document loads as something else, and `verify` names it."""
     specimen, chance = specimens[kind], random.Random(f"{kind} {damage}")
     wrong = []
     for file in specimen.files:
@@ -219,6 +228,7 @@ def test_f21_damage_of_each_document_is_found_and_named(
 def test_i12_random_damage_never_loads_something_else(
     specimens: dict[str, Specimen], soak: Callable[[int, int], int]
 ) -> None:
+    """I12: flips, truncations and swaps over every kind of file."""
     chance = random.Random(19)
     counts: Counter[str] = Counter()
     wrong = []
@@ -242,6 +252,7 @@ def test_i12_random_damage_never_loads_something_else(
 
 
 def test_what_was_added_is_ignored_and_reported(specimens: dict[str, Specimen]) -> None:
+    """Files that were not saved change nothing."""
     specimen = specimens["database"]
     added = [specimen.path / "state/array_metadatas/process_00", specimen.path / "state/extra"]
     for file in added:
@@ -260,6 +271,7 @@ def test_what_was_added_is_ignored_and_reported(specimens: dict[str, Specimen]) 
 def test_a_copy_elsewhere_and_a_deletion_prove_themselves(
     specimens: dict[str, Specimen], tmp_path: Path
 ) -> None:
+    """Neither another path nor a checkpointable less is damage."""
     copy = Path(shutil.copytree(specimens["several"].path, tmp_path / "copy"))
     assert ocp.verify(copy).is_intact
     ocp.delete(copy, checkpointable_name="config")
@@ -272,6 +284,7 @@ def test_a_copy_elsewhere_and_a_deletion_prove_themselves(
 def test_what_has_no_digests_loads_and_is_said_to_be_unproven(
     specimens: dict[str, Specimen], tmp_path: Path
 ) -> None:
+    """As Orbax and older versions have written it."""
     copy = Path(shutil.copytree(specimens["database"].path, tmp_path / "copy"))
     (copy / "commit_success.txt").write_text("Checkpoint commit was successful to copy")
     document = copy / "_CHECKPOINT_METADATA"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import refusals
 from refusals import STATE, snapshot
+from seals import unseal
 
 import orbax_async as ocp
 from orbax_async import errors
@@ -167,6 +168,7 @@ def test_b8_12_a_damaged_checkpoint_document_costs_only_what_it_says(
     content: str, checkpoint: Path
 ) -> None:
     """Without a readable `_CHECKPOINT_METADATA` the state is loaded all the same."""
+    unseal(checkpoint)
     (checkpoint / "_CHECKPOINT_METADATA").write_text(content)
     assert ocp.load(checkpoint)["step"] == 7
     found = ocp.metadata(checkpoint)
@@ -189,6 +191,7 @@ def test_array_metadata_that_is_damaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sharding", ["", "{}", "[]", '{"sharding_type": "Other"}'])
 def test_a_sharding_that_says_nothing_costs_only_itself(sharding: str, checkpoint: Path) -> None:
     """Where the saved sharding can't be had, the array is loaded on one device."""
+    unseal(checkpoint)
     (checkpoint / "state" / "_sharding").write_text(json.dumps({"dw==": sharding}))
     loaded = ocp.load(checkpoint)
     assert np.array_equal(loaded["w"], STATE["w"])

@@ -17,6 +17,7 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from seals import unseal
 
 import orbax_async as ocp
 from orbax_async import errors
@@ -239,6 +240,7 @@ def test_large_raw_arrays_are_loaded_without_tensorstore(
     monkeypatch.setattr(ArrayStore, "open_array", open_array)
     assert np.array_equal(ocp.load(tmp_path / "checkpoint")["w"], LARGE)
     assert opened == []
+    unseal(tmp_path / "checkpoint")
     base = (tmp_path / "checkpoint" / "state").as_uri() + "/"
     store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
     store[zarr.checksums_key("w", (0, 0))] = None  # as another writer of CRC-32C would leave it
@@ -380,6 +382,7 @@ def test_parts_that_only_tensorstore_verifies(
     """Where an array's checksums are missing its parts are given up, and it is read whole."""
     value = rng.standard_normal(333_333, np.float32)
     ocp.save(tmp_path / "checkpoint", {"flat": value})
+    unseal(tmp_path / "checkpoint")
     base = (tmp_path / "checkpoint" / "state").as_uri() + "/"
     store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
     store[zarr.checksums_key("flat", (0,))] = None

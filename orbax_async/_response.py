@@ -93,8 +93,9 @@ class AsyncResponse(Generic[T]):
 
         Nothing is to be done where it was its own failure that was raised.
         """
-        if self._committed.done() and self._committed.exception() is raised:
-            return
+        for promise in (self._released, self._committed):
+            if promise.done() and promise.exception() is raised:
+                return
         self.cancel()
         concurrent.futures.wait([self._committed], timeout=_UNDO_SECS)
         if not self._committed.done():

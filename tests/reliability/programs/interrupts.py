@@ -86,6 +86,7 @@ class Loop:
         self.ends: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
         self.longest_secs = 0.0
+        self.call(0)
         began = time.monotonic()
         self.call(1)
         self.usual_secs = time.monotonic() - began

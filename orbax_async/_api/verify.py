@@ -157,7 +157,7 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
 
 @dataclasses.dataclass
 class _Findings:
-    """What is found of all checkpointables; the attributes are those of the report."""
+    """What is found of all checkpointables, as in the report."""
 
     damage: list[Damage]
     leaves: int = 0

@@ -163,11 +163,7 @@ class OrbaxLayout(Layout):
 
     @functools.cached_property
     def hidden(self) -> str | None:
-        """The name whose deletion was begun and not finished.
-
-        Raises:
-          DeletionRecoveryError: the record of the deletion is damaged.
-        """
+        """The name whose deletion was begun and not finished."""
         is_recorded = names.DELETION_RECORD in self.inside
         return removal.name_in_deletion(self.directory) if is_recorded else None
 
@@ -421,11 +417,7 @@ class _OrbaxTree(StoredTree):
 
 
 def _read(directory: Directory, name: str, parse: Callable[[bytes], T]) -> T | None:
-    """Returns what a document says; None where there is none.
-
-    Raises:
-      InvalidLayoutError: it is damaged, or can't be read.
-    """
+    """Returns what a document says; None where there is none."""
     path = (directory / name).path
     with reading(path):
         data = directory.read(name, nbytes=MAX_NBYTES + 1)
@@ -440,12 +432,7 @@ def _recorded(document: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def check_name(name: Any, *, is_saved: bool) -> None:
-    """Raises for a name that no checkpointable can have.
-
-    Args:
-      name: what the user gave.
-      is_saved: whether it is to be written; reading also knows `AUTO` and None.
-    """
+    """Raises for a name that no checkpointable can have; reading also knows `AUTO` and None."""
     if not is_saved and name in (None, names.AUTO_CHECKPOINTABLE):
         return
     if not isinstance(name, str):
@@ -465,11 +452,7 @@ def check_name(name: Any, *, is_saved: bool) -> None:
 
 
 def writes_in_place(options: ambient.Context) -> bool:
-    """Says whether checkpoints are committed, and known, by a marker, under some options.
-
-    Raises:
-      ValueError: the older option and the newer one ask for different things.
-    """
+    """Says whether checkpoints are committed, and known, by a marker, under some options."""
     mode, older = options.atomicity.mode, options.file.temporary_path_class
     if older is not None:
         older_mode = mode_of_temporary_path(older)

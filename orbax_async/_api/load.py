@@ -20,7 +20,7 @@ from orbax_async.handlers import choose, phases
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.path import Path, PathLike
-from orbax_async.tree.selection import Select
+from orbax_async.tree.keypath import Select
 
 Selects = Select | Mapping[str, Select]
 Shardings = jax.sharding.Sharding | ShardingFunction | Mapping[str, Any]

@@ -10,8 +10,7 @@ from typing import Any
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._commit.destination import Destination
-from orbax_async._commit.sequence import Save
+from orbax_async._commit.sequence import Destination, Save
 from orbax_async._layouts.orbax import OrbaxLayout, check_name, writes_in_place
 from orbax_async._operation import Operation, older, starting
 from orbax_async._response import AsyncResponse

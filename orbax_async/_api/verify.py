@@ -21,7 +21,7 @@ from orbax_async.handlers.choose import TYPESTRS
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike
-from orbax_async.tree import keypath, schema, selection
+from orbax_async.tree import keypath, schema
 from orbax_async.tree.keypath import KeyPath
 
 _REGION_NBYTES = 8 << 20  # of small chunks that are read together
@@ -290,7 +290,7 @@ class _Inspection:
 
     def _add_leaf(self, keys: KeyPath, error: Exception) -> None:
         """Notes that a leaf can't be loaded."""
-        label, pattern = keypath.label(keys) or "<root>", selection.pattern_of(keys)
+        label, pattern = keypath.label(keys) or "<root>", keypath.pattern_of(keys)
         self._findings.damage.append(
             Damage(
                 checkpointable=self._name,

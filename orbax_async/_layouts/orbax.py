@@ -28,8 +28,8 @@ from orbax_async._storage.array_store import ArrayStore, holds_ocdbt, read_index
 from orbax_async._storage.directory import MAX_NBYTES, Directory, damage_in, read_json
 from orbax_async._trace import logger
 from orbax_async.options import AtomicityMode
-from orbax_async.options._file_options import mode_of_temporary_path
-from orbax_async.tree import keypath, rich, schema, structure
+from orbax_async.options._operation_options import mode_of_temporary_path
+from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
 T = TypeVar("T")
@@ -331,7 +331,7 @@ class _OrbaxTree(StoredTree):
 
         def nest(entries: Iterable[tuple[KeyPath, Any]]) -> Any:
             try:
-                return rich.nest(text, entries)
+                return schema.nest_rich(text, entries)
             except ValueError as error:
                 file = self.directory / names.TREE_METADATA
                 raise errors.InvalidLayoutError(

@@ -31,7 +31,7 @@ from orbax_async.handlers.parts import PartsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.handlers.user_code import StatefulCheckpointableHandler
-from orbax_async.tree.selection import Select
+from orbax_async.tree.keypath import Select
 
 __all__ = ["TYPESTRS", "Part", "for_loading", "for_saving", "state_for_loading"]
 
@@ -105,11 +105,10 @@ class Part(NamedTuple):
 
     def code(self, verb: str) -> str | None:
         """Names a user's code behind a verb of the handler; None if that is our own."""
-        if isinstance(self.handler, StatefulCheckpointableHandler):
-            return f"{type(self.value).__name__}.{verb}"
-        if type(self.handler) in TYPESTRS:
+        saves_itself = isinstance(self.handler, StatefulCheckpointableHandler)
+        if not saves_itself and type(self.handler) in TYPESTRS:
             return None
-        return f"{type(self.handler).__name__}.{verb}"
+        return f"{type(self.value if saves_itself else self.handler).__name__}.{verb}"
 
 
 def for_saving(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbax_async import arrays, errors
-from orbax_async._engine import place
+from orbax_async._engine import transfer
 from orbax_async._engine.leaf import Leaf
 from orbax_async._storage import zarr
 from orbax_async.tree import keypath, schema, structure
@@ -338,7 +338,7 @@ class _JaxArray(Kind):
             self,
             None if leaf.shape is None else tuple(leaf.shape),
             leaf.dtype if leaf.dtype is None or self is RANDOM_KEYS else np.dtype(leaf.dtype),
-            place.concrete(getattr(leaf, "sharding", None)),
+            transfer.concrete(getattr(leaf, "sharding", None)),
             is_weak=bool(getattr(leaf, "weak_type", False)),
         )
 
@@ -526,7 +526,7 @@ def _recorded(
     private = {
         "logical_dtype": logical,
         "weak_type": is_weak or None,
-        "memory_kind": place.special_memory_kind(sharding),
+        "memory_kind": transfer.special_memory_kind(sharding),
     }
     return stored, {name: value for name, value in private.items() if value is not None}
 

@@ -19,7 +19,7 @@ import numpy as np
 from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
-from orbax_async._engine import capture, place, plan
+from orbax_async._engine import plan, transfer
 from orbax_async._engine.leaf import Leaf, Storage
 from orbax_async._storage import codecs, zarr
 from orbax_async.handlers import kinds
@@ -155,13 +155,14 @@ def choose_storage(
         cast = np.dtype(own.dtype) if own.dtype is not None and _is_numeric(leaf) else None
         what = (leaf.shape, leaf.dtype, _values_dtype(leaf), leaf.sharding, leaf.is_mutable)
         alike = (*what, cast, own.chunk_byte_size, own.shard_axes)
-        try:
-            if alike not in shared:
-                shared[alike] = _storage(leaf, cast, own, options, policy)
-        except ValueError as error:
-            refused.append(errors.UnsupportedLeafError(leaf.label, str(error)))
-            continue
-        leaf.storage = shared[alike]
+        storage = shared.get(alike)
+        if storage is None:
+            try:
+                storage = shared[alike] = _storage(leaf, cast, own, options, policy)
+            except ValueError as error:
+                refused.append(errors.UnsupportedLeafError(leaf.label, str(error)))
+                continue
+        leaf.storage = storage
         if cast is not None:
             leaf.private = _recorded(leaf, cast)
     if refused:
@@ -198,12 +199,12 @@ def _storage(
         host = plan.ShardSpec(-1, processes.primary_host or 0, plan.whole(leaf.shape))
         shards: tuple[plan.ShardSpec, ...] = (host,)
     else:
-        shards = place.shards_of(leaf.sharding, leaf.shape)
+        shards = transfer.shards_of(leaf.sharding, leaf.shape)
     write_shape = plan.write_shape(shards, itemsize, policy)
     chunk_shape = plan.chunk_shape(
         leaf.shape, write_shape, max_count=max_count, axes=own.shard_axes or ()
     )
-    mode = capture.capture_mode(
+    mode = transfer.capture_mode(
         leaf.sharding,
         is_mutable=leaf.is_mutable and options.memory.deepcopy_host_arrays,
         use_pinned_host=saving.enable_pinned_host_transfer,
@@ -220,7 +221,7 @@ def _storage(
         # Of another dtype than on disk are elements narrower than a byte.
         is_small=mode == "view"
         and leaf.dtype == _values_dtype(leaf)
-        and capture.is_small(leaf.shape, leaf.dtype, leaf.sharding),
+        and transfer.is_small(leaf.shape, leaf.dtype, leaf.sharding),
         encoding=_encoding(math.prod(chunk_shape) * dtype.itemsize, saving),
         min_saving=saving.compression_min_saving,
         is_separate=is_divided

@@ -44,8 +44,9 @@ def check_part(plan: WritePlan, parts: Sequence[Directory]) -> None:
       PartialSaveError: they are stored in another format.
       InvalidLayoutError: a document of theirs is damaged.
     """
-    trees, saving = _read_trees(parts), plan.saving
-    for part, tree in trees:
+    saving = plan.saving
+    taken = merging.Taken(as_files=not saving.use_ocdbt)
+    for part, tree in _read_trees(parts):
         for name, theirs, ours in (
             ("use_ocdbt", tree.uses_ocdbt, saving.use_ocdbt),
             ("use_zarr3", tree.uses_zarr3, saving.use_zarr3),
@@ -55,17 +56,14 @@ def check_part(plan: WritePlan, parts: Sequence[Directory]) -> None:
                     f"the partial save {part.path} has array.saving.{name} = {theirs}, and this "
                     f"one {ours}; the parts of one checkpoint are stored alike. Save with {theirs}."
                 )
-    taken = merging.Taken(as_files=not saving.use_ocdbt)
-    for _, tree in trees:
         taken.add(tree.entries)
     _refuse(taken, [leaf.entry() for leaf in plan.leaves], is_new=True)
 
 
 def _refuse(taken: merging.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
-    refused = [_refusal(taken, entry, is_new=is_new) for entry in entries]
-    found = [each for each in refused if each is not None]
-    if found:
-        raise leaves.summary(found)
+    refused = [each for entry in entries if (each := _refusal(taken, entry, is_new=is_new))]
+    if refused:
+        raise leaves.summary(refused)
 
 
 def _refusal(taken: merging.Taken, entry: schema.Entry, *, is_new: bool) -> errors.LeafError | None:

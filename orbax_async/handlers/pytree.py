@@ -30,7 +30,7 @@ from orbax_async.handlers import read_plan, write_plan
 from orbax_async.handlers.read_plan import AbstractTree, Loading, ShardingFunction
 from orbax_async.handlers.write_plan import PreparedTree
 from orbax_async.path import Path, PathAwaitingCreation
-from orbax_async.tree.selection import Select
+from orbax_async.tree.keypath import Select
 
 __all__ = ["PyTreeHandler", "TreeWriter"]
 

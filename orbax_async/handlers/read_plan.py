@@ -16,7 +16,7 @@ import numpy as np
 
 from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._engine import loop, place, plan
+from orbax_async._engine import loop, plan, transfer
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
 from orbax_async._layouts.layout import StoredTree, reading
 from orbax_async._layouts.reader import layout_of
@@ -28,7 +28,7 @@ from orbax_async._trace import logger
 from orbax_async.handlers import kinds, leaves
 from orbax_async.handlers.kinds import LeafRecord, Request
 from orbax_async.tree import keypath, schema, structure
-from orbax_async.tree.selection import Select, Selection
+from orbax_async.tree.keypath import Select, Selection
 from orbax_async.tree.structure import FlatTree
 
 __all__ = ["AbstractTree", "Loading", "ShardingFunction", "describe", "understand"]
@@ -56,7 +56,7 @@ def understand(
     selection = None if select is None else Selection(select)
     if isinstance(sharding, jax.sharding.Sharding):
         try:
-            sharding = place.concrete(sharding)
+            sharding = transfer.concrete(sharding)
         except ValueError as reason:
             raise errors.AbstractLeafError("", str(reason)) from None
     elif sharding is not None and not callable(sharding):
@@ -89,11 +89,8 @@ def understand(
     return AbstractTree(flat, requests, selection, sharding)
 
 
-class LeafPlan(NamedTuple):
-    """How leaves are loaded that are stored alike and asked for alike."""
-
-    read: ArrayRead
-    finish: Callable[[Sequence[Any]], Any]  # makes a leaf's value of its pieces
+# What is read of leaves that are stored alike and asked for alike, and what makes a value of it.
+LeafPlan = tuple[ArrayRead, Callable[[Sequence[Any]], Any]]
 
 
 class Loading:
@@ -116,7 +113,8 @@ class Loading:
         self._nest = self._stored.nest_for(options)
         self._requests = self._matched(is_partial=options.pytree.loading.partial_load)
         to_load = self._without_data()
-        self._plans: dict[int, LeafPlan] = {}
+        self._reads: dict[int, ArrayRead] = {}
+        self._finishers: dict[int, Callable[[Sequence[Any]], Any]] = {}
         self._pipeline: LoadPipeline | None = None
         if not to_load:
             self._raise_problems(directory)
@@ -126,7 +124,7 @@ class Loading:
         self._raise_problems(directory)
         self._pipeline = LoadPipeline(
             to_load,
-            {index: each.read for index, each in self._plans.items()},
+            self._reads,
             store,
             read_budget=operation.read_budget,
             recorder=operation.recorder,
@@ -234,7 +232,7 @@ class Loading:
                 except errors.LeafError as error:
                     self._refused.append(error)
                     continue
-            self._plans[index] = found
+            self._reads[index], self._finishers[index] = found
 
     def _ask_for_sharding(
         self, record: LeafRecord, request: Request
@@ -253,7 +251,7 @@ class Loading:
         if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
             raise TypeError(f"the sharding function returned {sharding!r} for leaf {record.label}")
         try:
-            return place.concrete(sharding)
+            return transfer.concrete(sharding)
         except ValueError as reason:
             raise errors.AbstractLeafError(record.label, str(reason)) from None
 
@@ -283,10 +281,10 @@ class Loading:
             if sharding is None:
                 (array,) = pieces
             else:
-                array = place.assemble(shape, sharding, pieces)
+                array = transfer.assemble(shape, sharding, pieces)
             return kind.decode(array, record, request)
 
-        return LeafPlan(read, finish)
+        return read, finish
 
     def _array_read(
         self,
@@ -298,7 +296,7 @@ class Loading:
         """Returns what is read of an array to get it in a shape, a dtype and a sharding."""
         stored, process = record.array, self._operation.processes.index
         try:
-            placement = place.placement(sharding, shape, process, self._options)
+            placement = transfer.placement(sharding, shape, process, self._options)
         except ValueError as error:
             raise errors.ShardingMismatchError(record.label, str(error)) from None
         piece_shape = None
@@ -343,27 +341,23 @@ class Loading:
         if record.sharding is not None:
             memory_kind = record.entry.private.get("memory_kind")
             try:
-                return place.saved_sharding(record.sharding, memory_kind)
+                return transfer.saved_sharding(record.sharding, memory_kind)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 logger.info("leaf %s: %s; it is loaded on one device", record.label, error)
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def _raise_problems(self, directory: str) -> None:
         """Reports everything at once that keeps the tree from being loaded as it is asked for."""
-        if not self._problems:
-            if self._refused:
-                raise leaves.summary(self._refused)
-            return
-        lines = [
-            *self._problems,
-            *(str(error).removeprefix("leaf ") for error in self._refused),
-        ]
-        listing = "\n  ".join(lines)
-        raise self._stored.mismatch(
-            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
-            f"{self._stored.mismatch_hint}",
-            tuple(lines),
-        )
+        if self._problems:
+            lines = *self._problems, *(str(each).removeprefix("leaf ") for each in self._refused)
+            listing = "\n  ".join(lines)
+            raise self._stored.mismatch(
+                f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
+                f"{self._stored.mismatch_hint}",
+                lines,
+            )
+        if self._refused:
+            raise leaves.summary(self._refused)
 
     async def run(self) -> Any:
         """Reads the data and rebuilds the tree."""
@@ -374,8 +368,8 @@ class Loading:
     def _finish(self) -> Any:
         if self._pipeline is not None:
             pieces = self._pipeline.pieces
-            for index, found in self._plans.items():
-                self._values[index] = found.finish(pieces.get(index, ()))
+            for index, finish in self._finishers.items():
+                self._values[index] = finish(pieces.get(index, ()))
         if self._abstract.flat is not None:
             return self._abstract.flat.rebuild(self._values)
         keys = [entry.keys for entry in self._stored.entries]

@@ -22,12 +22,11 @@ from orbax_async import arrays as array_records
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
 from orbax_async._engine import plan
-from orbax_async._engine.batches import WriteBatch, write_batches
-from orbax_async._engine.leaf import Leaf
+from orbax_async._engine.leaf import Leaf, WriteBatch, write_batches
 from orbax_async._engine.save_pipeline import Event
 from orbax_async.handlers import kinds, leaves
 from orbax_async.options import TransferPriority
-from orbax_async.tree import rich, schema, structure
+from orbax_async.tree import schema, structure
 from orbax_async.tree.keypath import JaxKeyPath
 
 __all__ = ["PreparedTree", "WritePlan", "prepare"]
@@ -59,9 +58,9 @@ class WritePlan:
         self._policy = _replica_parallel(options)
         self._containers: Any = None
         if _records_containers(options):
-            self._containers, empty_named_tuples = rich.describe(state)
+            self._containers, empty_named_tuples = schema.describe_rich(state)
             for place in empty_named_tuples:
-                all_leaves[place].kind = rich.EMPTY_NAMED_TUPLE
+                all_leaves[place].kind = schema.EMPTY_NAMED_TUPLE
         named: list[tuple[JaxKeyPath, Any]] = []
         if _asks_user(options):
             pairs, _ = structure.flatten_with_path(state)

@@ -36,7 +36,7 @@ from orbax_async.training.steps import (
     Steps,
     step_number,
 )
-from orbax_async.tree.selection import Select
+from orbax_async.tree.keypath import Select
 
 __all__ = ["Checkpointer"]
 

@@ -1,4 +1,4 @@
-"""Checkpoints that nobody has saved: documents, names and files as an attacker or a bad disk has them.
+"""Checkpoints that nobody has saved, with documents, names and files of an attacker or a bad disk.
 
     python hostile.py DIRECTORY [CASE...]
 
@@ -139,8 +139,10 @@ _ARRAY = "state/a/zarr.json"
 _values(
     _ARRAY,
     ("shape",),
-    [*_WRONG, [-1], [0], [1.5], ["6"], [True], [7], [6, 6], [10**9], [10**12], [10**15], [2**63]]
-    + [[2**64], [10**400], [-(2**63)], [1] * 40, [1] * 2000, [10**6] * 3],
+    [
+        *(*_WRONG, [-1], [0], [1.5], ["6"], [True], [7], [6, 6], [10**9], [10**12], [10**15]),
+        *([2**63], [2**64], [10**400], [-(2**63)], [1] * 40, [1] * 2000, [10**6] * 3),
+    ],
 )
 _values(_ARRAY, ("data_type",), [*_WRONG, "O", "V8", "S1000000000", "float1024", "int64", "M8[s]"])
 _values(_ARRAY, ("fill_value",), [*_WRONG, 10**400, "NaN", "0xffffffffff"])
@@ -172,8 +174,10 @@ _values(
 _values(
     _TREE,
     (*_LEAF, "value_metadata", "orbax_async"),
-    [*_WRONG, {"logical_dtype": "O"}, {"logical_dtype": 3}, {"python_type": "eval"}]
-    + [{"memory_kind": 7}, {"weak_type": "x"}, {"logical_dtype": "int2"}, {"python_type": []}],
+    [
+        *(*_WRONG, {"logical_dtype": "O"}, {"logical_dtype": 3}, {"python_type": "eval"}),
+        *({"memory_kind": 7}, {"weak_type": "x"}, {"logical_dtype": "int2"}, {"python_type": []}),
+    ],
 )
 _values(_TREE, ("use_zarr3",), [*_WRONG, False])
 _values(_TREE, ("use_ocdbt",), _WRONG)

@@ -207,10 +207,13 @@ class _ReadPipeline:
                         entry.name,
                         read.document,
                         read.read_dtype,
+                        box,
                         fills_missing=read.fills_missing,
                     )
-                    pending.append((entry, ts.array(target).write(source[_slices(box)])))
+                    pending.append((entry, ts.array(target).write(source)))
                 arrays.append(target)
+            except errors.LeafError:  # of another leaf, whose value is read together with this one
+                raise
             except Exception as error:  # the quick way to do what `_naming` does
                 raise _read_error(entry, error) from error
         for entry, done in pending:
@@ -374,8 +377,9 @@ class VerifyPipeline(_ReadPipeline):
             entry, read = self._entries[request.leaf], self._reads[request.leaf]
             if read.whole is None and read.raw is not None and read.raw.has_crc32c:
                 with _naming(entry):
-                    source = self._store.open_array(entry.name, read.document)
-                    ts.array(array).write(source[_slices(request.region.box)]).result()
+                    box = request.region.box
+                    source = self._store.open_array(entry.name, read.document, box=box)
+                    ts.array(array).write(source).result()
 
 
 def _from_value(read: ArrayRead, data: bytes | memoryview, box: plan.Box) -> np.ndarray[Any, Any]:

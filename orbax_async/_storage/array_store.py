@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +18,7 @@ import tensorstore as ts
 from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._storage import zarr
-from orbax_async._storage.direct import DirectReader
+from orbax_async._storage.direct import MAX_VALUE_NBYTES, DirectReader
 from orbax_async._storage.directory import Capability, Directory, sizes
 from orbax_async._storage.safetensors import TensorReader
 
@@ -44,6 +44,7 @@ _OCDBT_CONFIG = {
 }
 _MERGED_CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 _LARGE_FILE_NBYTES = 8 << 20
+_MAX_MANIFEST_NBYTES = 64 << 20
 
 _used_by: int | None = None
 
@@ -123,6 +124,8 @@ class ArrayStore:
 
     @functools.cached_property
     def _kvstore(self) -> ts.KvStore:
+        if self.is_ocdbt and not self._is_new:
+            _check_size(self.directory, names.OCDBT_MANIFEST, _MAX_MANIFEST_NBYTES)
         return ts.KvStore.open(self._spec, context=self._context).result()
 
     # Writing.
@@ -196,6 +199,7 @@ class ArrayStore:
         """Reads whole values, None for each key that is absent; all reads are under way at once."""
         if self.direct is not None:
             return self.direct.values(keys)
+        self._check_sizes(keys, MAX_VALUE_NBYTES)
         futures = [self._kvstore.read(key) for key in keys]
         results = (future.result() for future in futures)
         return [result.value if result.state == "value" else None for result in results]
@@ -211,13 +215,16 @@ class ArrayStore:
         name: str,
         document: zarr.ArrayDocument,
         dtype: np.dtype[Any] | None = None,
+        box: Sequence[tuple[int, int]] | None = None,
         *,
         fills_missing: bool = False,
     ) -> ts.TensorStore:
-        """Opens a stored array for reading, cast to `dtype` where it is given.
+        """Opens a stored array for reading: a box of it, cast to `dtype` where it is given.
 
         A chunk that is missing is an error, or reads as the array's fill value.
         """
+        box = box or [(0, side) for side in document.shape]
+        self._check_sizes(*zarr.stored_chunks(document, name, box))
         array = ts.open(
             {**_unplaced(document), "fill_missing_data_reads": fills_missing},
             kvstore=self._kvstore / _prefix(name),
@@ -228,7 +235,24 @@ class ArrayStore:
         ).result()
         if dtype is not None and array.dtype.numpy_dtype != dtype:
             array = ts.cast(array, ts.dtype(dtype))
-        return array
+        return array[tuple(slice(start, stop) for start, stop in box)]
+
+    def _check_sizes(self, keys: Iterable[str], limit: int) -> None:
+        """I14: refuses values that are larger than they can be: TensorStore takes memory for all.
+
+        A file may be as large as it likes without taking room on a disk.
+        """
+        if self.direct is not None:
+            for key in keys:
+                if self._sizes.get(key, 0) > limit:
+                    raise ValueError(_too_large(key, self._sizes[key], limit))
+        elif not self.is_ocdbt and self.directory.can(Capability.MAP):
+            for key in keys:
+                _check_size(self.directory, key, limit)
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        return self.sizes()
 
     def list_keys(self) -> set[str]:
         """Returns every key that is stored."""
@@ -243,6 +267,16 @@ def shared_context() -> ts.Context:
 
 def _context(*, syncs: bool = False) -> ts.Context:
     return ts.Context({**_CONTEXT, "file_io_sync": syncs}, parent=shared_context())
+
+
+def _check_size(directory: Directory, name: str, limit: int) -> None:
+    found = directory.status(name, follow_links=True)
+    if found is not None and found.nbytes > limit:
+        raise ValueError(_too_large(name, found.nbytes, limit))
+
+
+def _too_large(name: str, nbytes: int, limit: int) -> str:
+    return f"{nbytes} bytes found in {name}, at most {limit} expected"
 
 
 def _prefix(name: str) -> str:

@@ -210,7 +210,7 @@ class _Index:
 
     def _root(self) -> list[_Branch]:
         """Returns the node at the top, if there is any."""
-        body = self._body(names.OCDBT_MANIFEST, 0, _MAX_RECORD_NBYTES, _MANIFEST)
+        body = self._body(names.OCDBT_MANIFEST, 0, None, _MANIFEST)
         with _cut_off():
             fields = _Fields(body)
             fields.take(16)  # its name
@@ -259,17 +259,18 @@ class _Index:
             self._entries[(prefix + key).decode()] = next(places) if kind else value
         return []
 
-    def _body(self, path: str, offset: int, nbytes: int, magic: bytes) -> bytes:
-        """Returns what a record holds, once its checksum is verified."""
-        record = self._directory.read(path, offset, min(nbytes, _FIRST_NBYTES))
+    def _body(self, path: str, offset: int, nbytes: int | None, magic: bytes) -> bytes:
+        """Returns what a record holds, once its checksum is verified; None for a whole file."""
+        record = self._directory.read(path, offset, min(nbytes or _FIRST_NBYTES, _FIRST_NBYTES))
         if record is None:
             path = (self._directory / path).path
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         length = int.from_bytes(record[4:12], "little")
-        if record[:4] != magic or not _HEAD_NBYTES <= length <= min(nbytes, _MAX_RECORD_NBYTES):
+        is_record = record[:4] == magic and _HEAD_NBYTES <= length <= _MAX_RECORD_NBYTES
+        if not is_record or nbytes not in (length, None):
             raise ValueError(f"its index is damaged: no record is at byte {offset} of {path}")
         if length > len(record):
-            record = self._directory.read(path, offset, length) or b""
+            record = self._directory.read(path, offset, nbytes or length + 1) or b""
         if len(record) != length or not self._has_checksum(record):
             raise ValueError(f"its index is damaged: a checksum does not match in {path}")
         version, compression, body = record[12], record[13], record[14:-4]

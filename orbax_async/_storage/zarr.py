@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -15,6 +16,7 @@ import numpy as np
 from orbax_async._storage import codecs
 
 _CHECKSUMS = ".checksums"
+_MOST_ENCODED, _MOST_FRAMING = 2, 1 << 20  # times its bytes, and bytes more, of any encoding
 _MAX_ELEMENTS = 1 << 58  # of 16 bytes each, as far as an address reaches
 
 # Elements narrower than a byte, or of types of our own making, that zarr stores by name.
@@ -228,6 +230,31 @@ def _understood(document: Mapping[str, Any]) -> ArrayDocument:
     if is_plain and tail in ([], ["gzip"]) and chunk_shape == tuple(max(1, each) for each in shape):
         whole = WholeLayout(shape, dtype, math.prod(shape) * dtype.itemsize, bool(tail))
     return ArrayDocument(document, zarr3, shape, dtype, chunk_shape, has_checksum, whole, raw)
+
+
+def stored_chunks(
+    document: ArrayDocument, name: str, box: Sequence[tuple[int, int]]
+) -> tuple[Iterator[str], int]:
+    """Returns the keys of the chunks that a box meets, and the most bytes that one may have."""
+    content = document.content
+    if document.zarr3:
+        shape = content["chunk_grid"]["configuration"]["chunk_shape"]
+        keys = content["chunk_key_encoding"]
+        is_default = keys["name"] == "default"
+        separator = keys.get("configuration", {}).get("separator", "/" if is_default else ".")
+        prefix = ["c"] if is_default else []
+    else:
+        shape, prefix = content["chunks"], []
+        separator = content.get("dimension_separator", ".")
+    ranges = [
+        range(low // side, -(-high // side)) for (low, high), side in zip(box, shape, strict=True)
+    ]
+    below = f"{name}/" if name else ""
+    found = (
+        below + (separator.join([*prefix, *map(str, index)]) or "0")
+        for index in itertools.product(*ranges)
+    )
+    return found, _MOST_ENCODED * math.prod(shape) * document.dtype.itemsize + _MOST_FRAMING
 
 
 def _chunk_shape(document: Mapping[str, Any]) -> tuple[int, ...]:

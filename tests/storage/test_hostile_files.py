@@ -1,0 +1,84 @@
+"""Files that say that they hold more than they do, or hold more than they should (I14)."""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import orbax_async as ocp
+from orbax_async import errors
+from orbax_async._storage import codecs
+
+STATE = {"large": np.arange(100_000.0), "small": np.arange(10), "good": np.arange(3)}
+
+
+def saved(path: Path, **options: Any) -> Path:
+    """Saves `STATE`; returns where its arrays are."""
+    context = ocp.Context()
+    for name, value in options.items():
+        setattr(context.array.saving, name, value)
+    with context:
+        ocp.save(path / "checkpoint", STATE)
+    return path / "checkpoint" / "state"
+
+
+def bomb(nbytes: int) -> bytes:
+    """Returns a gzip member that is a thousandth of what it holds."""
+    stream = zlib.compressobj(9, wbits=31)
+    return b"".join(stream.compress(bytes(1 << 20)) for _ in range(nbytes >> 20)) + stream.flush()
+
+
+def test_f5_no_more_is_decompressed_than_is_declared(tmp_path: Path) -> None:
+    """F5: of 64 MiB in a member that should hold 80 bytes, 81 are decompressed."""
+    state = saved(tmp_path, use_ocdbt=False)
+    data = bomb(64 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="more than 80 bytes found"):
+            codecs.inflate(data, 80)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    (state / "small" / "c" / "0").write_bytes(data)
+    with pytest.raises(errors.CorruptDataError, match=r"\['small'\].*more than 80 bytes found"):
+        ocp.load(tmp_path / "checkpoint")
+    assert np.array_equal(ocp.load(tmp_path / "checkpoint", select="good")["good"], [0, 1, 2])
+
+
+@pytest.mark.parametrize("cut", [1, 4, 8, 9])
+def test_a_member_that_is_cut_off_is_told(cut: int) -> None:
+    """Also where all of its bytes are there, and its checksum is not."""
+    with pytest.raises(ValueError, match="checksum"):
+        codecs.inflate(codecs.encode_stored(np.arange(10))[:-cut], 80)
+
+
+@pytest.mark.parametrize("use_zarr3", [True, False])
+@pytest.mark.parametrize("name", ["large", "small"])
+@pytest.mark.parametrize("is_document", [True, False])
+def test_f5_a_file_that_is_too_large_is_refused(
+    name: str, is_document: bool, use_zarr3: bool, tmp_path: Path
+) -> None:
+    """F5: 64 GiB without a byte on the disk are a typed error of their leaf, not an abort."""
+    state = saved(tmp_path, use_ocdbt=False, use_zarr3=use_zarr3)
+    files = {False: [".zarray", "0"], True: ["zarr.json", "c/0"]}[use_zarr3]
+    os.truncate(state / name / files[not is_document], 64 << 30)
+    with pytest.raises(errors.CheckpointError, match=r"68719476736 bytes found") as caught:
+        ocp.load(tmp_path / "checkpoint")
+    assert is_document or caught.value.keypath == f"['{name}']"  # type: ignore[attr-defined]
+    report = ocp.verify(tmp_path / "checkpoint")
+    assert f"['{name}']" in [each.keypath for each in report.damage]
+
+
+def test_f5_a_manifest_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    """F5: nor does TensorStore read one of 64 GiB, where a check goes on without our index."""
+    os.truncate(saved(tmp_path) / "manifest.ocdbt", 64 << 30)
+    with pytest.raises(errors.InvalidLayoutError, match=r"index is damaged"):
+        ocp.load(tmp_path / "checkpoint")
+    report = ocp.verify(tmp_path / "checkpoint")
+    assert {each.keypath for each in report.damage} >= {"['large']", "['small']"}

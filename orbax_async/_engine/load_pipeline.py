@@ -272,7 +272,10 @@ class LoadPipeline(_ReadPipeline):
         for request in itertools.chain.from_iterable(self._batches):
             read = self._reads[request.leaf]
             if read.whole is None and (read.sharding is None or lies_on_host(read.sharding)):
-                self._mapped[id(request)] = self._memory_for(request)
+                try:
+                    self._mapped[id(request)] = self._memory_for(request)
+                except MemoryError as error:
+                    raise _read_error(self._entries[request.leaf], error) from error
 
     @functools.cached_property
     def pieces(self) -> dict[int, list[Piece]]:

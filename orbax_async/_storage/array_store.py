@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
@@ -45,6 +46,7 @@ _OCDBT_CONFIG = {
 _MERGED_CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 _LARGE_FILE_NBYTES = 8 << 20
 _MAX_MANIFEST_NBYTES = 64 << 20
+_MOST_EXPANSION = 1 << 16  # more bytes than any encoding makes of one
 
 _used_by: int | None = None
 
@@ -249,6 +251,25 @@ class ArrayStore:
         elif not self.is_ocdbt and self.directory.can(Capability.MAP):
             for key in keys:
                 _check_size(self.directory, key, limit)
+
+    def find_absence(self, name: str, document: zarr.ArrayDocument) -> str | None:
+        """I14: returns why an array can't all be there, whatever its document says."""
+        if self.direct is not None:
+            prefix = _prefix(name)
+            found = [size for key, size in self._sizes.items() if key.startswith(prefix)]
+        elif not self.is_ocdbt:
+            found = list(sizes(self.directory / name).values())
+        else:
+            return None
+        shape = zarr.stored_chunk_shape(document)
+        chunks = math.prod(-(-side // of) for side, of in zip(document.shape, shape, strict=True))
+        if chunks <= len(found) and document.nbytes <= sum(found) * _MOST_EXPANSION:
+            return None
+        return (
+            f"its shape {document.shape} means {document.nbytes} bytes in {chunks} chunks, and "
+            f"{sum(found)} bytes are stored in {len(found)}. Copy the checkpoint again from its "
+            "source, or leave this leaf out."
+        )
 
     @functools.cached_property
     def _sizes(self) -> dict[str, int]:

@@ -16,6 +16,8 @@ import numpy as np
 from orbax_async._storage import codecs
 
 _CHECKSUMS = ".checksums"
+LARGE_NBYTES = 1 << 30
+"""Of an array of more than these it is looked whether so much can be there at all."""
 _MOST_ENCODED, _MOST_FRAMING = 2, 1 << 20  # times its bytes, and bytes more, of any encoding
 _MAX_ELEMENTS = 1 << 58  # of 16 bytes each, as far as an address reaches
 
@@ -165,6 +167,7 @@ class ArrayDocument(NamedTuple):
       zarr3: its version.
       shape: of the array.
       dtype: of the array, in native byte order.
+      nbytes: of all its elements.
       chunk_shape: of the smallest piece that can be read alone.
       has_checksum: whether a flipped bit of an element is found when it is read.
       whole: how the array lies in one value; None where it is in several, or not plain.
@@ -175,6 +178,7 @@ class ArrayDocument(NamedTuple):
     zarr3: bool
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    nbytes: int
     chunk_shape: tuple[int, ...]
     has_checksum: bool
     whole: WholeLayout | None
@@ -225,27 +229,38 @@ def _understood(document: Mapping[str, Any]) -> ArrayDocument:
         has_checksum = compressor is not None and compressor["id"] in ("gzip", "zlib")
         tail = [] if compressor is None else ["gzip" if has_checksum else "other"]
     raw = whole = None
+    nbytes = math.prod(shape) * dtype.itemsize
     if is_plain and tail in ([], ["crc32c"]):
         raw = RawLayout(chunk_shape, bool(tail), zarr3)
     if is_plain and tail in ([], ["gzip"]) and chunk_shape == tuple(max(1, each) for each in shape):
-        whole = WholeLayout(shape, dtype, math.prod(shape) * dtype.itemsize, bool(tail))
-    return ArrayDocument(document, zarr3, shape, dtype, chunk_shape, has_checksum, whole, raw)
+        whole = WholeLayout(shape, dtype, nbytes, bool(tail))
+    return ArrayDocument(
+        document, zarr3, shape, dtype, nbytes, chunk_shape, has_checksum, whole, raw
+    )
+
+
+def stored_chunk_shape(document: ArrayDocument) -> tuple[int, ...]:
+    """Returns the shape of what is stored as one value: a chunk, or a shard of several."""
+    content = document.content
+    shape = (
+        content["chunk_grid"]["configuration"]["chunk_shape"]
+        if document.zarr3
+        else content["chunks"]
+    )
+    return tuple(shape)
 
 
 def stored_chunks(
     document: ArrayDocument, name: str, box: Sequence[tuple[int, int]]
 ) -> tuple[Iterator[str], int]:
     """Returns the keys of the chunks that a box meets, and the most bytes that one may have."""
-    content = document.content
+    shape = stored_chunk_shape(document)
+    prefix, separator = [], document.content.get("dimension_separator", ".")
     if document.zarr3:
-        shape = content["chunk_grid"]["configuration"]["chunk_shape"]
-        keys = content["chunk_key_encoding"]
+        keys = document.content["chunk_key_encoding"]
         is_default = keys["name"] == "default"
-        separator = keys.get("configuration", {}).get("separator", "/" if is_default else ".")
         prefix = ["c"] if is_default else []
-    else:
-        shape, prefix = content["chunks"], []
-        separator = content.get("dimension_separator", ".")
+        separator = keys.get("configuration", {}).get("separator", "/" if is_default else ".")
     ranges = [
         range(low // side, -(-high // side)) for (low, high), side in zip(box, shape, strict=True)
     ]

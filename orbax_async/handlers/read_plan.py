@@ -202,6 +202,11 @@ class Loading:
         for index, entry in to_load.items():
             request, document = self._requests[index], documents[entry.name]
             record = LeafRecord(entry, document, impls.get(entry.name), saved.get(entry.name))
+            if document.nbytes > zarr.LARGE_NBYTES and self._options.raise_array_data_missing_error:
+                absence = store.find_absence(entry.name, document)
+                if absence is not None:
+                    self._refused.append(errors.CorruptDataError(record.label, absence))
+                    continue
             sharding = self._sharding_for(record, request)
             private = tuple(sorted(entry.private.items())) if entry.private else ()
             key = (

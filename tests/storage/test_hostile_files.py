@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorstore as ts
 
 import orbax_async as ocp
 from orbax_async import errors
@@ -82,3 +85,29 @@ def test_f5_a_manifest_that_is_too_large_is_refused(tmp_path: Path) -> None:
         ocp.load(tmp_path / "checkpoint")
     report = ocp.verify(tmp_path / "checkpoint")
     assert {each.keypath for each in report.damage} >= {"['large']", "['small']"}
+
+
+@pytest.mark.parametrize("use_ocdbt", [True, False])
+@pytest.mark.parametrize("side", [10**12, 10**15])
+@pytest.mark.parametrize("is_one_chunk", [True, False])
+def test_f6_a_shape_that_cannot_be_there_is_refused(
+    side: int, is_one_chunk: bool, use_ocdbt: bool, tmp_path: Path
+) -> None:
+    """F6: where a document declares a petabyte, loads and checks end at once, and name the leaf."""
+    state = saved(tmp_path, use_ocdbt=use_ocdbt)
+    base = {"driver": "file", "path": f"{state}/"}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base} if use_ocdbt else base).result()
+    document = json.loads(store["large/zarr.json"])
+    document["shape"] = [side]
+    if is_one_chunk:
+        document["chunk_grid"]["configuration"]["chunk_shape"] = [side]
+    store["large/zarr.json"] = json.dumps(document)
+    began = time.monotonic()
+    with pytest.raises(errors.CorruptDataError, match=rf"\['large'\].*its shape \({side},\)"):
+        ocp.load(tmp_path / "checkpoint")
+    report = ocp.verify(tmp_path / "checkpoint")
+    assert time.monotonic() - began < 10
+    assert [each.keypath for each in report.damage] == ["['large']"]
+    assert np.array_equal(
+        ocp.load(tmp_path / "checkpoint", select=report.intact)["good"], [0, 1, 2]
+    )

@@ -23,8 +23,9 @@ import contextlib
 import contextvars
 import os
 import threading
+import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar
 
 import anyio
 import jax
@@ -38,8 +39,7 @@ from orbax_async._response import AsyncResponse
 from orbax_async._trace import Recorder, logger
 from orbax_async.options import CheckpointLayout, MemoryOptions
 
-__all__ = ["CancelSwitch", "Operation", "PathLock", "current", "starting"]
-
+P = ParamSpec("P")
 T = TypeVar("T")
 Verb = Literal["save", "load", "metadata", "delete"]
 
@@ -423,3 +423,29 @@ class PathLock:
 
 if hasattr(os, "register_at_fork"):  # what the parent holds is not the child's
     os.register_at_fork(after_in_child=PathLock._last.clear)
+
+
+def older(newer: Callable[P, T]) -> Callable[P, T]:
+    """Returns a verb by a name that Orbax has deprecated; calling it tells the newer name."""
+
+    def function(*args: P.args, **kwargs: P.kwargs) -> T:
+        _warn_of_new_name(newer.__name__)
+        return newer(*args, **kwargs)
+
+    function.__doc__ = f"Does what `{newer.__name__}` does; deprecated."
+    return function
+
+
+def older_method(name: str) -> Callable[..., Any]:
+    """Returns a method that does what the one of another name does, and tells that name."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _warn_of_new_name(name)
+        return getattr(self, name)(*args, **kwargs)
+
+    method.__doc__ = f"Does what `{name}` does; deprecated."
+    return method
+
+
+def _warn_of_new_name(name: str) -> None:
+    warnings.warn(f"Use `{name}` instead.", DeprecationWarning, stacklevel=3)

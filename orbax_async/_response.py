@@ -15,8 +15,6 @@ from orbax_async import errors
 from orbax_async._engine import loop
 from orbax_async._trace import Progress, Recorder, Span, logger
 
-__all__ = ["AsyncResponse"]
-
 R = TypeVar("R")
 T = TypeVar("T")
 

@@ -13,8 +13,6 @@ import time
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-__all__ = ["Phase", "Progress", "Recorder", "Span", "logger"]
-
 logger = logging.getLogger("orbax_async")
 
 Phase = Literal["planned", "staged", "written", "committed", "failed"]

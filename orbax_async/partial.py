@@ -14,8 +14,7 @@ from typing import Any
 
 from orbax_async import _names as names
 from orbax_async._api.save import json_metadata, writing
-from orbax_async._commit.destination import check_parent
-from orbax_async._commit.sequence import Save
+from orbax_async._commit.sequence import Save, check_parent
 from orbax_async._commit.sessions import (
     PartCommit,
     Session,

@@ -2,8 +2,7 @@
 
 Does:
   - check what they are given before any work starts, and start it through the one door;
-  - read a checkpoint as one whole, also while it is being replaced (`reader`);
-  - keep the names that Orbax has deprecated, and show all public names (`public`).
+  - keep the names that Orbax has deprecated.
 
 Does not:
   - know how arrays are stored, or how bytes are scheduled.

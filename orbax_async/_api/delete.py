@@ -13,14 +13,12 @@ from orbax_async._commit import leftovers, removal
 from orbax_async._engine import loop
 from orbax_async._layouts.layout import reading
 from orbax_async._layouts.orbax import OrbaxLayout, check_name
-from orbax_async._layouts.table import find_checkpoint
+from orbax_async._layouts.reader import find_checkpoint
 from orbax_async._operation import starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.local import open_directory
 from orbax_async.path import PathLike, pathlike
-
-__all__ = ["check_options", "delete", "delete_async"]
 
 
 def delete(

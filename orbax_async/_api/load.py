@@ -10,26 +10,17 @@ import jax
 
 from orbax_async import _names as names
 from orbax_async._api.metadata import CheckpointMetadata
-from orbax_async._api.reader import Reader
 from orbax_async._engine import loop
 from orbax_async._layouts.layout import Checkpointable, Layout
 from orbax_async._layouts.orbax import check_name
-from orbax_async._operation import Operation, starting
+from orbax_async._layouts.reader import Reader
+from orbax_async._operation import Operation, older, starting
 from orbax_async._response import AsyncResponse
 from orbax_async.handlers import choose, phases
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.path import Path, PathLike
-from orbax_async.tree.selection import Select
-
-__all__ = [
-    "Selects",
-    "Shardings",
-    "load",
-    "load_async",
-    "load_checkpointables",
-    "load_checkpointables_async",
-]
+from orbax_async.tree.keypath import Select
 
 Selects = Select | Mapping[str, Select]
 Shardings = jax.sharding.Sharding | ShardingFunction | Mapping[str, Any]
@@ -316,3 +307,9 @@ def _subset(
             abstract = parts[name].handler.read_abstract(abstracts.get(name), **of_tree)
             subset[name] = parts[name]._replace(value=abstract)
     return subset
+
+
+# Older names, which Orbax has deprecated too.
+
+load_pytree = older(load)
+load_pytree_async = older(load_async)

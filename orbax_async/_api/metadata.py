@@ -9,25 +9,17 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import registration
-from orbax_async._api.reader import Reader
 from orbax_async._engine import loop
 from orbax_async._layouts.layout import Checkpointable, Details, Layout
 from orbax_async._layouts.orbax import OrbaxLayout, check_name
-from orbax_async._operation import Operation, starting
+from orbax_async._layouts.reader import Reader
+from orbax_async._operation import Operation, older, starting
 from orbax_async._storage.local import open_directory
 from orbax_async._trace import logger
 from orbax_async.handlers import choose, phases, user_code
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike, pathlike
 from orbax_async.tree import AbstractLeaf, PyTreeOf
-
-__all__ = [
-    "CheckpointMetadata",
-    "PyTreeMetadata",
-    "checkpointables_metadata",
-    "is_orbax_checkpoint",
-    "metadata",
-]
 
 T = TypeVar("T")
 PyTreeMetadata: TypeAlias = PyTreeOf[AbstractLeaf]
@@ -217,3 +209,8 @@ def is_orbax_checkpoint(path: PathLike) -> bool:
     """
     layout = OrbaxLayout(open_directory(pathlike.absolute(path)), ambient.current())
     return layout.problem() is None
+
+
+# Older names, which Orbax has deprecated too.
+
+pytree_metadata = older(metadata)

@@ -10,26 +10,14 @@ from typing import Any
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._commit.destination import Destination
-from orbax_async._commit.sequence import Save
+from orbax_async._commit.sequence import Destination, Save
 from orbax_async._layouts.orbax import OrbaxLayout, check_name, writes_in_place
-from orbax_async._operation import Operation, starting
+from orbax_async._operation import Operation, older, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.local import open_directory
 from orbax_async.handlers import choose, phases
 from orbax_async.handlers.documents import MetricsHandler
 from orbax_async.path import PathAwaitingCreation, PathLike, pathlike
-
-__all__ = [
-    "SaveRequest",
-    "json_metadata",
-    "prepare",
-    "save",
-    "save_async",
-    "save_checkpointables",
-    "save_checkpointables_async",
-    "writing",
-]
 
 
 def save(
@@ -302,3 +290,9 @@ def json_metadata(custom_metadata: Any) -> dict[str, Any]:
         return dict(json.loads(json.dumps(custom_metadata)))
     except (TypeError, ValueError, RecursionError) as error:
         raise errors.NotJsonError(f"custom_metadata: {error}") from None
+
+
+# Older names, which Orbax has deprecated too.
+
+save_pytree = older(save)
+save_pytree_async = older(save_async)

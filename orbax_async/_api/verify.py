@@ -8,11 +8,10 @@ from typing import Any
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._api.reader import Reader
 from orbax_async._engine import loop, plan
 from orbax_async._engine.load_pipeline import ArrayRead, VerifyPipeline
-from orbax_async._layouts import table
 from orbax_async._layouts.layout import Checkpointable, Damage, StoredTree
+from orbax_async._layouts.reader import Reader, layout_of
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage import zarr
@@ -23,10 +22,8 @@ from orbax_async.handlers.choose import TYPESTRS
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike
-from orbax_async.tree import keypath, schema, selection
+from orbax_async.tree import keypath, schema
 from orbax_async.tree.keypath import KeyPath
-
-__all__ = ["Damage", "VerificationReport", "verify", "verify_async"]
 
 _REGION_NBYTES = 8 << 20  # of small chunks that are read together
 _SHOWN = 20
@@ -213,7 +210,7 @@ class _Inspection:
     def _begin(self) -> VerifyPipeline | None:
         """Checks the documents; returns what checks the arrays. Blocks."""
         options = self._operation.context
-        layout = table.layout_of(self._directory, options)
+        layout = layout_of(self._directory, options)
         damage: list[Damage] = []
         try:
             damage += layout.find_damage()
@@ -302,7 +299,7 @@ class _Inspection:
 
     def _add_leaf(self, keys: KeyPath, error: Exception) -> None:
         """Notes that a leaf can't be loaded."""
-        label, pattern = keypath.label(keys) or "<root>", selection.pattern_of(keys)
+        label, pattern = keypath.label(keys) or "<root>", keypath.pattern_of(keys)
         self._findings.damage.append(
             Damage(
                 checkpointable=self._name,

@@ -1,9 +1,8 @@
 """Making a checkpoint visible, whole and durable, or leaving nothing.
 
 Does:
-  - say what a commit is (`commit_protocol`), and take its steps in one order (`sequence`);
-  - commit by names (`rename`), in place (`marker`), or part by part (`sessions`), as what lies at
-    the path allows (`destination`);
+  - say what a commit is, commit by names or by a marker (`commits`), or part by part (`sessions`);
+  - choose the commit by what lies at the path, and take its steps in one order (`sequence`);
   - tell whose unfinished work is, put back what was set aside, and sweep the rest (`leftovers`);
   - delete a checkpoint, or one checkpointable of it (`removal`).
 

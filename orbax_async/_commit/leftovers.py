@@ -52,26 +52,6 @@ from orbax_async._storage.directory import Capability, Directory, Lock
 from orbax_async._storage.local import open_directory
 from orbax_async._trace import logger
 
-__all__ = [
-    "Held",
-    "clear",
-    "discard",
-    "hide",
-    "hold",
-    "is_hollow",
-    "is_unfinished",
-    "leave",
-    "living_owners",
-    "look_after",
-    "make_held",
-    "owner_in_place",
-    "retire",
-    "settle",
-    "sweep",
-    "temporary",
-    "temporary_path",
-]
-
 _SILENT_SECS = 120.0
 _SILENT_SECS_BEFORE = 24 * 3600.0  # of owners of the version before, who do not touch anything
 _HOLDS_LOCKS = "00"  # in a name, in place of the time at which its process began

@@ -25,8 +25,6 @@ from orbax_async._commit import leftovers
 from orbax_async._storage.directory import Directory, damage_in
 from orbax_async._storage.local import open_directory
 
-__all__ = ["begin", "finish", "name_in_deletion", "read_record", "remove_whole"]
-
 _UNFINISHED = ".orbax-delete-"  # begins the names of documents that are being written
 
 _KEYS = {"checkpointable_name", "destination", "operation_id", "original_metadata"}

@@ -1,7 +1,7 @@
 """The sequence of a save, whatever commits it: from the first value captured to the last sync.
 
 Rules
-  I4, I5, as `commit_protocol` has them: durable, then visible, then durably visible.
+  I4, I5, as `commits` has them: durable, then visible, then durably visible.
   I15  However it ends, nothing is held afterwards, and nothing of it left that is not visible.
 
 Theory of operation
@@ -21,26 +21,26 @@ Theory of operation
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._commit import leftovers
-from orbax_async._commit.commit_protocol import Commit
+from orbax_async._commit import leftovers, removal
+from orbax_async._commit.commits import Commit, MarkerCommit, RenameCommit
 from orbax_async._commit.leftovers import Held
 from orbax_async._engine import loop
 from orbax_async._operation import Operation
+from orbax_async._storage.directory import Capability, Directory
 from orbax_async._trace import logger
 from orbax_async.path import Path, PathAwaitingCreation
-
-__all__ = ["Save"]
 
 _SYNCS_AT_ONCE, _SYNCED_IN_A_ROW = 4, 8
 _SWEEP_GRACE_SECS = 1.0
@@ -278,3 +278,105 @@ class Save:
         else:
             for path in swept:
                 logger.info("removed %s, left by a process that has died", path)
+
+
+# What may lie at the path that a save is given, and which commit it takes.
+
+
+class Destination(NamedTuple):
+    """Where a save is to be committed; every method blocks.
+
+    Attributes:
+      final: the path.
+      overwrite: whether a checkpoint there may be replaced.
+      is_in_place: whether a first save is written at the path itself.
+      is_replaceable: says whether what lies at a path is a checkpoint, or was to be one.
+    """
+
+    final: Directory
+    overwrite: bool
+    is_in_place: bool
+    is_replaceable: Callable[[str], bool]
+
+    def commit(self, *, may_look: bool) -> Commit:
+        """Chooses how to commit: in place, where that is asked for, only what overwrites nothing.
+
+        Args:
+          may_look: whether it may look at the path. It is of no use before another save there.
+        """
+        with self._looking():
+            is_first = not self.overwrite or (may_look and self._is_free())
+        if self.is_in_place and (is_first or not self.final.can(Capability.RENAME)):
+            return MarkerCommit(self.final)
+        return RenameCommit(self.final, self.check if self.overwrite else None)
+
+    def _looking(self) -> contextlib.AbstractContextManager[None]:
+        return errors.reported_as(errors.CommitError, f"cannot save to {self.final.path}")
+
+    def _is_free(self) -> bool:
+        return self.final.status() is None or leftovers.is_hollow(self.final)
+
+    def check(self) -> None:
+        """Raises what can be known to go wrong before any value is captured.
+
+        Raises:
+          DestinationExistsError: something lies there that may not be replaced.
+          DeletionInProgressError: a deletion there was begun and not finished.
+          CommitError: no directory can be made there.
+        """
+        with self._looking():
+            self._check()
+
+    def _check(self) -> None:
+        final = self.final
+        leftovers.settle(final.path)
+        leftovers.clear(final)
+        status = final.status()
+        if status is not None and not (self.is_in_place and leftovers.is_hollow(final)):
+            self._check_replaceable(is_directory=status.kind == "directory")
+        check_parent(final)
+
+    def _check_replaceable(self, *, is_directory: bool) -> None:
+        path = self.final.path
+        if removal.name_in_deletion(self.final) is not None:
+            raise errors.DeletionInProgressError(
+                f"{path} has a deletion that was begun and not finished: finish it before saving "
+                "there, or delete the checkpoint"
+            )
+        if leftovers.is_unfinished(self.final) and leftovers.owner_in_place(self.final):
+            raise errors.DestinationExistsError(
+                f"Destination {path} is being written by another save, or one of another machine "
+                "has died there within the last two minutes. Wait for it, or save elsewhere."
+            )
+        if not self.overwrite:
+            raise errors.DestinationExistsError(
+                f"Destination {path} already exists. Save elsewhere, or with overwrite=True."
+            )
+        is_empty = is_directory and not self.final.entries()
+        if not is_empty and not (is_directory and self.is_replaceable(path)):
+            raise errors.DestinationExistsError(
+                f"Destination {path} already exists and is no checkpoint: overwrite=True replaces "
+                "checkpoints only. Remove it yourself, or save elsewhere."
+            )
+
+
+def check_parent(final: Directory) -> None:
+    """Raises if no directory can be made at a path.
+
+    Raises:
+      CommitError: there is a file above it, or nothing can be made there.
+    """
+    parent = final.parent
+    with errors.reported_as(errors.CommitError, f"cannot create {final.path}"):
+        while (status := parent.status()) is None:
+            parent = parent.parent
+        if status.kind == "file":
+            raise errors.CommitError(
+                f"cannot create {final.path}: {parent.path} is a file, not a directory. Check the "
+                "path."
+            )
+        if not parent.is_writable():
+            raise errors.CommitError(
+                f"cannot create {final.path}: the directory {parent.path} is not writable. Change "
+                "its permissions, or save elsewhere."
+            )

@@ -32,21 +32,11 @@ from typing import Any
 from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import leftovers
+from orbax_async._commit.commits import NameChange, RenameCommit, appeared
 from orbax_async._commit.leftovers import Held
-from orbax_async._commit.rename import NameChange, RenameCommit, appeared
 from orbax_async._storage.directory import Directory, damage_in, read_json
 from orbax_async._storage.local import open_directory
 from orbax_async.tree.merging import merge_json
-
-__all__ = [
-    "PartCommit",
-    "Session",
-    "WholeCommit",
-    "check_begun",
-    "check_unfinished",
-    "find_parts",
-    "session_path",
-]
 
 _KNOWN = {
     names.CHECKPOINT_MARKER,
@@ -66,7 +56,8 @@ def find_parts(session: Directory) -> list[Directory]:
 
     The session itself comes first if a finalization was interrupted that had put together some.
     """
-    entries = session.entries()
+    with errors.reported_as(errors.CommitError, f"cannot look into {session.path}"):
+        entries = session.entries()
     parts = [
         session / name for name, is_directory in entries if names.PART_MARK in name and is_directory
     ]

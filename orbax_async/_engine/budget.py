@@ -21,8 +21,6 @@ from typing import NamedTuple
 
 import anyio
 
-__all__ = ["BatchSlots", "BudgetStatistics", "ByteBudget"]
-
 _LARGE_AT_ONCE = 3
 _SMALL_PIECE_NBYTES = 64 << 10  # and less; what a save encodes without opening an array
 

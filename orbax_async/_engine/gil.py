@@ -24,8 +24,6 @@ from typing import Any, TypeVar
 if sys.platform == "linux":
     import resource
 
-__all__ = ["bytes_of", "sliced"]
-
 T = TypeVar("T")
 
 _SLICE_SECS, _PAUSE_SECS = 1e-3, 1e-5

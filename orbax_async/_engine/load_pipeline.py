@@ -28,18 +28,15 @@ import tensorstore as ts
 from orbax_async import errors
 from orbax_async._engine import loop, plan
 from orbax_async._engine.budget import BatchSlots, ByteBudget
-from orbax_async._engine.host_memory import aligned_empty, lies_on_host
 from orbax_async._engine.leaf import Piece
-from orbax_async._engine.place import free_nbytes, place, send
 from orbax_async._engine.plan import ReadRequest
+from orbax_async._engine.transfer import aligned_empty, free_nbytes, lies_on_host, place, send
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._trace import Recorder
 from orbax_async.options import ArrayOptions
 from orbax_async.tree import keypath
 from orbax_async.tree.schema import Entry
-
-__all__ = ["ArrayRead", "LoadPipeline", "VerifyPipeline"]
 
 _Broadcast = ArrayOptions.Loading.LoadAndBroadcastOptions
 

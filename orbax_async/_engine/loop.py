@@ -53,16 +53,6 @@ else:
 with contextlib.suppress(ImportError):
     importlib.import_module("anyio._backends._asyncio")
 
-__all__ = [
-    "Background",
-    "Engine",
-    "call_soon",
-    "is_engine_thread",
-    "refuse_engine_thread",
-    "spawn",
-    "to_worker",
-]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

@@ -30,26 +30,6 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
-__all__ = [
-    "ChunkGrid",
-    "Planned",
-    "ReadRequest",
-    "Region",
-    "ReplicaParallel",
-    "ShardSpec",
-    "WriteRequest",
-    "batches",
-    "box_nbytes",
-    "box_shape",
-    "chunk_regions",
-    "chunk_shape",
-    "plan_writes",
-    "read_regions",
-    "rows",
-    "whole",
-    "within",
-]
-
 Box = tuple[tuple[int, int], ...]
 
 

@@ -23,16 +23,12 @@ import tensorstore as ts
 
 from orbax_async import errors
 from orbax_async._engine import gil, loop, plan
-from orbax_async._engine.batches import WriteBatch
 from orbax_async._engine.budget import BatchSlots, ByteBudget
-from orbax_async._engine.capture import capture, copy_small
-from orbax_async._engine.host_memory import give_back_freed
-from orbax_async._engine.leaf import Leaf, Piece
+from orbax_async._engine.leaf import Leaf, Piece, WriteBatch
+from orbax_async._engine.transfer import capture, copy_small, give_back_freed
 from orbax_async._storage import codecs, zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._trace import Recorder
-
-__all__ = ["Event", "SavePipeline"]
 
 Event = Literal["transfer_start", "transfer_end", "write_start", "write_end"]
 

@@ -22,8 +22,6 @@ from orbax_async._storage.zarr import ArrayDocument
 from orbax_async.tree import schema, structure
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["COPY_AGAIN", "Checkpointable", "Damage", "Details", "Layout", "StoredTree", "reading"]
-
 COPY_AGAIN = "Copy it again from where the checkpoint came from."
 
 

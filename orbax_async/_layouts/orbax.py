@@ -28,13 +28,14 @@ from orbax_async._storage.array_store import ArrayStore, holds_ocdbt, read_index
 from orbax_async._storage.directory import MAX_NBYTES, Directory, damage_in, read_json
 from orbax_async._trace import logger
 from orbax_async.options import AtomicityMode
-from orbax_async.options._file_options import mode_of_temporary_path
-from orbax_async.tree import keypath, rich, schema, structure
+from orbax_async.options._operation_options import mode_of_temporary_path
+from orbax_async.tree import keypath, schema, structure
 from orbax_async.tree.keypath import KeyPath
 
-__all__ = ["OrbaxLayout", "check_name", "writes_in_place"]
-
 T = TypeVar("T")
+
+_LEADS_OUT = "is a symbolic link that leads out of the checkpoint, and is not followed"
+_PUT_IN_PLACE = "Put what it leads to in its place, if you trust it."
 
 
 class OrbaxLayout(Layout):
@@ -54,8 +55,9 @@ class OrbaxLayout(Layout):
 
     @property
     def is_damaged(self) -> bool:
-        """Whether it was a checkpoint before it lost its metadata."""
-        return self.is_marked and names.CHECKPOINT_METADATA not in self.inside
+        """Whether it is a checkpoint without its metadata, or with links out of it."""
+        is_there = names.CHECKPOINT_METADATA in self.inside
+        return self.is_marked and (not is_there or bool(self._links))
 
     @property
     def is_flat(self) -> bool:
@@ -93,6 +95,8 @@ class OrbaxLayout(Layout):
     def problem(self) -> str | None:
         """Returns why no checkpoint can be loaded from here, as the end of a sentence."""
         problem = self._missing()
+        if problem is None and self._links:
+            return f"{self._links[0]!r} in it {_LEADS_OUT}. {_PUT_IN_PLACE}"
         if (
             problem is None
             and names.COMMIT_MARKER not in self.inside
@@ -105,6 +109,11 @@ class OrbaxLayout(Layout):
                 "atomicity.allow_legacy_atomic_rename to load the latter."
             )
         return problem
+
+    @functools.cached_property
+    def _links(self) -> list[str]:
+        """I14: the links that are not followed."""
+        return self.directory.outward_links()
 
     def _missing(self) -> str | None:
         directory = self.directory
@@ -257,6 +266,10 @@ class OrbaxLayout(Layout):
         def add(name: str, problem: str, hint: str = COPY_AGAIN) -> None:
             damage.append(Damage("", "", (self.directory / name).path, problem, hint))
 
+        for name in self._links:
+            add(name, f"it {_LEADS_OUT}, and nothing else is read", _PUT_IN_PLACE)
+        if damage:
+            return {}, damage
         recorded: Mapping[str, str] = {}
         try:
             recorded = _recorded(self._read_document())
@@ -337,7 +350,7 @@ class _OrbaxTree(StoredTree):
 
         def nest(entries: Iterable[tuple[KeyPath, Any]]) -> Any:
             try:
-                return rich.nest(text, entries)
+                return schema.nest_rich(text, entries)
             except ValueError as error:
                 file = self.directory / names.TREE_METADATA
                 raise errors.InvalidLayoutError(

@@ -21,8 +21,6 @@ from orbax_async.options import SafetensorsOptions
 from orbax_async.tree import schema
 from orbax_async.tree.keypath import Key
 
-__all__ = ["SafetensorsLayout"]
-
 
 class SafetensorsLayout(Layout):
     """Safetensors files."""

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -276,8 +276,23 @@ class ArrayStore:
         return self.sizes()
 
     def list_keys(self) -> set[str]:
-        """Returns every key that is stored."""
-        return {key.decode() for key in self._kvstore.list().result()}
+        """Returns every key that is stored.
+
+        Raises:
+          CommitError: it can't be read.
+        """
+        with _storing(f"cannot read what was written to {self.directory.path}"):
+            return {key.decode() for key in self._kvstore.list().result()}
+
+
+@contextlib.contextmanager
+def _storing(problem: str) -> Iterator[None]:
+    """Makes a CommitError of what TensorStore raises for a fault of the system."""
+    try:
+        yield
+    except ValueError as error:
+        cause = str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
+        raise errors.CommitError(f"{problem}: {cause}") from error
 
 
 @functools.cache
@@ -349,7 +364,15 @@ def merge_process_databases(directory: Directory) -> int:
 
     Returns:
       How many databases were merged.
+
+    Raises:
+      CommitError: one can't be read, or the merged one not be written.
     """
+    with _storing(f"cannot merge the databases in {directory.path}"):
+        return _merge_process_databases(directory)
+
+
+def _merge_process_databases(directory: Directory) -> int:
     prefix = names.PROCESS_DATABASE.format("")
     databases = [
         directory / entry.name

@@ -512,7 +512,11 @@ def read_into(file: io.RawIOBase, offset: int, into: memoryview) -> None:
     file.seek(offset)
     done = 0
     while done < len(into):
-        count = file.readinto(into[done:])
+        try:
+            count = file.readinto(into[done:])
+        except OSError as error:
+            error.filename = error.filename or getattr(file, "name", None)
+            raise
         if not count:
             raise ValueError(f"{done} bytes found, {len(into)} expected")
         done += count

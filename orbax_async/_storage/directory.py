@@ -118,6 +118,10 @@ class Directory(Protocol):
         """
         ...
 
+    def outward_links(self) -> list[str]:
+        """Returns the symbolic links below it that lead out of it, by relative name."""
+        ...
+
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes | None:
         """Returns the bytes of a file, or a range of them; None where there is no such file."""
         ...

@@ -87,17 +87,35 @@ class LocalDirectory:
         """Returns (files, directories) below it by relative name, deepest directories first."""
         files: list[str] = []
         directories: list[str] = []
-        for directory, _, names in os.walk(self.path, topdown=False):
+        for directory, _, names in os.walk(self.path, topdown=False, onerror=_unless_gone):
             below = os.path.relpath(directory, self.path).replace(os.sep, "/")
             prefix = "" if below == "." else f"{below}/"
             files += [prefix + name for name in names]
             directories.append(prefix[:-1])
         return files, directories
 
+    def outward_links(self) -> list[str]:
+        """Returns the symbolic links below it that lead out of it, by relative name."""
+        root, found, pending = "", [], [self.path]
+        while pending:
+            try:
+                with os.scandir(pending.pop()) as entries:
+                    for entry in entries:
+                        if entry.is_symlink():
+                            root = root or os.path.join(os.path.realpath(self.path), "")
+                            if not os.path.realpath(entry.path).startswith(root):
+                                found.append(os.path.relpath(entry.path, self.path))
+                        elif entry.is_dir():
+                            pending.append(entry.path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        return sorted(found)
+
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes | None:
         """Returns the bytes of a file, or a range of them; None where there is no such file."""
+        path = f"{self.path}/{name}"
         try:
-            with open(f"{self.path}/{name}", "rb", buffering=0) as file:
+            with open(path, "rb", buffering=0) as file:
                 if start:
                     file.seek(start)
                 if nbytes is None:
@@ -110,6 +128,9 @@ class LocalDirectory:
                 return data
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            error.filename = path  # a read itself names no file
+            raise
 
     def is_writable(self) -> bool:
         """Says whether permission bits let this process make something in it."""
@@ -319,6 +340,11 @@ class _FileLock:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_FileLock.forget_all)
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _remove_tree(path: str) -> None:

@@ -31,7 +31,7 @@ from orbax_async.handlers.parts import PartsHandler
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.handlers.user_code import StatefulCheckpointableHandler
-from orbax_async.tree.selection import Select
+from orbax_async.tree.keypath import Select
 
 __all__ = ["TYPESTRS", "Part", "for_loading", "for_saving", "state_for_loading"]
 
@@ -89,21 +89,14 @@ _PREPARE_TO_SAVE: dict[type, Callable[[Any, Any], Any]] = {
     MetricsHandler: MetricsHandler.encode,
     ProtoHandler: ProtoHandler.encode,
 }
-_REFUSALS = (errors.LeafError, errors.NotJsonError)
 
 
 class Part(NamedTuple):
-    """One checkpointable of an operation.
+    """One checkpointable of an operation, and what saves or loads it."""
 
-    Attributes:
-      name: what it is called; None for a flat, older checkpoint.
-      handler: what saves or loads it.
-      value: what the handler is given: the object, or its abstract form, or what it was made of.
-    """
-
-    name: str | None
+    name: str | None  # None for a flat, older checkpoint
     handler: Any
-    value: Any
+    value: Any  # what the handler is given: the object or its abstract form, prepared or not
 
     @property
     def typestr(self) -> str:
@@ -112,23 +105,16 @@ class Part(NamedTuple):
 
     def code(self, verb: str) -> str | None:
         """Names a user's code behind a verb of the handler; None if that is our own."""
-        if isinstance(self.handler, StatefulCheckpointableHandler):
-            return f"{type(self.value).__name__}.{verb}"
-        if type(self.handler) in TYPESTRS:
+        saves_itself = isinstance(self.handler, StatefulCheckpointableHandler)
+        if not saves_itself and type(self.handler) in TYPESTRS:
             return None
-        return f"{type(self.handler).__name__}.{verb}"
+        return f"{type(self.value if saves_itself else self.handler).__name__}.{verb}"
 
 
 def for_saving(
     name: str, checkpointable: Any, registry: Registry, *, is_state: bool = False
 ) -> Part:
     """Chooses what saves an object, and lets it refuse the object before any work starts.
-
-    Args:
-      name: the checkpointable's.
-      checkpointable: the object.
-      registry: the handlers to choose from.
-      is_state: whether it was given as a state, which is a pytree.
 
     Raises:
       NoEntryError: no handler takes the object.
@@ -150,7 +136,7 @@ def for_saving(
             continue
         try:
             prepared = prepare(handler, checkpointable)
-        except _REFUSALS as refusal:
+        except (errors.LeafError, errors.NotJsonError) as refusal:
             refusals.append(f"{type(handler).__name__}: {refusal}")
             if type(handler) is PyTreeHandler and isinstance(refusal, errors.LeafError):
                 of_leaf = refusal
@@ -171,15 +157,7 @@ def for_saving(
 def for_loading(
     name: str, abstract: Any, registry: Registry, *, typestr: str | None, is_pytree: bool, path: str
 ) -> Part:
-    """Chooses what loads a checkpointable.
-
-    Args:
-      name: the checkpointable's.
-      abstract: what is asked for; None for what is stored.
-      registry: the handlers to choose from.
-      typestr: the handler that the checkpoint names.
-      is_pytree: whether what is stored looks like a pytree.
-      path: the checkpoint, for messages.
+    """Chooses what loads a checkpointable, of which the checkpoint names the handler `typestr`.
 
     Raises:
       NoEntryError: no handler can load what is asked for.
@@ -226,11 +204,7 @@ def state_for_loading(
     select: Select | None = None,
     sharding: jax.sharding.Sharding | ShardingFunction | None = None,
 ) -> Part:
-    """Chooses what loads a pytree: a handler of such that is bound to its name, or a new one.
-
-    Raises:
-      AbstractLeafError: the abstract tree holds what nothing can be loaded as.
-    """
+    """Chooses what loads a pytree: a handler of such that is bound to its name, or a new one."""
     bound = _made(registry.get(name)) if name is not None and registry.has(name) else None
     if not isinstance(bound, PyTreeHandler):
         bound = PyTreeHandler()
@@ -240,7 +214,7 @@ def state_for_loading(
 
 
 def _newest_first(registry: Registry, refusals: list[str]) -> Iterator[Any]:
-    """Makes the handlers that are bound to no name; those that can't be made say why (W39)."""
+    """Makes the handlers that are bound to no name; those that can't be made say why."""
     for handler, name in reversed(registry.get_all_entries()):
         if name is not None:
             continue

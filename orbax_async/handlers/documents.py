@@ -25,11 +25,8 @@ _METRICS_FILE = "metrics"
 _PROTO_FILE = "proto.pbtxt"
 
 
-class Encoded:
+class Encoded(bytes):
     """A document as it will be written: what the first phase starts from."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
 
 
 class _DocumentHandler:
@@ -52,7 +49,7 @@ class _DocumentHandler:
         if not operation.current().processes.is_primary:
             return
         with errors.reported_as(errors.CommitError, f"cannot write {self._filename}"):
-            await loop.to_worker(where.write, self._filename, encoded.data)
+            await loop.to_worker(where.write, self._filename, encoded)
 
     async def metadata(self, directory: Path) -> None:
         """Returns None, the abstract form of any document: it does not say what it holds."""
@@ -114,7 +111,8 @@ class JsonHandler(_DocumentHandler):
             raise errors.AbstractLeafError(
                 "", f"JSON is loaded as it is: ask for None, not for {abstract_checkpointable!r}"
             )
-        return loop.to_worker(_read, directory, self._names, _parse_json)
+        parse = functools.partial(parse_json, kind=object)
+        return loop.to_worker(_read, directory, self._names, parse)
 
     def is_handleable(self, checkpointable: Any) -> bool:
         """Says whether JSON can hold a value."""
@@ -126,10 +124,6 @@ class JsonHandler(_DocumentHandler):
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """Returns None: what a value is loaded as does not tell that it is JSON."""
-
-
-def _parse_json(data: bytes, path: str) -> Any:
-    return parse_json(data, path, object)
 
 
 class MetricsHandler(JsonHandler):

@@ -13,8 +13,7 @@
 | None, empty containers | only the tree's metadata | the same |
 
 `TABLE` has one entry a kind. A new kind is a subclass of `Kind` and an entry of the table, and
-nothing else. A kind does not know where in a tree its leaf is: it raises a ValueError with the
-reason, and the caller names the leaf.
+nothing else. A kind raises a ValueError with the reason; `encode` and `want` name the leaf.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbax_async import arrays, errors
-from orbax_async._engine import place
+from orbax_async._engine import transfer
 from orbax_async._engine.leaf import Leaf
 from orbax_async._storage import zarr
 from orbax_async.tree import keypath, schema, structure
@@ -59,39 +58,25 @@ Encoded = tuple[Leaf, Any]  # with its array, its text, or None
 class Request(NamedTuple):
     """What is asked for in place of a stored leaf: an abstract leaf, understood.
 
-    Attributes:
-      kind: what the leaf becomes; None for what was saved.
-      shape: what must be stored; None for any shape.
-      dtype: what the values are cast to; None for the stored one.
-      sharding: where a jax array goes; None for where it was saved.
-      type: the class of a value that is no array.
-      is_weak: whether a jax scalar is weakly typed.
+    What is None is as it was saved.
     """
 
     kind: Kind | None
     shape: tuple[int, ...] | None = None
     dtype: Any = None
     sharding: jax.sharding.Sharding | None = None
-    type: Any = None
-    is_weak: bool = False
+    type: Any = None  # the class of a value that is no array
+    is_weak: bool = False  # of a jax scalar
 
 
 class LeafRecord(NamedTuple):
-    """What the documents of a checkpoint say of one leaf.
-
-    Attributes:
-      entry: in the tree's document.
-      array: of its array, as it is stored.
-      prng_impl: of typed PRNG keys, the name of their implementation.
-      sharding: the document of the saved sharding.
-      nbytes: what the array takes on disk.
-    """
+    """What the documents of a checkpoint say of one leaf."""
 
     entry: schema.Entry
     array: zarr.ArrayDocument = zarr.plain_document((), _UINT8)
-    prng_impl: str | None = None
-    sharding: Mapping[str, Any] | None = None
-    nbytes: int | None = None
+    prng_impl: str | None = None  # of typed PRNG keys, the name of their implementation
+    sharding: Mapping[str, Any] | None = None  # the document of the saved one
+    nbytes: int | None = None  # on disk
 
     @property
     def label(self) -> str:
@@ -128,9 +113,7 @@ class Kind:
     def encode(self, keys: KeyPath, value: Any) -> Encoded | None:
         """Returns what is stored of a value of `types`; None if it is of another kind.
 
-        Raises:
-          ValueError: it can't be stored.
-          RuntimeError: its values are gone.
+        It raises a ValueError if that can't be, and a RuntimeError if its values are gone.
         """
         raise NotImplementedError
 
@@ -139,32 +122,24 @@ class Kind:
     ) -> Encoded:
         """Returns what is stored of a value, given as an array."""
         dtype, logical = disk_dtype(array.dtype)
-        recorded = {"python_type": self.python_type, "logical_dtype": logical}
-        private = {name: text for name, text in recorded.items() if text}
+        private = {} if self.python_type is None else {"python_type": self.python_type}
+        if logical is not None:
+            private["logical_dtype"] = logical
         return Leaf(keys, value_type or self.value_type, array.shape, dtype, private=private), array
 
     def signature(self, value: Any) -> Hashable:
-        """Returns quickly all on which `encode` depends but the values.
-
-        Raises:
-          ValueError: this can't be told.
-        """
+        """Returns quickly all on which `encode` depends but the values; raises if it can't."""
         raise ValueError
 
     def want(self, leaf: Any) -> Request | None:
         """Understands an abstract leaf; returns None if it asks for another kind.
 
-        Raises:
-          ValueError: nothing can be loaded as this.
+        It raises a ValueError if nothing can be loaded as this.
         """
         return Request(self, type=leaf if isinstance(leaf, type) else type(leaf))
 
     def check(self, record: LeafRecord, request: Request) -> None:
-        """Refuses to load what is stored as this kind.
-
-        Raises:
-          DtypeMismatchError, ShapeMismatchError: it is something else.
-        """
+        """Raises a DtypeMismatchError or ShapeMismatchError if what is stored can't be this."""
         if not self.is_numeric and of_stored(record.entry) is not self:
             raise errors.DtypeMismatchError(
                 record.label,
@@ -363,7 +338,7 @@ class _JaxArray(Kind):
             self,
             None if leaf.shape is None else tuple(leaf.shape),
             leaf.dtype if leaf.dtype is None or self is RANDOM_KEYS else np.dtype(leaf.dtype),
-            place.concrete(getattr(leaf, "sharding", None)),
+            transfer.concrete(getattr(leaf, "sharding", None)),
             is_weak=bool(getattr(leaf, "weak_type", False)),
         )
 
@@ -445,21 +420,27 @@ def _of_class(table: tuple[Kind, ...], cls: Any) -> tuple[Kind, ...]:
 
 
 def encode(keys: KeyPath, value: Any) -> Encoded:
-    """Returns what is stored of a leaf, or of an empty node.
+    """Returns what a leaf or empty node is, and its value as it is stored.
 
     Raises:
-      ValueError: it can't be stored.
-      RuntimeError: its values are gone.
+      UnsupportedLeafError: a checkpoint can't hold it.
+      StagingError: it is a jax array whose buffer is gone.
     """
     cls: Any = type(value)
-    for kind in _of_class(TABLE, cls):
-        encoded = kind.encode(keys, value)
-        if encoded is not None:
-            return encoded
-    raise ValueError(
-        f"Unsupported leaf type for saving: {type(value)}. Supported leaf types are: jax.Array, "
+    try:
+        for kind in _of_class(TABLE, cls):
+            encoded = kind.encode(keys, value)
+            if encoded is not None:
+                return encoded
+    except ValueError as reason:
+        raise errors.UnsupportedLeafError(keypath.label(keys), str(reason)) from None
+    except RuntimeError as reason:
+        raise errors.StagingError(keypath.label(keys), str(reason)) from None
+    raise errors.UnsupportedLeafError(
+        keypath.label(keys),
+        f"Unsupported leaf type for saving: {cls}. Supported leaf types are: jax.Array, "
         "numpy.ndarray, NumPy scalars, int, float, complex, bool, bytes, str and None. Convert "
-        "it, or take it out of the tree (equinox: `eqx.filter(model, eqx.is_array)`)."
+        "it, or take it out of the tree (equinox: `eqx.filter(model, eqx.is_array)`).",
     )
 
 
@@ -469,24 +450,24 @@ def signature_of(cls: Any) -> Callable[[Any], Hashable]:
     return kind.signature
 
 
-def want(leaf: Any) -> Request:
-    """Understands an abstract leaf.
-
-    Raises:
-      ValueError: nothing can be loaded as this.
-    """
+def want(keys: KeyPath, leaf: Any) -> Request:
+    """Understands an abstract leaf; raises AbstractLeafError if nothing can be loaded as it."""
     cls: Any = leaf if isinstance(leaf, type) else type(leaf)
     candidates = _of_class(TABLE, cls)
     if not candidates and cls is not leaf and isinstance(leaf, arrays.AbstractArray):
         candidates = RANDOM_KEYS, JAX_ARRAY
-    for kind in candidates:
-        request = kind.want(leaf)
-        if request is not None:
-            return request
-    raise ValueError(
+    try:
+        for kind in candidates:
+            request = kind.want(leaf)
+            if request is not None:
+                return request
+    except ValueError as reason:
+        raise errors.AbstractLeafError(keypath.label(keys), str(reason)) from None
+    raise errors.AbstractLeafError(
+        keypath.label(keys),
         f"Unsupported abstract leaf type for loading: {cls}. Give a jax.ShapeDtypeStruct, an "
         "array, a number, bytes or a str, or the type of one (jax.Array, np.ndarray, int, float, "
-        "complex, bool, NumPy scalars, bytes, str), or `...` to skip the leaf."
+        "complex, bool, NumPy scalars, bytes, str), or `...` to skip the leaf.",
     )
 
 
@@ -510,11 +491,7 @@ def result_kind(record: LeafRecord, request: Request) -> Kind:
 
 @functools.cache
 def disk_dtype(dtype: np.dtype[Any]) -> tuple[np.dtype[Any], str | None]:
-    """Returns the dtype on disk, and the name to record where it differs from the leaf's own.
-
-    Raises:
-      ValueError: zarr can't hold it.
-    """
+    """Returns the dtype on disk, and the name to record where it differs from the leaf's own."""
     if zarr.is_storable(dtype):
         return dtype, None
     try:
@@ -549,7 +526,7 @@ def _recorded(
     private = {
         "logical_dtype": logical,
         "weak_type": is_weak or None,
-        "memory_kind": place.special_memory_kind(sharding),
+        "memory_kind": transfer.special_memory_kind(sharding),
     }
     return stored, {name: value for name, value in private.items() if value is not None}
 

@@ -19,75 +19,50 @@ import numpy as np
 from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import errors, multihost
-from orbax_async._engine import capture, place, plan
+from orbax_async._engine import plan, transfer
 from orbax_async._engine.leaf import Leaf, Storage
 from orbax_async._storage import codecs, zarr
 from orbax_async.handlers import kinds
+from orbax_async.handlers.kinds import Encoded
 from orbax_async.options import ArrayOptions
-from orbax_async.tree import keypath
 from orbax_async.tree.keypath import JaxKeyPath, KeyPath
 
-__all__ = [
-    "Described",
-    "choose_storage",
-    "describe",
-    "describe_all",
-    "summary",
-]
+__all__ = ["choose_storage", "describe", "summary"]
 
+_Saving = ArrayOptions.Saving
+_StorageOptions = ArrayOptions.Saving.StorageOptions
 
 _DOCUMENTS = {names.TREE_METADATA, names.SHARDINGS, names.STRINGS, names.ARRAY_METADATAS}
+_DATA_FILE_NBYTES = 2 << 30  # as much as one data file of OCDBT holds unless another size is set
+_STORED_NBYTES = 64 << 10  # chunks up to this size are encoded by us, without opening an array
 
 
-Described = tuple[Leaf, Any]  # with its array, its text, or None
-
-
-def describe(keys: KeyPath, value: Any) -> Described:
-    """Describes one leaf or empty node.
-
-    Returns:
-      What it is, and its value as it is stored: a jax or NumPy array, a str, or None.
-
-    Raises:
-      UnsupportedLeafError: a checkpoint can't hold it.
-      StagingError: it is a jax array whose buffer is gone.
-    """
-    try:
-        return kinds.encode(keys, value)
-    except ValueError as reason:
-        raise errors.UnsupportedLeafError(keypath.label(keys), str(reason)) from None
-    except RuntimeError as reason:
-        raise errors.StagingError(keypath.label(keys), str(reason)) from None
-
-
-def describe_all(
-    entries: Iterable[tuple[KeyPath, Any]], *, as_files: bool, are_several: bool = False
-) -> list[Described]:
+def describe(
+    entries: Iterable[tuple[KeyPath, Any]], *, as_files: bool, are_several: bool
+) -> list[Encoded]:
     """Describes every leaf of a flattened tree, and refuses it as a whole if any can't be held.
 
-    Args:
-      entries: leaves and empty nodes by key path.
-      as_files: whether each leaf becomes a directory, whose name then has to be a legal one.
-      are_several: whether several processes save the tree together.
+    Where leaves are stored as files, their names have to be legal ones. `are_several` says that
+    several processes save the tree together.
 
     Raises:
       UnsupportedLeafError: leaves that can't be held, all named in one message.
       DuplicateLeafError: two leaves would be stored under the same name.
       StagingError: a jax array was deleted or donated.
     """
-    described: list[Described] = []
+    described: list[Encoded] = []
     refused: list[errors.LeafError] = []
     for keys, value in entries:
         try:
-            form, stored = describe(keys, value)
+            leaf, stored = kinds.encode(keys, value)
             if are_several and isinstance(stored, jax.Array):
-                _check_shared(form.label, stored)
-            described.append((form, stored))
+                _check_shared(leaf.label, stored)
+            described.append((leaf, stored))
         except errors.LeafError as error:
             refused.append(error)
     if refused:
         raise summary(refused)
-    _check_names([form for form, _ in described], as_files=as_files)
+    _check_names([leaf for leaf, _ in described], as_files=as_files)
     return described
 
 
@@ -113,9 +88,9 @@ def _check_shared(label: str, array: jax.Array) -> None:
         )
 
 
-def _check_names(forms: list[Leaf], *, as_files: bool) -> None:
+def _check_names(leaves: list[Leaf], *, as_files: bool) -> None:
     by_name: dict[str, Leaf] = {}
-    for leaf in forms:
+    for leaf in leaves:
         if not leaf.has_value:
             continue
         other = by_name.setdefault(leaf.name, leaf)
@@ -127,7 +102,7 @@ def _check_names(forms: list[Leaf], *, as_files: bool) -> None:
             )
     if not as_files:
         return
-    for leaf in forms:
+    for leaf in leaves:
         parts = leaf.name.split("/")
         if leaf.shape is not None and parts[0] in _DOCUMENTS:
             raise errors.UnsupportedLeafError(
@@ -153,12 +128,6 @@ def _check_names(forms: list[Leaf], *, as_files: bool) -> None:
 
 # How arrays are stored.
 
-_Saving = ArrayOptions.Saving
-_StorageOptions = ArrayOptions.Saving.StorageOptions
-
-_DATA_FILE_NBYTES = 2 << 30  # as much as one data file of OCDBT holds unless another size is set
-_STORED_NBYTES = 64 << 10  # chunks up to this size are encoded by us, without opening an array
-
 
 def choose_storage(
     arrays: Sequence[Leaf],
@@ -168,11 +137,7 @@ def choose_storage(
 ) -> None:
     """Decides how each array is stored: sets its `storage`, and what is recorded of a cast.
 
-    Args:
-      arrays: the leaves that are stored as arrays.
-      options: those of the save.
-      policy: how replicas share the work.
-      named: jax's key path and the user's own leaf for each, where callbacks are asked.
+    `named` has jax's key path and the user's own leaf for each, where callbacks are asked.
 
     Raises:
       UnsupportedLeafError: what the options ask of a leaf can't be; all such leaves are named.
@@ -190,13 +155,14 @@ def choose_storage(
         cast = np.dtype(own.dtype) if own.dtype is not None and _is_numeric(leaf) else None
         what = (leaf.shape, leaf.dtype, _values_dtype(leaf), leaf.sharding, leaf.is_mutable)
         alike = (*what, cast, own.chunk_byte_size, own.shard_axes)
-        try:
-            if alike not in shared:
-                shared[alike] = _storage(leaf, cast, own, options, policy)
-        except ValueError as error:
-            refused.append(errors.UnsupportedLeafError(leaf.label, str(error)))
-            continue
-        leaf.storage = shared[alike]
+        storage = shared.get(alike)
+        if storage is None:
+            try:
+                storage = shared[alike] = _storage(leaf, cast, own, options, policy)
+            except ValueError as error:
+                refused.append(errors.UnsupportedLeafError(leaf.label, str(error)))
+                continue
+        leaf.storage = storage
         if cast is not None:
             leaf.private = _recorded(leaf, cast)
     if refused:
@@ -211,13 +177,9 @@ def _merged(scoped: Any, general: _StorageOptions) -> _StorageOptions:
             "array.saving.scoped_storage_options_creator must return StorageOptions or None, "
             f"not {scoped!r}"
         )
-    merged = {
-        field.name: getattr(general, field.name)
-        if getattr(scoped, field.name) is None
-        else getattr(scoped, field.name)
-        for field in dataclasses.fields(_StorageOptions)
-    }
-    return _StorageOptions(**merged)
+    own = {field.name: getattr(scoped, field.name) for field in dataclasses.fields(scoped)}
+    given = {name: value for name, value in own.items() if value is not None}
+    return dataclasses.replace(general, **given)
 
 
 def _storage(
@@ -237,12 +199,12 @@ def _storage(
         host = plan.ShardSpec(-1, processes.primary_host or 0, plan.whole(leaf.shape))
         shards: tuple[plan.ShardSpec, ...] = (host,)
     else:
-        shards = place.shards_of(leaf.sharding, leaf.shape)
+        shards = transfer.shards_of(leaf.sharding, leaf.shape)
     write_shape = plan.write_shape(shards, itemsize, policy)
     chunk_shape = plan.chunk_shape(
         leaf.shape, write_shape, max_count=max_count, axes=own.shard_axes or ()
     )
-    mode = capture.capture_mode(
+    mode = transfer.capture_mode(
         leaf.sharding,
         is_mutable=leaf.is_mutable and options.memory.deepcopy_host_arrays,
         use_pinned_host=saving.enable_pinned_host_transfer,
@@ -259,7 +221,7 @@ def _storage(
         # Of another dtype than on disk are elements narrower than a byte.
         is_small=mode == "view"
         and leaf.dtype == _values_dtype(leaf)
-        and capture.is_small(leaf.shape, leaf.dtype, leaf.sharding),
+        and transfer.is_small(leaf.shape, leaf.dtype, leaf.sharding),
         encoding=_encoding(math.prod(chunk_shape) * dtype.itemsize, saving),
         min_saving=saving.compression_min_saving,
         is_separate=is_divided

@@ -44,8 +44,9 @@ def check_part(plan: WritePlan, parts: Sequence[Directory]) -> None:
       PartialSaveError: they are stored in another format.
       InvalidLayoutError: a document of theirs is damaged.
     """
-    trees, saving = _read_trees(parts), plan.saving
-    for part, tree in trees:
+    saving = plan.saving
+    taken = merging.Taken(as_files=not saving.use_ocdbt)
+    for part, tree in _read_trees(parts):
         for name, theirs, ours in (
             ("use_ocdbt", tree.uses_ocdbt, saving.use_ocdbt),
             ("use_zarr3", tree.uses_zarr3, saving.use_zarr3),
@@ -55,17 +56,14 @@ def check_part(plan: WritePlan, parts: Sequence[Directory]) -> None:
                     f"the partial save {part.path} has array.saving.{name} = {theirs}, and this "
                     f"one {ours}; the parts of one checkpoint are stored alike. Save with {theirs}."
                 )
-    taken = merging.Taken(as_files=not saving.use_ocdbt)
-    for _, tree in trees:
         taken.add(tree.entries)
     _refuse(taken, [leaf.entry() for leaf in plan.leaves], is_new=True)
 
 
 def _refuse(taken: merging.Taken, entries: Iterable[schema.Entry], *, is_new: bool = False) -> None:
-    refused = [_refusal(taken, entry, is_new=is_new) for entry in entries]
-    found = [each for each in refused if each is not None]
-    if found:
-        raise leaves.summary(found)
+    refused = [each for entry in entries if (each := _refusal(taken, entry, is_new=is_new))]
+    if refused:
+        raise leaves.summary(refused)
 
 
 def _refusal(taken: merging.Taken, entry: schema.Entry, *, is_new: bool) -> errors.LeafError | None:
@@ -111,7 +109,8 @@ def _read_trees(parts: Sequence[Directory]) -> list[tuple[Directory, schema.Tree
     trees = []
     for part in parts:
         file = (_tree_of(part) / names.TREE_METADATA).path
-        data = _tree_of(part).read(names.TREE_METADATA)
+        with errors.reported_as(errors.UnreadableError, f"cannot read {file}"):
+            data = _tree_of(part).read(names.TREE_METADATA)
         if data is not None:
             with damage_in(file, _ADVICE):
                 trees.append((part, schema.TreeDocument.load(data)))
@@ -131,19 +130,11 @@ class PartsHandler(PyTreeHandler):
 
 
 async def _put_together(directory: PathAwaitingCreation, session: Session) -> None:
-    """Writes the tree of all parts of a session that is claimed once there is the directory.
-
-    Raises:
-      PartialSaveError: the trees do not fit together.
-      InvalidLayoutError: a document of theirs is damaged.
-      CommitError: a file can't be linked or written.
-      WriteError: an array is missing.
-    """
+    """Writes the tree of all parts of a session, which is claimed once there is the directory."""
     target = open_directory(os.fspath(await directory.await_creation()))
     if not operation.current("save").processes.is_primary:
         return
     await loop.to_worker(_link_parts, session, target)
-    await loop.to_worker(array_store.merge_process_databases, target)
     if ambient.current().array.saving.enable_post_merge_validation:
         await loop.to_worker(_validate, target)
 
@@ -156,6 +147,7 @@ def _link_parts(session: Session, target: Directory) -> None:
         for part in session.parts:
             serial = "" if part == session.directory else _serial(part)
             _link_data(_tree_of(part), target, serial)
+        array_store.merge_process_databases(target)
 
 
 def _serial(part: Directory) -> str:
@@ -219,12 +211,13 @@ def _link_data(source: Directory, target: Directory, serial: str) -> None:
 
 def _validate(directory: Directory) -> None:
     """Checks that every array of the tree is in the store."""
-    document = directory.read(names.TREE_METADATA)
+    with errors.reported_as(errors.CommitError, f"cannot look at {directory.path}"):
+        document = directory.read(names.TREE_METADATA)
+        is_ocdbt = holds_ocdbt(directory)
     tree = schema.TreeDocument.load(document or b"")
     arrays = [each for each in tree.entries if not each.is_empty and each.kind != schema.STRING]
     if not arrays:
         return
-    is_ocdbt = holds_ocdbt(directory)
     keys = ArrayStore(directory, ocdbt=is_ocdbt, zarr3=tree.uses_zarr3).list_keys()
     for entry in arrays:
         key = zarr.document_key(entry.name, zarr3=tree.uses_zarr3)

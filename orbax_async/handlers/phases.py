@@ -7,7 +7,7 @@ more. It leaves with a note that names its checkpointable; its class and message
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import anyio
@@ -19,17 +19,11 @@ __all__ = ["Phase", "first", "naming", "second"]
 
 
 class Phase(NamedTuple):
-    """One phase of one checkpointable.
-
-    Attributes:
-      name: the checkpointable's.
-      begin: returns what is to be awaited.
-      code: what a user calls the code behind it, "PointHandler.save"; None for code of ours.
-    """
+    """One phase of one checkpointable."""
 
     name: str
-    begin: Callable[[], Any]
-    code: str | None
+    begin: Callable[[], Any]  # returns what is to be awaited
+    code: str | None  # what users call the code behind it, "PointHandler.save"; None for our own
 
 
 @contextlib.contextmanager
@@ -44,19 +38,10 @@ def naming(name: str) -> Iterator[None]:
 
 
 async def first(
-    phases: Sequence[Phase], *, when_done: Callable[[str], None] = lambda name: None
-) -> list[Phase]:
-    """Runs the first phases, and returns the second ones.
-
-    Args:
-      phases: of all checkpointables.
-      when_done: called with the name of each that has ended well.
-
-    Raises:
-      HandlerError: a handler does not keep to its protocol.
-      Exception: what a handler raised.
-    """
-    seconds: dict[str, Phase] = {}
+    phases: Iterable[Phase], *, when_done: Callable[[str], None] = lambda name: None
+) -> dict[str, Phase]:
+    """Runs the first phases, tells of each that has ended well, and returns the second ones."""
+    second_phases: dict[str, Phase] = {}
 
     async def run(phase: Phase) -> None:
         name, begin, code = phase
@@ -65,21 +50,18 @@ async def first(
                 awaitable = await begin()
             else:
                 awaitable = user_code.checked(await user_code.awaited(begin(), code), code)
-        seconds[name] = Phase(name, lambda: awaitable, code)
+        second_phases[name] = Phase(name, lambda: awaitable, code)
         when_done(name)
 
-    await _run_all(run, phases, unused=seconds.values())
-    return [seconds[phase.name] for phase in phases]
+    phases = list(phases)
+    await _run_all(run, phases, unused=second_phases)
+    return {name: second_phases[name] for name, _, _ in phases}
 
 
-async def second(phases: Sequence[Phase]) -> dict[str, Any]:
-    """Runs the second phases, and returns their results by name.
-
-    Raises:
-      Exception: what a handler raised.
-    """
-    results = dict[str, Any].fromkeys(phase.name for phase in phases)
-    not_begun = {phase.name: phase for phase in phases}
+async def second(phases: dict[str, Phase]) -> dict[str, Any]:
+    """Runs the second phases, and returns their results in the same order."""
+    results = dict[str, Any].fromkeys(phases)
+    not_begun = dict(phases)
 
     async def run(phase: Phase) -> None:
         name, begin, code = not_begun.pop(phase.name)
@@ -89,15 +71,15 @@ async def second(phases: Sequence[Phase]) -> dict[str, Any]:
                 awaitable if code is None else user_code.awaited(awaitable, code)
             )
 
-    await _run_all(run, phases, unused=not_begun.values())
+    await _run_all(run, list(phases.values()), unused=not_begun)
     return results
 
 
 async def _run_all(
     run: Callable[[Phase], Coroutine[Any, Any, None]],
-    phases: Sequence[Phase],
+    phases: list[Phase],
     *,
-    unused: Iterable[Phase],
+    unused: dict[str, Phase],
 ) -> None:
     """Runs phases concurrently; after a failure it disposes of the `unused` second ones."""
     try:
@@ -110,6 +92,6 @@ async def _run_all(
                     group.start_soon(run, phase)
     except BaseException:
         with anyio.CancelScope(shield=True):
-            for phase in unused:
+            for phase in unused.values():
                 await user_code.dispose(phase.begin())
         raise

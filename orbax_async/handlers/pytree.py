@@ -7,9 +7,9 @@ matches them with the abstract tree, plans what this process reads, and rebuilds
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-from collections import Counter
 from collections.abc import Awaitable
 from typing import Any
 
@@ -20,7 +20,7 @@ from orbax_async import _operation, errors
 from orbax_async import context as ambient
 from orbax_async._engine import loop
 from orbax_async._engine.save_pipeline import SavePipeline
-from orbax_async._layouts.table import layout_of
+from orbax_async._layouts.reader import layout_of
 from orbax_async._operation import Operation
 from orbax_async._storage import array_store
 from orbax_async._storage.array_store import ArrayStore
@@ -28,9 +28,9 @@ from orbax_async._storage.directory import Directory
 from orbax_async._storage.local import open_directory
 from orbax_async.handlers import read_plan, write_plan
 from orbax_async.handlers.read_plan import AbstractTree, Loading, ShardingFunction
-from orbax_async.handlers.write_plan import PreparedTree, StatusReporter
+from orbax_async.handlers.write_plan import PreparedTree
 from orbax_async.path import Path, PathAwaitingCreation
-from orbax_async.tree.selection import Select
+from orbax_async.tree.keypath import Select
 
 __all__ = ["PyTreeHandler", "TreeWriter"]
 
@@ -187,52 +187,35 @@ class PyTreeHandler:
 
 
 class TreeWriter:
-    """Writes one tree.
-
-    Args:
-      prepared: the tree.
-      operation: the one that it belongs to.
-      is_part: whether its arrays stay in databases of their own, to be merged later.
-    """
+    """Writes one tree; the arrays of a part stay in databases of their own, to be merged later."""
 
     def __init__(
         self, prepared: PreparedTree, operation: Operation, *, is_part: bool = False
     ) -> None:
-        self._plan = plan = prepared.plan
-        self._strings = prepared.strings
+        self._plan, arrays, self._strings = prepared
         self._processes = operation.processes
         self._is_part = is_part
         limits = (operation.write_budget.limit_nbytes, operation.transfer_budget.limit_nbytes)
-        batches = plan.batches(operation.processes, limits)
-        report = None
-        if plan.status_callback is not None:
-            pieces = Counter(request.leaf for batch in batches for request in batch.requests)
-            report = StatusReporter(plan.status_callback, plan.paths, pieces)
+        batches = self._plan.batches(operation.processes, limits)
         # Whether what readers open is made of others, each in its own directory.
-        is_divided = is_part or operation.processes.are_several
-        is_divided |= any(batch.is_separate for batch in batches)
-        self._is_divided = is_divided and plan.saving.use_ocdbt
+        is_divided = is_part or operation.processes.are_several or self._plan.is_separate
+        self._is_divided = is_divided and self._plan.saving.use_ocdbt
         self.pipeline = SavePipeline(
             batches,
-            prepared.arrays,
+            arrays,
             write_budget=operation.write_budget,
             transfer_budget=operation.transfer_budget,
             recorder=operation.recorder,
-            report=report,
+            report=self._plan.reporter(batches),
         )
 
     async def run(self, directory: PathAwaitingCreation) -> None:
         """Writes arrays and documents; nothing is visible yet."""
-        await self.pipeline.run(lambda is_separate: self._open_store(directory, is_separate))
+        await self.pipeline.run(functools.partial(self._open_store, directory))
         await self._processes.gather(f"arrays of {directory.path.name} written")
         where = open_directory(await directory.await_creation())
-        if not self._processes.is_primary:
-            return
-        if self._is_divided and not self._is_part:
-            await loop.to_worker(array_store.merge_process_databases, where)
-            if self._plan.saving.enable_post_merge_validation:
-                await loop.to_worker(self._validate, where)
-        await loop.to_worker(self._write_documents, where)
+        if self._processes.is_primary:
+            await loop.to_worker(self._complete, where)
 
     async def _open_store(self, directory: PathAwaitingCreation, is_separate: bool) -> ArrayStore:
         where = open_directory(await directory.await_creation())
@@ -240,17 +223,22 @@ class TreeWriter:
         if self._is_divided:
             name = names.PROCESS_REPLICA_DATABASE if is_separate else names.PROCESS_DATABASE
             where /= name.format(self._processes.index)
-        return await loop.to_worker(
-            lambda: ArrayStore.create(
-                where,
-                ocdbt=saving.use_ocdbt,
-                zarr3=saving.use_zarr3,
-                syncs=self._processes.are_several,
-                target_data_file_nbytes=saving.ocdbt_target_data_file_size,
-            )
+        create = functools.partial(
+            ArrayStore.create,
+            where,
+            ocdbt=saving.use_ocdbt,
+            zarr3=saving.use_zarr3,
+            syncs=self._processes.are_several,
+            target_data_file_nbytes=saving.ocdbt_target_data_file_size,
         )
+        return await loop.to_worker(create)
 
-    def _write_documents(self, where: Directory) -> None:
+    def _complete(self, where: Directory) -> None:
+        """Merges the databases of several processes, and writes the documents."""
+        if self._is_divided and not self._is_part:
+            array_store.merge_process_databases(where)
+            if self._plan.saving.enable_post_merge_validation:
+                self._validate(where)
         documents = dict(self._plan.documents)
         if self._strings is not None:
             documents[names.STRINGS] = self._strings
@@ -260,12 +248,11 @@ class TreeWriter:
 
     def _validate(self, where: Directory) -> None:
         """Checks that every array that was planned is in the merged store."""
-        saving = self._plan.saving
-        if not self._plan.arrays:
+        saving, arrays = self._plan.saving, self._plan.arrays
+        if not arrays:
             return
-        store = ArrayStore(where, ocdbt=saving.use_ocdbt, zarr3=saving.use_zarr3)
-        keys = store.list_keys()
-        for leaf in self._plan.arrays:
+        keys = ArrayStore(where, ocdbt=saving.use_ocdbt, zarr3=saving.use_zarr3).list_keys()
+        for leaf in arrays:
             assert leaf.shape is not None
             sides = zip(leaf.shape, leaf.storage.chunk_shape, strict=True)
             grid = itertools.product(*[range(side // piece) for side, piece in sides])

@@ -7,9 +7,8 @@ tree. Leaves that are stored alike and asked for alike share one plan.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +16,10 @@ import numpy as np
 
 from orbax_async import context as ambient
 from orbax_async import errors
-from orbax_async._engine import loop, place, plan
+from orbax_async._engine import loop, plan, transfer
 from orbax_async._engine.load_pipeline import ArrayRead, LoadPipeline
 from orbax_async._layouts.layout import StoredTree, reading
-from orbax_async._layouts.table import layout_of
+from orbax_async._layouts.reader import layout_of
 from orbax_async._operation import Operation
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
@@ -29,7 +28,7 @@ from orbax_async._trace import logger
 from orbax_async.handlers import kinds, leaves
 from orbax_async.handlers.kinds import LeafRecord, Request
 from orbax_async.tree import keypath, schema, structure
-from orbax_async.tree.selection import Select, Selection
+from orbax_async.tree.keypath import Select, Selection
 from orbax_async.tree.structure import FlatTree
 
 __all__ = ["AbstractTree", "Loading", "ShardingFunction", "describe", "understand"]
@@ -39,21 +38,13 @@ ShardingFunction = Callable[
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class AbstractTree:
-    """What is asked for, understood.
+class AbstractTree(NamedTuple):
+    """What is asked for, understood."""
 
-    Attributes:
-      flat: the abstract tree; None for what is stored.
-      requests: its leaves.
-      selection: which leaves are loaded; None for all.
-      sharding: of jax arrays of which the tree says none: one for all, or a function.
-    """
-
-    flat: FlatTree | None
+    flat: FlatTree | None  # None asks for what is stored
     requests: Sequence[Request]
-    selection: Selection | None = None
-    sharding: jax.sharding.Sharding | ShardingFunction | None = None
+    selection: Selection | None = None  # None for all leaves
+    sharding: jax.sharding.Sharding | ShardingFunction | None = None  # where the tree says none
 
 
 def understand(
@@ -65,7 +56,7 @@ def understand(
     selection = None if select is None else Selection(select)
     if isinstance(sharding, jax.sharding.Sharding):
         try:
-            sharding = place.concrete(sharding)
+            sharding = transfer.concrete(sharding)
         except ValueError as reason:
             raise errors.AbstractLeafError("", str(reason)) from None
     elif sharding is not None and not callable(sharding):
@@ -77,15 +68,17 @@ def understand(
     requests: list[Request] = []
     refused: list[errors.LeafError] = []
     for keys, leaf in flat.entries:
-        key = None
+        key: Hashable = None
         if type(leaf) is jax.ShapeDtypeStruct or isinstance(leaf, jax.Array):
             key = (leaf.shape, leaf.dtype, leaf.sharding, getattr(leaf, "weak_type", False))
+        elif type(leaf) is np.ndarray:
+            key = (np.ndarray, leaf.shape, leaf.dtype)
         request = alike.get(key)
         if request is None:
             try:
-                request = kinds.want(leaf)
-            except ValueError as reason:
-                refused.append(errors.AbstractLeafError(keypath.label(keys), str(reason)))
+                request = kinds.want(keys, leaf)
+            except errors.LeafError as error:
+                refused.append(error)
                 continue
             request = alike.setdefault(request, request)
             if key is not None:
@@ -94,6 +87,10 @@ def understand(
     if refused:
         raise leaves.summary(refused)
     return AbstractTree(flat, requests, selection, sharding)
+
+
+# What is read of leaves that are stored alike and asked for alike, and what makes a value of it.
+LeafPlan = tuple[ArrayRead, Callable[[Sequence[Any]], Any]]
 
 
 class Loading:
@@ -116,22 +113,24 @@ class Loading:
         self._nest = self._stored.nest_for(options)
         self._requests = self._matched(is_partial=options.pytree.loading.partial_load)
         to_load = self._without_data()
-        self._plans: dict[int, LeafPlan] = {}
+        self._reads: dict[int, ArrayRead] = {}
+        self._finishers: dict[int, Callable[[Sequence[Any]], Any]] = {}
         self._pipeline: LoadPipeline | None = None
-        store = self._stored.open_store() if to_load else None
-        if store is not None:
-            self._plan(store, to_load)
+        if not to_load:
+            self._raise_problems(directory)
+            return
+        store = self._stored.open_store()
+        self._plan(store, to_load)
         self._raise_problems(directory)
-        if store is not None:
-            self._pipeline = LoadPipeline(
-                to_load,
-                {index: each.read for index, each in self._plans.items()},
-                store,
-                read_budget=operation.read_budget,
-                recorder=operation.recorder,
-                broadcast=self._options.load_and_broadcast_options,
-            )
-            self._pipeline.map_memory()
+        self._pipeline = LoadPipeline(
+            to_load,
+            self._reads,
+            store,
+            read_budget=operation.read_budget,
+            recorder=operation.recorder,
+            broadcast=self._options.load_and_broadcast_options,
+        )
+        self._pipeline.map_memory()
 
     def _matched(self, *, is_partial: bool) -> Sequence[Request]:
         """Finds what is stored for each leaf, notes all differences; returns what is asked for."""
@@ -143,10 +142,20 @@ class Loading:
             selected = {keys: entry for keys, entry in by_keys.items() if selection.has(keys)}
             self._problems += selection.problems(by_keys)
         if flat is None:
-            self._entries: list[schema.Entry | None] = list(entries)
-            is_wanted = [entry.keys in selected for entry in entries]
-            self._values: list[Any] = [None if each else structure.LEFT_OUT for each in is_wanted]
-            return [kinds.STORED if each else kinds.SKIPPED for each in is_wanted]
+            self._entries: list[schema.Entry | None] = []  # None where nothing is to be loaded
+            self._values: list[Any] = []
+            for entry in entries:
+                is_selected = selection is None or entry.keys in selected
+                has_data = is_selected and not entry.is_empty
+                self._entries.append(entry if has_data else None)
+                if has_data:
+                    self._values.append(None)
+                elif is_selected:
+                    self._values.append(entry.empty_value())
+                else:  # only plain containers can have gaps
+                    self._values.append(structure.LEFT_OUT)
+                    self._nest = structure.nest
+            return [kinds.STORED] * len(entries)
         if selection is not None:
             flat = flat._replace(
                 leaves=[
@@ -171,9 +180,7 @@ class Loading:
         for index, (entry, request) in enumerate(zip(self._entries, self._requests, strict=True)):
             if entry is None or request is kinds.SKIPPED:
                 continue
-            if entry.is_empty:
-                self._values[index] = entry.empty_value()
-            elif entry.kind != schema.STRING:
+            if entry.kind != schema.STRING:
                 to_load[index] = entry
             elif (request.kind or kinds.TEXT).value_type == schema.STRING:
                 texts[index] = entry
@@ -197,49 +204,47 @@ class Loading:
         # Typed keys are stored as uint32; nothing else needs the records of arrays.
         may_hold_keys = any([document.dtype == np.uint32 for document in documents.values()])
         impls = self._stored.prng_impls() if may_hold_keys else {}
-        saved = self._stored.shardings() if self._needs_saved_shardings(to_load) else {}
-        alike: dict[Hashable, LeafPlan] = {}
-        for index, entry in to_load.items():
-            request, document = self._requests[index], documents[entry.name]
-            record = LeafRecord(entry, document, impls.get(entry.name), saved.get(entry.name))
-            if document.nbytes > zarr.LARGE_NBYTES and self._options.raise_array_data_missing_error:
-                absence = store.find_absence(entry.name, document)
-                if absence is not None:
-                    self._refused.append(errors.CorruptDataError(record.label, absence))
-                    continue
-            sharding = self._sharding_for(record, request)
-            private = tuple(sorted(entry.private.items())) if entry.private else ()
-            key = (
-                (id(document), id(request), id(record.sharding)),
-                (entry.kind, record.prng_impl, private),
-                sharding,
-            )
-            found = alike.get(key)
-            if found is None:
-                try:
-                    found = alike[key] = self._plan_leaf(record, request, sharding)
-                except errors.LeafError as error:
-                    self._refused.append(error)
-                    continue
-            self._plans[index] = found
-
-    def _needs_saved_shardings(self, to_load: Iterable[int]) -> bool:
-        if isinstance(self._abstract.sharding, jax.sharding.Sharding):
-            return False
-        return any(
+        given = self._abstract.sharding
+        of_all = given if isinstance(given, jax.sharding.Sharding) else None
+        needs_saved = of_all is None and any(
             [
                 each.kind is None or (each.kind.is_on_devices and each.sharding is None)
                 for each in map(self._requests.__getitem__, to_load)
             ]
         )
+        saved = self._stored.shardings() if needs_saved else {}
+        alike: dict[Hashable, LeafPlan] = {}
+        for index, entry in to_load.items():
+            request, document = self._requests[index], documents[entry.name]
+            if document.nbytes > zarr.LARGE_NBYTES and self._options.raise_array_data_missing_error:
+                absence = store.find_absence(entry.name, document)
+                if absence is not None:
+                    label = keypath.label(entry.keys)
+                    self._refused.append(errors.CorruptDataError(label, absence))
+                    continue
+            impl, saved_sharding = impls.get(entry.name), saved.get(entry.name)
+            private = tuple(sorted(entry.private.items())) if entry.private else ()
+            sharding, told = request.sharding or of_all, None
+            if given is not None and sharding is None:
+                record = LeafRecord(entry, document, impl, saved_sharding)
+                sharding = told = self._ask_for_sharding(record, request)
+            # Any other sharding follows from the request, and would be slow to compare.
+            key = (id(request), told, id(document), entry.kind, private, impl, id(saved_sharding))
+            found = alike.get(key)
+            if found is None:
+                record = LeafRecord(entry, document, impl, saved_sharding)
+                try:
+                    found = alike[key] = self._plan_leaf(record, request, sharding)
+                except errors.LeafError as error:
+                    self._refused.append(error)
+                    continue
+            self._reads[index], self._finishers[index] = found
 
-    def _sharding_for(self, record: LeafRecord, request: Request) -> jax.sharding.Sharding | None:
-        """Returns where an array goes that goes to devices, if the caller says so."""
-        given = self._abstract.sharding
-        if request.sharding is not None:
-            return request.sharding
-        if given is None or isinstance(given, jax.sharding.Sharding):
-            return given
+    def _ask_for_sharding(
+        self, record: LeafRecord, request: Request
+    ) -> jax.sharding.Sharding | None:
+        """Asks the caller's function where an array goes, if that goes to devices."""
+        given: Any = self._abstract.sharding
         if not kinds.result_kind(record, request).is_on_devices:
             return None
         shape = record.array.shape if request.shape is None else request.shape
@@ -252,20 +257,14 @@ class Loading:
         if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
             raise TypeError(f"the sharding function returned {sharding!r} for leaf {record.label}")
         try:
-            return place.concrete(sharding)
+            return transfer.concrete(sharding)
         except ValueError as reason:
             raise errors.AbstractLeafError(record.label, str(reason)) from None
 
     def _plan_leaf(
         self, record: LeafRecord, request: Request, sharding: jax.sharding.Sharding | None
     ) -> LeafPlan:
-        """Decides how one array is read, and what is made of it.
-
-        Raises:
-          ShapeMismatchError: another shape was asked for.
-          DtypeMismatchError: the dtype can't be had without losing values.
-          ShardingMismatchError: a sharding does not fit.
-        """
+        """Decides how one array is read, and what is made of it; refuses what can't be had."""
         kind = kinds.result_kind(record, request)
         kind.check(record, request)
         are_keys = record.prng_impl is not None or kind is kinds.RANDOM_KEYS
@@ -288,10 +287,10 @@ class Loading:
             if sharding is None:
                 (array,) = pieces
             else:
-                array = place.assemble(shape, sharding, pieces)
+                array = transfer.assemble(shape, sharding, pieces)
             return kind.decode(array, record, request)
 
-        return LeafPlan(read, finish)
+        return read, finish
 
     def _array_read(
         self,
@@ -303,7 +302,7 @@ class Loading:
         """Returns what is read of an array to get it in a shape, a dtype and a sharding."""
         stored, process = record.array, self._operation.processes.index
         try:
-            placement = place.placement(sharding, shape, process, self._options)
+            placement = transfer.placement(sharding, shape, process, self._options)
         except ValueError as error:
             raise errors.ShardingMismatchError(record.label, str(error)) from None
         piece_shape = None
@@ -348,32 +347,23 @@ class Loading:
         if record.sharding is not None:
             memory_kind = record.entry.private.get("memory_kind")
             try:
-                return place.saved_sharding(record.sharding, memory_kind)
+                return transfer.saved_sharding(record.sharding, memory_kind)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 logger.info("leaf %s: %s; it is loaded on one device", record.label, error)
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def _raise_problems(self, directory: str) -> None:
-        """Reports everything at once that keeps the tree from being loaded as it is asked for.
-
-        Raises:
-          TreeMismatchError: the trees differ.
-          LeafError: they don't, but leaves can't be had so; all but the first hang on it.
-        """
-        if not self._problems:
-            if self._refused:
-                raise leaves.summary(self._refused)
-            return
-        lines = [
-            *self._problems,
-            *(str(error).removeprefix("leaf ") for error in self._refused),
-        ]
-        listing = "\n  ".join(lines)
-        raise self._stored.mismatch(
-            f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
-            f"{self._stored.mismatch_hint}",
-            tuple(lines),
-        )
+        """Reports everything at once that keeps the tree from being loaded as it is asked for."""
+        if self._problems:
+            lines = *self._problems, *(str(each).removeprefix("leaf ") for each in self._refused)
+            listing = "\n  ".join(lines)
+            raise self._stored.mismatch(
+                f"the abstract tree does not match the checkpoint at {directory}:\n  {listing}\n"
+                f"{self._stored.mismatch_hint}",
+                lines,
+            )
+        if self._refused:
+            raise leaves.summary(self._refused)
 
     async def run(self) -> Any:
         """Reads the data and rebuilds the tree."""
@@ -384,18 +374,12 @@ class Loading:
     def _finish(self) -> Any:
         if self._pipeline is not None:
             pieces = self._pipeline.pieces
-            for index, found in self._plans.items():
-                self._values[index] = found.finish(pieces.get(index, ()))
+            for index, finish in self._finishers.items():
+                self._values[index] = finish(pieces.get(index, ()))
         if self._abstract.flat is not None:
             return self._abstract.flat.rebuild(self._values)
-        # What is left out leaves gaps that only plain containers can have.
-        has_gaps = any(value is structure.LEFT_OUT for value in self._values)
-        nest = structure.nest if has_gaps else self._nest
-        return nest(
-            (entry.keys, value)
-            for entry, value in zip(self._entries, self._values, strict=True)
-            if entry is not None
-        )
+        keys = [entry.keys for entry in self._stored.entries]
+        return self._nest(zip(keys, self._values, strict=True))
 
 
 def describe(stored: StoredTree, options: ambient.Context) -> Any:
@@ -427,18 +411,6 @@ def _sizes(store: ArrayStore, array_names: set[str]) -> dict[str, int]:
         if name is not None:
             sizes[name] += nbytes
     return {name: nbytes for name, nbytes in sizes.items() if nbytes}
-
-
-class LeafPlan(NamedTuple):
-    """How leaves are loaded that are stored alike and asked for alike.
-
-    Attributes:
-      read: what is read of each.
-      finish: makes a leaf's value of its pieces.
-    """
-
-    read: ArrayRead
-    finish: Callable[[Sequence[Any]], Any]
 
 
 def _shape(record: LeafRecord, request: Request, *, may_differ: bool) -> tuple[int, ...]:

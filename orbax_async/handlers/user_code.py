@@ -14,7 +14,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Generator
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from orbax_async import errors
 from orbax_async._trace import logger
@@ -23,18 +23,12 @@ from orbax_async.path import Path, PathAwaitingCreation
 
 __all__ = ["StatefulCheckpointableHandler", "awaited", "checked", "dispose", "is_stateful"]
 
-T = TypeVar("T")
-
 _LONG_SECS = 0.1
 _reported: set[str] = set()
 
 
 def checked(returned: Any, what: str) -> Awaitable[Any]:
-    """Returns what a user's code has returned, if it can be awaited.
-
-    Raises:
-      HandlerError: it can't.
-    """
+    """Returns what a user's code has returned; raises HandlerError if that can't be awaited."""
     if not inspect.isawaitable(returned):
         raise errors.HandlerError(
             f"{what} must be a coroutine function, the first phase, which returns an awaitable, "
@@ -44,11 +38,7 @@ def checked(returned: Any, what: str) -> Awaitable[Any]:
 
 
 async def awaited(awaitable: Any, what: str) -> Any:
-    """Awaits what a user's code has returned.
-
-    Args:
-      awaitable: a coroutine, a task, a future, or any other awaitable.
-      what: where it comes from, for messages: "PointHandler.save".
+    """Awaits what `what`, a user's code like "PointHandler.save", has returned.
 
     Raises:
       HandlerError: it is no awaitable; or it asks the interpreter to exit, or is cancelled, on its
@@ -65,14 +55,14 @@ async def awaited(awaitable: Any, what: str) -> Any:
         raise errors.HandlerError(f"{what} raised {error!r}, which would end the engine") from error
 
 
-class _Timed(Generic[T]):
+class _Timed:
     """Awaits an awaitable step by step, and logs a step in which it blocks the loop for long."""
 
-    def __init__(self, awaitable: Awaitable[T], what: str) -> None:
+    def __init__(self, awaitable: Awaitable[Any], what: str) -> None:
         self._awaitable = awaitable
         self._what = what
 
-    def __await__(self) -> Generator[Any, Any, T]:
+    def __await__(self) -> Generator[Any, Any, Any]:
         steps: Any = self._awaitable.__await__()
         answer: Any = None
         failure: BaseException | None = None
@@ -86,8 +76,7 @@ class _Timed(Generic[T]):
                 else:
                     asked = steps.send(answer)
             except StopIteration as end:
-                result: T = end.value
-                return result
+                return end.value
             finally:
                 failure = None
                 self._note(time.perf_counter() - began)

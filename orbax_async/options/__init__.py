@@ -17,14 +17,6 @@ of Orbax v1; `AsyncOptions.staging`, `AsyncOptions.exit_grace_secs` and
 """
 
 from orbax_async.options._array_options import ArrayMetadataStore, ArrayOptions
-from orbax_async.options._file_options import (
-    AtomicityMode,
-    AtomicityOptions,
-    CheckpointLayout,
-    DeletionOptions,
-    FileOptions,
-    SafetensorsOptions,
-)
 from orbax_async.options._memory_options import (
     MemoryOptions,
     MemoryProfiler,
@@ -33,12 +25,18 @@ from orbax_async.options._memory_options import (
 )
 from orbax_async.options._operation_options import (
     AsyncOptions,
+    AtomicityMode,
+    AtomicityOptions,
     CheckpointablesOptions,
     CheckpointingImpl,
+    CheckpointLayout,
+    DeletionOptions,
+    FileOptions,
     MultiprocessingOptions,
     PathwaysOptions,
     PyTreeMetadataOptions,
     PyTreeOptions,
+    SafetensorsOptions,
 )
 
 __all__ = [

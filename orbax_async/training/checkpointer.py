@@ -15,11 +15,11 @@ from orbax_async import errors, multihost
 from orbax_async._api import delete as deleting
 from orbax_async._api import load as loading
 from orbax_async._api import metadata as describing
-from orbax_async._api.deprecated import older_method
 from orbax_async._api.load import Selects, Shardings
 from orbax_async._api.save import json_metadata
 from orbax_async._engine import loop
 from orbax_async._layouts.orbax import check_name, writes_in_place
+from orbax_async._operation import older_method
 from orbax_async._response import AsyncResponse
 from orbax_async._trace import logger as package_logger
 from orbax_async.handlers.read_plan import ShardingFunction
@@ -36,7 +36,7 @@ from orbax_async.training.steps import (
     Steps,
     step_number,
 )
-from orbax_async.tree.selection import Select
+from orbax_async.tree.keypath import Select
 
 __all__ = ["Checkpointer"]
 

@@ -1,12 +1,11 @@
 """Pytrees and their description on disk.
 
 Does:
-  - spell key paths, for people and for the format (`keypath`);
+  - spell key paths, for people and for the format, and select leaves by patterns (`keypath`);
   - name what trees are made of, flatten them, rebuild them, and match an abstract tree to what is
     stored (`structure`);
-  - select leaves by patterns of their key paths (`selection`);
-  - write and read the documents that describe a tree (`schema`), with the types of its containers
-    where they are asked for (`rich`);
+  - write and read the documents that describe a tree, with the types of its containers where they
+    are asked for (`schema`);
   - put trees together, in memory and in documents (`merging`).
 
 Does not:

@@ -24,7 +24,7 @@ import jax.tree_util as jtu
 
 from orbax_async import errors
 from orbax_async._trace import logger
-from orbax_async.tree import keypath, rich
+from orbax_async.tree import keypath, schema
 from orbax_async.tree.keypath import KeyPath
 from orbax_async.tree.schema import STRING, Entry
 
@@ -264,7 +264,7 @@ def merge_trees(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         description, *others = [json.loads(text) for text in texts if text is not None]
         try:
             for other in others:
-                description = rich.merge(description, other)
+                description = schema.merge_rich(description, other)
         except ValueError as error:
             logger.warning("the rich types of partial saves do not fit together: %s", error)
         else:

@@ -2,42 +2,58 @@
 
 Pure translations between Python values and JSON bytes (invariant I10); `docs/format.md` explains
 each document. What only we know of a leaf rides in its entry under a key that Orbax ignores.
+
+The tree of a `_METADATA` document knows lists and dicts alone. Where rich types are asked for, a
+`RichTree` beside it nests what is recorded of each leaf in the containers that the tree had: lists
+and dicts as they are, tuples and named tuples as `{"category": ..., "clazz": ..., "entries": ...}`;
+any other node is a dict. Only key names lead from one description to the other.
 """
 
 from __future__ import annotations
 
 import base64
+import collections
 import functools
 import json
+import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orbax_async.tree import keypath, rich
+import jax
+
+from orbax_async.tree import keypath, structure
 from orbax_async.tree.keypath import KeyPath, stored_name
 
 __all__ = [
+    "EMPTY_NAMED_TUPLE",
     "Entry",
     "TreeDocument",
+    "describe_rich",
     "dump_array_metadatas",
     "dump_shardings",
     "dump_strings",
+    "fill_rich",
     "load_array_metadatas",
     "load_shardings",
     "load_strings",
+    "merge_rich",
+    "nest_rich",
 ]
+
 
 # Kinds of leaf, as `value_type`.
 JAX_ARRAY = "jax.Array"
 NUMPY_ARRAY = "np.ndarray"
 SCALAR = "scalar"
 STRING = "string"
+EMPTY_NAMED_TUPLE = "NamedTuple"  # the kind of an empty named tuple, where rich types are recorded
 _EMPTY: Mapping[str, Any] = {
     "None": lambda: None,
     "Dict": dict,
     "List": list,
     "Tuple": tuple,
-    rich.EMPTY_NAMED_TUPLE: lambda: None,
+    EMPTY_NAMED_TUPLE: lambda: None,
 }
 
 _NOTHING: Mapping[str, Any] = types.MappingProxyType({})
@@ -85,8 +101,8 @@ class TreeDocument(NamedTuple):
     entries: tuple[Entry, ...]
     uses_zarr3: bool
     uses_ocdbt: bool | None  # None: the document doesn't say; look for a manifest
-    containers: Any = None  # to be recorded: what `rich.describe` made of the tree
-    rich: str | None = None  # as found: what `rich.nest` takes
+    containers: Any = None  # to be recorded: what `describe` made of the tree
+    rich: str | None = None  # as found: what `nest_rich` takes
 
     def dump(self) -> bytes:
         """Returns the document as JSON."""
@@ -117,7 +133,7 @@ class TreeDocument(NamedTuple):
             "custom_metadata": None,
         }
         if self.containers is not None:
-            document["value_metadata_tree"] = json.dumps(rich.fill(self.containers, values))
+            document["value_metadata_tree"] = json.dumps(fill_rich(self.containers, values))
         return json.dumps(document).encode()
 
     @staticmethod
@@ -248,3 +264,155 @@ def load_array_metadatas(data: bytes) -> dict[str, str]:
         if impl is not None:
             impls[array["param_name"]] = impl
     return impls
+
+
+# Rich types.
+
+
+_LEAF = "ValueMetadataEntry"
+_Names = tuple[str, ...]
+
+Empty = collections.namedtuple("Empty", ())
+Empty.__doc__ = "What an empty named tuple is loaded as: its own class is not recorded."
+
+
+def describe_rich(tree: Any) -> tuple[Any, frozenset[int]]:
+    """Describes the containers of a tree.
+
+    Returns:
+      The description with the place of each leaf or empty node, in flatten order, in its stead;
+      and which of these are empty named tuples.
+    """
+    empties: set[int] = set()
+    places = iter(range(sys.maxsize))
+
+    def walk(node: Any) -> Any:
+        children = None if structure.is_empty(node) else _children(node)
+        if children is None:
+            place = next(places)
+            if structure.is_named_tuple(node):
+                empties.add(place)
+            return place
+        described = [(key, walk(child)) for key, child in children]
+        if structure.is_named_tuple(node):
+            return {
+                "category": "namedtuple",
+                "module": type(node).__module__,
+                "clazz": type(node).__name__,
+                "entries": [{"key": key, "value": each} for key, each in described],
+            }
+        if isinstance(node, tuple):
+            entries = [each for _, each in described]
+            return {"category": "custom", "clazz": "tuple", "entries": entries}
+        if isinstance(node, list):
+            return [each for _, each in described]
+        return dict(described)
+
+    return walk(tree), frozenset(empties)
+
+
+def _children(node: Any) -> list[tuple[str, Any]] | None:
+    """Returns the children of a node by key; None for a leaf."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda each: each is not node)
+    if len(pairs) == 1 and not pairs[0][0]:
+        return None
+    return [(keypath.keys_of(path)[0].name, child) for path, child in pairs]
+
+
+def fill_rich(description: Any, values: Sequence[Mapping[str, Any]]) -> Any:
+    """Replaces places in a description by what is recorded of the leaves there."""
+    if isinstance(description, int):
+        return {"category": "custom", "clazz": _LEAF, "data": values[description]}
+    if isinstance(description, list):
+        return [fill_rich(each, values) for each in description]
+    if isinstance(description, dict):
+        return {key: fill_rich(each, values) for key, each in description.items()}
+    return description
+
+
+def merge_rich(first: Any, second: Any) -> Any:
+    """Puts two filled descriptions together, of trees that have no leaf in common.
+
+    Raises:
+      ValueError: a node is of different kinds in the two.
+    """
+    if first == second or _is_leaf(second):  # a leaf at a node is an empty one, which adds nothing
+        return first
+    if _is_leaf(first):
+        return second
+    if isinstance(first, list) and isinstance(second, list):
+        both = [merge_rich(*pair) for pair in zip(first, second, strict=False)]
+        return both + max(first, second, key=len)[len(both) :]
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        raise ValueError(f"{first!r:.60} is not of the kind of {second!r:.60}")
+    if not _is_typed(first) and not _is_typed(second):
+        shared = {key: merge_rich(first[key], second[key]) for key in first.keys() & second.keys()}
+        return {key: shared.get(key, value) for key, value in (first | second).items()}
+    kind, other = [
+        (each.get("category"), each.get("module"), each.get("clazz")) for each in (first, second)
+    ]
+    if kind != other or "entries" not in first:
+        raise ValueError(f"{kind} is not {other}")
+    return first | {"entries": merge_rich(first["entries"], second["entries"])}
+
+
+def _is_typed(document: dict[str, Any]) -> bool:
+    return isinstance(document.get("category"), str)  # else it is the key of a dict
+
+
+def _is_leaf(document: Any) -> bool:
+    return isinstance(document, dict) and document.get("clazz") == _LEAF
+
+
+def nest_rich(text: str, entries: Iterable[tuple[KeyPath, Any]]) -> Any:
+    """Builds the tree that a recorded description tells of, around values by key path.
+
+    Named tuples are of their own class where that is imported and has the same fields, else of
+    one that is made for them.
+
+    Raises:
+      ValueError: the description is damaged, or does not fit the key paths.
+    """
+    values = {tuple([key.name for key in keys]): value for keys, value in entries}
+    try:
+        tree = _nested(json.loads(text), (), values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is damaged: {error!r}") from error
+    if values:
+        raise ValueError(f"leaves without a place in it: {sorted(values)[:10]}")
+    return tree
+
+
+def _nested(document: Any, names: _Names, values: dict[_Names, Any]) -> Any:
+    if isinstance(document, list):
+        return [_nested(each, (*names, str(at)), values) for at, each in enumerate(document)]
+    if not isinstance(document, dict):
+        raise ValueError(f"at {names} it holds {document!r}")
+    match document.get("category"), document.get("clazz"):
+        case "custom", "tuple":
+            return tuple(_nested(document["entries"], names, values))
+        case "namedtuple", str(name):
+            pairs = [(each["key"], each["value"]) for each in document["entries"]]
+            made = _named_tuple(document["module"], name, tuple([key for key, _ in pairs]))
+            return made(*[_nested(each, (*names, key), values) for key, each in pairs])
+        case "custom", str(name) if name == _LEAF:
+            if names not in values:
+                raise ValueError(f"it has a leaf at {names}, the tree does not")
+            value = values.pop(names)
+            return Empty() if document["data"]["value_type"] == EMPTY_NAMED_TUPLE else value
+        case str(category), name:
+            raise ValueError(f"at {names} it holds a {category} {name!r}")
+    return {key: _nested(each, (*names, key), values) for key, each in document.items()}
+
+
+def _named_tuple(module: str, name: str, fields: tuple[str, ...]) -> Any:
+    found = getattr(sys.modules.get(module), name, None)
+    is_class = isinstance(found, type) and issubclass(found, tuple)
+    if is_class and getattr(found, "_fields", None) == fields:
+        return found
+    return _made_named_tuple(f"{module}.{name}.{len(fields)}".replace(".", "_"), fields)
+
+
+@functools.cache
+def _made_named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+    return collections.namedtuple(name, fields)

@@ -19,7 +19,7 @@ from saved_states import Pair, Sds, state
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async.tree.selection import Selection
+from orbax_async.tree.keypath import Selection
 
 saved = saved_states.saved
 
@@ -426,20 +426,20 @@ def test_the_primary_replica_is_the_one_that_reads(
     axis: int, spec: P, tmp_path: Path, mesh8: Mesh
 ) -> None:
     """Which devices get their values from the host is decided by the options: axis and index."""
-    from orbax_async._engine import place
+    from orbax_async._engine import transfer
 
     ocp.save(tmp_path / "c", {"a": np.arange(8.0)})
     abstract = {"a": Sds((8,), np.float32, sharding=NamedSharding(mesh8, spec))}
     for primary in range(mesh8.devices.shape[axis]):
         placed: list[Any] = []
         with pytest.MonkeyPatch.context() as patch:
-            put = place._put
+            put = transfer._put
 
             def watched(array: Any, where: Any, put: Any = put, placed: Any = placed) -> Any:
                 placed.extend(where.device_set)
                 return put(array, where)
 
-            patch.setattr(place, "_put", watched)
+            patch.setattr(transfer, "_put", watched)
             with broadcasting(replica_axis_index=axis, primary_replica_id=primary):
                 ocp.load(tmp_path / "c", abstract)
         assert sorted(placed, key=str) == sorted(mesh8.devices.take(primary, axis), key=str)

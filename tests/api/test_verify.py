@@ -25,8 +25,7 @@ from orbax_async import errors
 from orbax_async._engine import plan
 from orbax_async._storage.direct import DirectReader
 from orbax_async._storage.local import LocalDirectory
-from orbax_async.tree.keypath import Key
-from orbax_async.tree.selection import Selection, pattern_of
+from orbax_async.tree.keypath import Key, Selection, pattern_of
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ocdbt": {},

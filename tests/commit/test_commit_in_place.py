@@ -23,9 +23,8 @@ from watched_directory import Call, Fault, Held, Log, before, on, watched
 import orbax_async as ocp
 from orbax_async import errors
 from orbax_async._commit import leftovers, sequence
-from orbax_async._commit.destination import Destination
-from orbax_async._commit.marker import MarkerCommit
-from orbax_async._commit.rename import RenameCommit
+from orbax_async._commit.commits import MarkerCommit, RenameCommit
+from orbax_async._commit.sequence import Destination
 from orbax_async._storage.local import LocalDirectory, opened_by
 
 STATE = {"w": np.arange(4)}

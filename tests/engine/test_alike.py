@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import orbax_async as ocp
-from orbax_async._engine import place
+from orbax_async._engine import transfer
 from orbax_async.tree import schema, structure
 from orbax_async.tree.keypath import Key
 
@@ -28,13 +28,13 @@ DTYPES = [
 def put_one_by_one(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the arrays that were put on a device in calls of their own."""
     shapes: list[tuple[int, ...]] = []
-    put = place._put
+    put = transfer._put
 
     def spy(array: np.ndarray[Any, Any], where: jax.sharding.Sharding) -> jax.Array:
         shapes.append(array.shape)
         return put(array, where)
 
-    monkeypatch.setattr(place, "_put", spy)
+    monkeypatch.setattr(transfer, "_put", spy)
     return shapes
 
 
@@ -79,8 +79,8 @@ def test_large_ones_are_not_copied(
     tmp_path: Path, put_one_by_one: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled code copies what it is given, so arrays that jax can alias are kept from it."""
-    monkeypatch.setattr(place, "_MANY_ALIKE", 2)
-    side = place._COPIED_NBYTES // 4 + 1
+    monkeypatch.setattr(transfer, "_MANY_ALIKE", 2)
+    side = transfer._COPIED_NBYTES // 4 + 1
     state = [jnp.arange(side, dtype=jnp.float32) + i for i in range(3)]
     ocp.save(tmp_path / "checkpoint", state)
     loaded = ocp.load(tmp_path / "checkpoint", state)

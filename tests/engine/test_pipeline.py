@@ -22,7 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._engine import batches, load_pipeline, save_pipeline
+from orbax_async._engine import leaf as leaves
+from orbax_async._engine import load_pipeline, save_pipeline
 from orbax_async._engine.leaf import Piece
 from orbax_async._storage import codecs
 from orbax_async._storage.array_store import ArrayStore
@@ -468,7 +469,7 @@ def test_as_many_batches_are_encoded_at_a_time_as_there_are_cores(
     original = save_pipeline.SavePipeline._fill
     monkeypatch.setattr(save_pipeline.SavePipeline, "_fill", fill)
     monkeypatch.setattr(save_pipeline, "_ENCODED_NBYTES", 1 << 19)
-    monkeypatch.setattr(batches, "_BATCH_NBYTES", 1 << 18)
+    monkeypatch.setattr(leaves, "_BATCH_NBYTES", 1 << 18)
     context = ocp.Context()
     context.array.saving.use_compression = compressed
     context.array.saving.compression_min_saving = 0
@@ -498,7 +499,7 @@ def test_batches_are_smaller_where_they_take_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is likely to be encoded counts twice, and within a limit batches are half as large."""
-    monkeypatch.setattr(batches, "_BATCH_NBYTES", 1 << 20)
+    monkeypatch.setattr(leaves, "_BATCH_NBYTES", 1 << 20)
     context = ocp.Context()
     for name, value in options.items():
         setattr(context.memory if "bytes" in name else context.array.saving, name, value)
@@ -513,7 +514,7 @@ def test_batches_of_small_pieces_take_little_memory(
     tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is encoded here, up to 64 KiB each, counts twice too, and is written batch by batch."""
-    monkeypatch.setattr(batches, "_BATCH_NBYTES", 1 << 20)
+    monkeypatch.setattr(leaves, "_BATCH_NBYTES", 1 << 20)
     ocp.save(tmp_path / "checkpoint", [jnp.full(1 << 14, i, jnp.float32) for i in range(16)])
     (pipeline,) = watched.saves
     assert [len(batch.requests) for batch in pipeline._batches] == [8, 8]
@@ -535,7 +536,7 @@ def test_the_disk_gets_something_to_do_soon(
 
     original = ArrayStore.start_writeback
     monkeypatch.setattr(ArrayStore, "start_writeback", tell)
-    monkeypatch.setattr(batches, "_FIRST_NBYTES", 1 << 18)
+    monkeypatch.setattr(leaves, "_FIRST_NBYTES", 1 << 18)
     state = [np.full(1 << 15, i, np.float32) for i in range(30)]
     ocp.save(tmp_path / "small", state)
     assert not told
@@ -561,7 +562,7 @@ def test_one_worker_at_a_time_waits_for_a_busy_disk(
 
     monkeypatch.setattr(ArrayStore, "start_writeback", tell)
     monkeypatch.setattr(save_pipeline, "_WRITTEN_BACK_NBYTES", 0)
-    monkeypatch.setattr(batches, "_BATCH_NBYTES", 1 << 18)
+    monkeypatch.setattr(leaves, "_BATCH_NBYTES", 1 << 18)
     ocp.save(tmp_path / "checkpoint", [jnp.full(1 << 16, i, jnp.float32) for i in range(6)])
     assert most == 1
     assert seen >= set(os.listdir(tmp_path / "checkpoint" / "state" / "d"))

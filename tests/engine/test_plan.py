@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from orbax_async._engine import place, plan
+from orbax_async._engine import plan, transfer
 
 
 class Spec(NamedTuple):
@@ -248,7 +248,7 @@ def test_b5_6_replica_parallel_pieces_are_those_of_orbax(
 ) -> None:
     """Replicas divide the first axis that their number divides, as far as the options allow."""
     sharding = NamedSharding(mesh8, PartitionSpec(*spec))
-    leaf = Spec(shape, 4, place.shards_of(sharding, shape))
+    leaf = Spec(shape, 4, transfer.shards_of(sharding, shape))
     assert leaf.write_shape(policy) == piece
     assert len(plan.plan_writes([leaf], process=0, policy=policy)) == count
 

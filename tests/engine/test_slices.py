@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 import orbax_async as ocp
-from orbax_async._engine import batches, gil, save_pipeline
+from orbax_async._engine import gil, save_pipeline
+from orbax_async._engine import leaf as leaves
 
 
 class Clock:
@@ -81,7 +82,7 @@ def test_no_more_batches_are_filled_at_a_time_than_is_said(
     original = save_pipeline.SavePipeline._fill
     monkeypatch.setattr(save_pipeline.SavePipeline, "_fill", fill)
     monkeypatch.setattr(save_pipeline, "_FILLED_AT_ONCE", together)
-    monkeypatch.setattr(batches, "_BATCH_NBYTES", 1 << 18)
+    monkeypatch.setattr(leaves, "_BATCH_NBYTES", 1 << 18)
     ocp.save(tmp_path / "checkpoint", [jnp.full(1 << 16, i, jnp.float32) for i in range(6)])
     assert (filled, peak) == (0, together)
     assert [leaf[0] for leaf in ocp.load(tmp_path / "checkpoint")] == list(range(6))

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._engine import capture, gil
+from orbax_async._engine import gil, transfer
 from orbax_async._engine.save_pipeline import SavePipeline
 from orbax_async._operation import Operation
 from orbax_async.handlers import write_plan
@@ -112,8 +112,8 @@ def test_an_array_that_other_processes_hold_is_captured_by_them(kind: str) -> No
         device_set = (types.SimpleNamespace(id=7, platform="gpu"),)
 
     where: Any = Elsewhere()
-    assert capture.capture_mode(where) == ("view" if kind == "pinned_host" else "fetch")
-    assert not capture.is_small((8,), np.dtype(np.float32), where)
+    assert transfer.capture_mode(where) == ("view" if kind == "pinned_host" else "fetch")
+    assert not transfer.is_small((8,), np.dtype(np.float32), where)
 
 
 def test_i3_small_arrays_survive_what_their_owner_does(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async.handlers import write_plan
+from orbax_async.handlers import kinds, write_plan
 
 
 @pytest.fixture
@@ -80,6 +80,26 @@ def test_a_structure_is_described_and_planned_once(tmp_path: Path, made: list[st
         assert described["text"] == "string"
         assert described["none"] is None
         assert described["empty"] == [(), {}]
+
+
+@pytest.mark.usefixtures("made")
+def test_arrays_of_a_known_structure_are_not_described_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what is stored as other than it is given is encoded anew; arrays are not."""
+    ocp.save(tmp_path / "first", state(1))
+    encode, described = kinds.encode, []
+
+    def noted(keys: Any, value: Any) -> Any:
+        described.append(keys[0].name)
+        return encode(keys, value)
+
+    monkeypatch.setattr(kinds, "encode", noted)
+    ocp.save(tmp_path / "second", state(2))
+    assert not {"w", "half", "weak", "numpy"} & set(described)
+    assert {"key", "big endian", "int", "text"} <= set(described)
+    monkeypatch.undo()
+    assert_same(ocp.load(tmp_path / "second"), state(2))
 
 
 CHANGES: dict[str, Any] = {

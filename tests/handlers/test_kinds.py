@@ -143,5 +143,5 @@ def test_keys_are_found_among_jax_arrays(tmp_path: Path) -> None:
     assert leaf.prng_impl == "rbg" and leaf.dtype == array.dtype == np.uint32
     leaf, _ = kinds.encode((), jnp.arange(3))
     assert leaf.prng_impl is None
-    assert kinds.want(jax.random.key(3)).kind is kinds.RANDOM_KEYS
-    assert kinds.want(jax.Array).kind is kinds.JAX_ARRAY
+    assert kinds.want((), jax.random.key(3)).kind is kinds.RANDOM_KEYS
+    assert kinds.want((), jax.Array).kind is kinds.JAX_ARRAY

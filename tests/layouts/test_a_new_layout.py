@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._layouts import table
+from orbax_async._layouts import reader
 from orbax_async._layouts.layout import Layout, StoredTree, reading
 from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
@@ -90,7 +90,7 @@ ARRAYS = {"w": np.arange(60_000, dtype=np.float32).reshape(300, 200), "step": np
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Such a directory, when the layout has its row."""
-    monkeypatch.setattr(table, "TABLE", {**table.TABLE, "npy": NpyLayout})
+    monkeypatch.setattr(reader, "TABLE", {**reader.TABLE, "npy": NpyLayout})
     (tmp_path / "model").mkdir()
     for name, array in ARRAYS.items():
         np.save(tmp_path / "model" / f"{name}.npy", array)

@@ -419,7 +419,7 @@ def run(index: int, folder: Path) -> Report:
 def failures(index: int, folder: Path) -> Report:
     """Fails in many ways, on one process at a time; each failure must end the save on both."""
     import orbax_async as ocp
-    from orbax_async._commit.rename import NameChange
+    from orbax_async._commit.commits import NameChange
     from orbax_async._engine.save_pipeline import SavePipeline
 
     report: Report = {}

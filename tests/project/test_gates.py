@@ -26,7 +26,6 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "orbax_async"
 TESTS = ROOT / "tests"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PUBLIC_NAMES = PACKAGE / "_api" / "public.py"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A path with an underscored part is private; ``__init__`` is not such a part.
 PUBLIC = [p for p in SOURCES if not re.search(r"(^|/)_(?!_init__)", str(p.relative_to(PACKAGE)))]
@@ -286,29 +285,25 @@ def test_all_is_sorted_and_true(path: Path) -> None:
 
 
 def test_public_names_are_reexported_by_their_own_name() -> None:
-    """``X as X``: modules for type checkers alone, the rest where the package takes it from."""
+    """``X as X`` for type checkers; the package takes each name from the same place."""
     package = importlib.import_module("orbax_async")
-    public = importlib.import_module("orbax_async._api.public")
     shown = _reexported(PACKAGE / "__init__.py")
-    modules, names = {name for name in shown if name != "*"}, _reexported(PUBLIC_NAMES)
-    assert set(package.__all__) == modules | names == set(dir(package))
-    assert len(package.__all__) == len(modules) + len(names)
-    assert shown - modules == {"*"}
-    for name in package.__all__:
-        home = importlib.import_module(f"orbax_async.{name}") if name in modules else None
-        assert getattr(package, name) is (home or getattr(public, name)), name
+    assert set(package.__all__) == shown.keys() == set(dir(package))
+    for name, home in shown.items():
+        value = getattr(importlib.import_module(home), name, None)
+        assert getattr(package, name) is (value or importlib.import_module(f"{home}.{name}")), name
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = package.no_such_name
 
 
-def _reexported(path: Path) -> set[str]:
-    """Returns the names that a module takes from others of the package, each by its own name."""
-    found = set()
+def _reexported(path: Path) -> dict[str, str]:
+    """Returns what a module takes from others of the package by its own name, and from where."""
+    found = {}
     for node in ast.walk(_parsed(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orbax_async"):
             for alias in node.names:
-                assert alias.name == "*" or alias.asname == alias.name, f"line {node.lineno}"
-                found.add(alias.name)
+                assert alias.asname == alias.name, f"line {node.lineno}"
+                found[alias.name] = str(node.module)
     return found
 
 

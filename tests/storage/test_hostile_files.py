@@ -111,3 +111,33 @@ def test_f6_a_shape_that_cannot_be_there_is_refused(
     assert np.array_equal(
         ocp.load(tmp_path / "checkpoint", select=report.intact)["good"], [0, 1, 2]
     )
+
+
+@pytest.mark.parametrize("use_ocdbt", [True, False])
+@pytest.mark.parametrize("target", ["state", "state/_METADATA", "state/large/c", "state/d"])
+def test_f29_a_link_out_of_a_checkpoint_is_not_followed(
+    target: str, use_ocdbt: bool, tmp_path: Path
+) -> None:
+    """F29: a directory or a file elsewhere is not read; the error and the report name the link."""
+    saved(tmp_path, use_ocdbt=use_ocdbt)
+    link = tmp_path / "checkpoint" / target
+    if not link.exists():
+        pytest.skip("of the other format")
+    link.rename(tmp_path / "elsewhere")
+    link.symlink_to(tmp_path / "elsewhere")
+    for verb in (ocp.load, ocp.metadata):
+        with pytest.raises(errors.InvalidLayoutError, match=f"'{target}' in it is a symbolic link"):
+            verb(tmp_path / "checkpoint")
+    (damage,) = ocp.verify(tmp_path / "checkpoint").damage
+    assert damage.path == str(link)
+    assert "not followed" in damage.problem
+
+
+def test_links_that_stay_inside_and_to_a_checkpoint_are_followed(tmp_path: Path) -> None:
+    """Such as `latest`, and a file that lies elsewhere in the checkpoint."""
+    state = saved(tmp_path)
+    (state / "_METADATA").rename(state / "tree")
+    (state / "_METADATA").symlink_to("tree")
+    (tmp_path / "latest").symlink_to("checkpoint")
+    assert np.array_equal(ocp.load(tmp_path / "latest")["good"], STATE["good"])
+    assert ocp.verify(tmp_path / "latest").is_intact

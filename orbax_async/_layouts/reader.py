@@ -1,9 +1,12 @@
-"""Reading a checkpoint as one whole: what loading, describing and verifying have in common.
+"""Finding which layout lies in a directory, and reading a checkpoint as one whole.
 
 Rules
   I4   A reader sees a whole checkpoint, old or new, or none.
 
 Theory of operation
+  A layout that the options name is taken at its word. AUTO takes the first of the table that is
+  there, and where none is, the first, which then tells what is missing.
+
   A reader first lets an overwrite settle that was interrupted or is between two renames. Then it
   looks who lies at the path, reads, and looks again. What was read while a checkpoint gave way to
   the next may belong to either, or be gone; then all of it is read again.
@@ -11,22 +14,24 @@ Theory of operation
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from typing import TypeVar
 
 import anyio
 
+from orbax_async import context as ambient
 from orbax_async import errors
 from orbax_async._commit import leftovers
 from orbax_async._engine import loop
-from orbax_async._layouts import table
 from orbax_async._layouts.layout import Layout, reading
+from orbax_async._layouts.orbax import OrbaxLayout
+from orbax_async._layouts.tensors import SafetensorsLayout
 from orbax_async._operation import Operation
 from orbax_async._response import AsyncResponse
+from orbax_async._storage.directory import Directory
 from orbax_async._storage.local import open_directory
+from orbax_async.options import CheckpointLayout
 from orbax_async.path import PathLike, pathlike
-
-__all__ = ["Reader"]
 
 Found = TypeVar("Found")
 T = TypeVar("T")
@@ -34,14 +39,46 @@ T = TypeVar("T")
 _LOOKS = 50  # times that a checkpoint is looked for which is just being replaced
 _LOOK_SECS = 0.02
 
+TABLE: Mapping[str, type[Layout]] = {"orbax": OrbaxLayout, "safetensors": SafetensorsLayout}
+"""Each under the name by which `context.checkpoint_layout` asks for it."""
+
+
+def layout_of(directory: Directory, options: ambient.Context) -> Layout:
+    """Returns the layout under which a directory is read, whatever lies there; blocks."""
+    asked = options.checkpoint_layout
+    if asked is not CheckpointLayout.AUTO:
+        return TABLE[asked.value](directory, options)
+    first, *others = (layout(directory, options) for layout in TABLE.values())
+    return next((layout for layout in (first, *others) if layout.is_there), first)
+
+
+def find_checkpoint(
+    directory: Directory, options: ambient.Context, *, may_be_damaged: bool = False
+) -> Layout:
+    """Returns the layout of the checkpoint that lies in a directory; blocks."""
+    layout = layout_of(directory, options)
+    problem = layout.problem()
+    if problem is None or (may_be_damaged and layout.is_damaged):
+        return layout
+    name = next(name for name, each in TABLE.items() if each is type(layout))
+    others = {each: TABLE[each](directory, options) for each in TABLE if each != name}
+    if options.checkpoint_layout is CheckpointLayout.AUTO:
+        missing = [f"there are no {each.what}; " for each in others.values() if not each.is_there]
+        raise errors.InvalidLayoutError(
+            f"Could not auto-detect the layout of the checkpoint at {directory.path}: "
+            f"{''.join(missing)}and as an {name.capitalize()} checkpoint: {problem}"
+        )
+    for other, found in others.items():
+        if found.is_there:
+            problem += f" It holds {found.what}: set context.checkpoint_layout = {other!r}."
+    raise errors.InvalidLayoutError(
+        f"Could not recognize the checkpoint at {directory.path} as a valid {name.capitalize()} "
+        f"checkpoint: {problem}"
+    )
+
 
 class Reader:
-    """An operation that reads one checkpoint.
-
-    Args:
-      operation: the operation.
-      path: the checkpoint.
-    """
+    """An operation that reads one checkpoint."""
 
     def __init__(self, operation: Operation, path: PathLike) -> None:
         self._operation = operation
@@ -59,11 +96,8 @@ class Reader:
     ) -> AsyncResponse[T]:
         """Starts the operation, and returns its response.
 
-        Args:
-          label: what it is, for messages: "load from".
-          find: returns what is to be read of the checkpoint; called on a worker.
-          read: reads it.
-          may_be_damaged: whether a checkpoint counts that can't be loaded.
+        `find` returns what is to be read of the checkpoint, on a worker, and `read` reads it. With
+        `may_be_damaged` a checkpoint counts that can't be loaded.
         """
         path = self.directory.path
 
@@ -95,9 +129,7 @@ class Reader:
             self._is_settled = not leftovers.settle(self.directory.path)
             self._identity = self.directory.status(follow_links=True)
             options = self._operation.context
-            return find(
-                table.find_checkpoint(self.directory, options, may_be_damaged=may_be_damaged)
-            )
+            return find(find_checkpoint(self.directory, options, may_be_damaged=may_be_damaged))
 
     def _look(self) -> Hashable:
         """Returns what tells a checkpoint from the one before it at the same path."""

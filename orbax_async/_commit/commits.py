@@ -1,18 +1,47 @@
-"""Committing by names: a directory beside the destination takes its name in one step.
+"""What a save asks of the way in which it is committed, and the two ways.
+
+Rules
+  I4   A reader sees a whole checkpoint, old or new, or none; an overwrite never leaves none.
+  I5   All data is durable before the checkpoint becomes visible, and what makes it visible is
+       durable before the response is done.
 
 Theory of operation
-  Over an old checkpoint the two names are exchanged in one step where that can be; the old one is
-  then what has the temporary name. Elsewhere the old one is set aside as `...-old`, and the new one
-  renamed. Whoever looks in between puts the old one back; then it is set aside again.
+  `sequence` has the one order of steps, whatever the commit: begin, claim, let handlers write,
+  complete, make all of it durable, publish; or undo, at any time before publishing.
+
+  **By names.** `RenameCommit` writes beside the destination, and takes its name in one step. Over
+  an old checkpoint the two names are exchanged in one step where that can be; the old one is then
+  what has the temporary name. Elsewhere the old one is set aside as `...-old`, and the new one
+  renamed. Whoever looks in between puts the old one back; then it is set aside again. That is how
+  a checkpoint is overwritten, in every mode.
 
   Whoever changes what a name means holds what lies there. So of several processes that overwrite
   one checkpoint each begins when the one before it has made its change durable, or taken it back.
-
   A change that can't be made durable is taken back. If that fails too, nothing is removed, and the
   error says what is visible, and where the other lies.
 
-  An owner that was paused, and taken for dead meanwhile, finds that its directory has no marker any
-  more, and publishes nothing.
+  **By a marker.** `MarkerCommit` writes at the destination, where nothing lies yet, for file
+  systems and stores that can't rename.
+
+  1. The destination is made. `orbax.checkpoint` is written to it, which must not be there yet, and
+     says whose it is; that is durable before anything else comes.
+  2. Handlers write their directories, and all of it is made durable.
+  3. `_CHECKPOINT_METADATA` is written and made durable. Without it no reader takes the directory
+     for a checkpoint.
+  4. `commit_success.txt`, the proof, is written and made durable: this is the commit point.
+  5. `orbax.checkpoint` is emptied: nobody asks for the owner any more.
+
+  If its process dies before 4, the next save clears what is there (`leftovers.clear`).
+
+  **Paused owners.** One that was taken for dead meanwhile finds that its directory has no marker of
+  its own any more, and publishes nothing; the documents of 3 and 4 are written only where there are
+  none. With locks, on one machine, nobody who is paused is taken for dead. Without, an owner that
+  wakes after two minutes looks at the marker within ten seconds; until then what it was just
+  writing may reach files of the same name. Only a commit by renaming keeps these apart.
+
+  `sessions.PartCommit` adds a part to a session of partial saves, and `sessions.WholeCommit` makes
+  a session a checkpoint; both take names as `RenameCommit` does. What commits leave when they die
+  is told in `leftovers`. Every method blocks, and only the primary process calls them.
 """
 
 from __future__ import annotations
@@ -20,7 +49,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from orbax_async import _names as names
 from orbax_async import errors
@@ -28,7 +58,76 @@ from orbax_async._commit import leftovers
 from orbax_async._commit.leftovers import Held
 from orbax_async._storage.directory import Capability, Directory
 
-__all__ = ["NameChange", "RenameCommit", "appeared"]
+
+class Commit(Protocol):
+    """Where a save writes, and the step that makes it a checkpoint.
+
+    Attributes:
+      directory: where handlers write.
+      makes_checkpoint: whether there is a checkpoint afterwards, not just a part of one.
+    """
+
+    directory: Directory
+    makes_checkpoint: bool
+
+    def begin(self, names_inside: Sequence[str], *, mode: int | None) -> None:
+        """Makes the directory, its parents, and `names_inside` it, and holds it.
+
+        Args:
+          names_inside: the directories to make in it.
+          mode: its permission bits; None leaves them to the process's umask.
+
+        Raises:
+          DestinationExistsError: it writes at the destination, and something is there.
+          CommitError: a directory can't be made.
+        """
+        ...
+
+    def claim(self) -> str | None:
+        """Claims what is there, if what is written depends on it; asked again until it may.
+
+        Returns:
+          None if it may; else who has it.
+        """
+        ...
+
+    def renew(self) -> None:
+        """Shows those who can't see its lock that the save is under way.
+
+        Raises:
+          CommitError: it has been taken for dead all the same.
+        """
+        ...
+
+    def complete(self, documents: Mapping[str, bytes]) -> None:
+        """Writes the checkpoint's own documents, unless they say that it is whole by being there.
+
+        Args:
+          documents: by name, in their order; the last one says that the checkpoint is whole.
+        """
+        ...
+
+    def publish(self, documents: Mapping[str, bytes]) -> Held | None:
+        """Makes the checkpoint visible (I4), and that durable (I5); all else is durable already.
+
+        Returns:
+          What it has replaced, out of sight and to be disposed of; None if that is nothing.
+
+        Raises:
+          DestinationExistsError: something has come to be there, and must not be replaced.
+          CommitError: it can't be published. What was there is there; or else the message says
+            what is visible now, and where the other lies.
+        """
+        ...
+
+    def undo(self) -> None:
+        """Removes what was written, and parents that were made for it, unless it is visible."""
+        ...
+
+    def release(self) -> None:
+        """Holds nothing any more; once more does nothing."""
+        ...
+
 
 _TRIES = 100  # to set aside what readers put back
 _BUSY_SECS = 10.0
@@ -284,3 +383,73 @@ def appeared(final: Directory) -> errors.DestinationExistsError:
         f"Destination {final.path} already exists: it appeared while the save was under way. Save "
         "elsewhere, or with overwrite=True."
     )
+
+
+class MarkerCommit(RenameCommit):
+    """The destination itself, where nothing may lie yet."""
+
+    def __init__(self, final: Directory) -> None:
+        super().__init__(final)
+        self.directory = final
+        self._marker = leftovers.temporary(final).name.encode()
+
+    def _make(self, mode: int | None) -> None:
+        leftovers.clear(self.final, is_in_place=True)
+        try:
+            super()._make(mode)
+            self.final.sync([names.CHECKPOINT_MARKER, ""])
+        except FileExistsError as error:
+            raise errors.DestinationExistsError(
+                f"Destination {self.final.path} already exists. Save elsewhere, or with "
+                "overwrite=True."
+            ) from error
+        except OSError:
+            with contextlib.suppress(OSError):
+                leftovers.clear(self.final, is_in_place=True)
+            raise
+
+    def complete(self, documents: Mapping[str, bytes]) -> None:
+        """Writes nothing: documents are what tells readers of a checkpoint."""
+
+    def publish(self, documents: Mapping[str, bytes]) -> Held | None:
+        """Writes the documents, and the proof when these are durable; see `Commit.publish`."""
+        *_, (proof, text) = documents.items()
+        others = {name: data for name, data in documents.items() if name != proof}
+        with errors.reported_as(errors.CommitError, self._problem):
+            self._prepare_to_publish()
+            try:
+                self._write(others)
+                self.final.sync([*others, ""])
+                self._is_published = True
+                self._write({proof: text})
+                self.final.sync([proof, ""])
+                self.final.parent.sync([""])
+            except OSError as error:
+                if not isinstance(error.__cause__, FileExistsError):  # else it is another's
+                    self._take_back([proof, *others], error)
+                raise
+        with contextlib.suppress(OSError):
+            self.final.write(names.CHECKPOINT_MARKER, b"")
+        self.release()
+        return None
+
+    def _take_back(self, documents: Iterable[str], cause: OSError) -> None:
+        with errors.reported_as(
+            errors.CommitError,
+            f"{cause}. It can't be taken back either",
+            f"What was saved is visible at {self.final.path}, though a crash may undo it.",
+        ):
+            for name in documents:
+                self.final.remove(name)
+        self._is_published = False
+
+    def _remove(self) -> None:
+        if self._held is None or self.final.read(names.CHECKPOINT_MARKER) != self._marker:
+            return  # it is not there, or another's
+        try:
+            self._held.hide(self.final)
+        except OSError:  # a file system that can't
+            self.final.remove(names.CHECKPOINT_METADATA)
+            self.final.remove()
+        else:
+            leftovers.discard(self._held.directory)

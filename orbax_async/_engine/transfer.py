@@ -1,36 +1,188 @@
-"""Placing arrays on devices: which device gets which piece, and how the pieces get there.
+"""Values on their way: captured before their owner may change them, and placed on devices.
 
-A piece comes from host memory or from another device; of all pieces one global array is made.
+Rules
+  I3   Once a value is captured, donating, deleting or mutating its source can't change what is
+       written.
+
+Theory of operation
+  A jax array in a CPU device's memory is captured as a view of its buffer. Holding the view
+  makes XLA copy instead of reusing the buffer when the array is donated, and keeps the memory
+  when it is deleted. On other devices each shard is sent to `pinned_host`: the transfer is
+  enqueued before anything the caller can do to the source, and the new array is ours alone. No
+  host copy is ever made through the caller's own array, which would keep it cached.
+
+  NumPy arrays are mutable, so they are copied. So are small jax arrays in a CPU device's memory:
+  `gil` says why.
+
+  Pieces that were read come from host memory or from another device; of all pieces one global
+  array is made.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import math
+import mmap
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from orbax_async._engine import plan
-from orbax_async._engine.host_memory import fills_bytes
-from orbax_async._engine.leaf import Piece
+from orbax_async._engine import gil, plan
+from orbax_async._engine.leaf import Mode, Piece, Small, Storage
+from orbax_async._engine.plan import WriteRequest
 from orbax_async.arrays import ShardingMetadata, devices_of
 from orbax_async.options import ArrayOptions
 
-__all__ = [
-    "Placement",
-    "assemble",
-    "concrete",
-    "free_nbytes",
-    "place",
-    "placement",
-    "saved_sharding",
-    "send",
-    "shards_of",
-    "special_memory_kind",
-]
+_SMALL_NBYTES = 16 << 10
+_COPIED_AT_ONCE = 128  # small arrays for whose copies the interpreter lock is kept: 0.2 ms
+
+
+def capture_mode(
+    sharding: jax.sharding.Sharding | None,
+    *,
+    is_mutable: bool = False,
+    use_pinned_host: bool | None = None,
+) -> Mode:
+    """Says how the values of an array are captured.
+
+    Args:
+      sharding: of a jax array; None for a NumPy array.
+      is_mutable: whether a NumPy array's owner may change it during the save.
+      use_pinned_host: whether to go through pinned memory; None for the platform's default.
+
+    Returns:
+      `view` where the values stay where they are, `copy` for a copy on the host, `fetch` and `pin`
+      for a transfer from a device to ordinary or to pinned memory.
+    """
+    if sharding is None:
+        return "copy" if is_mutable else "view"
+    on_host = lies_on_host(sharding)
+    if use_pinned_host is None:
+        use_pinned_host = not on_host and _has_pinned_host(sharding)
+    if use_pinned_host:
+        return "pin"
+    return "view" if on_host else "fetch"
+
+
+def _has_pinned_host(sharding: jax.sharding.Sharding) -> bool:
+    return any(
+        memory.kind == "pinned_host"
+        for device in devices_of(sharding, local=True)[:1]
+        for memory in device.addressable_memories()
+    )
+
+
+def capture(array: Piece, storage: Storage, request: WriteRequest) -> Piece:
+    """I3: captures one piece of an array.
+
+    Args:
+      array: the whole array.
+      storage: how, and from how many devices.
+      request: which piece.
+
+    Returns:
+      A host array, or, of mode `pin`, a jax array in host memory whose transfer may be under way:
+      `np.asarray` waits for it.
+    """
+    is_single = len(storage.shards) == 1
+    if storage.mode == "view" and is_single:  # most arrays by far
+        return np.asarray(array)
+    box, shard_box = request.box, request.shard_box
+    is_whole = box is shard_box or box == shard_box
+    if isinstance(array, np.ndarray):
+        piece = array if is_whole else array[plan.within(box, shard_box)]
+        if storage.mode == "copy":
+            copied = aligned_empty(piece.shape, piece.dtype)
+            copied[...] = piece
+            return copied
+        return piece
+    shard = array if is_single else _shard(array, request.device_id)
+    if storage.mode == "pin":
+        if not is_whole:
+            shard = shard[plan.within(box, shard_box)]
+        (device,) = shard.devices()
+        pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        moved: jax.Array = jax.device_put(shard, pinned, may_alias=False)
+        return moved
+    if storage.mode == "fetch":
+        # The host copy stays cached on an array object: not on one that the caller holds.
+        shard = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
+    host = np.asarray(shard)
+    return host if is_whole else host[plan.within(box, shard_box)]
+
+
+def _shard(array: jax.Array, device_id: int) -> jax.Array:
+    # Not addressable_data, which has the first device's shard alone of a replicated array.
+    for shard in array.addressable_shards:
+        if shard.device.id == device_id:
+            data: jax.Array = shard.data
+            return data
+    raise ValueError(f"no shard on device {device_id}")
+
+
+def is_small(
+    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding | None
+) -> bool:
+    """Says whether an array may be captured by `copy_small`.
+
+    It lies in the memory of one CPU device, and its bytes in the order of its elements, which goes
+    without saying for one dimension at most.
+    """
+    return (
+        len(shape) <= 1
+        and 0 < math.prod(shape) * dtype.itemsize <= _SMALL_NBYTES
+        and fills_bytes(dtype)
+        and sharding is not None
+        and _is_on_one_cpu(sharding)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_on_one_cpu(sharding: jax.sharding.Sharding) -> bool:
+    if sharding.num_devices > 1 or not sharding.is_fully_addressable:
+        return False
+    return bool(devices_of(sharding)[0].platform == "cpu")
+
+
+def copy_small(arrays: Sequence[Piece], small: Sequence[Small]) -> dict[int, Piece]:
+    """I3: copies small jax arrays, without letting go of the interpreter lock for each.
+
+    Args:
+      arrays: those of all leaves.
+      small: which of them to copy.
+
+    Returns:
+      Copies by leaf. One that can't be copied is left out, for `capture` to say what is wrong.
+    """
+    found: dict[int, Piece] = {}
+    try:
+        jax.block_until_ready([arrays[leaf] for leaf, *_ in small])
+        for start in gil.sliced(range(0, len(small), _COPIED_AT_ONCE)):
+            group = small[start : start + _COPIED_AT_ONCE]
+            leaves, shapes, dtypes, nbytes = zip(*group, strict=True)
+            sources = [arrays[leaf] for leaf in leaves]
+            copies = list(map(_array_over, shapes, dtypes, gil.bytes_of(sources, nbytes)))
+            for leaf, source, copied in zip(leaves, sources, copies, strict=True):
+                # It may be donated meanwhile, against the rules, by a thread that computes. XLA
+                # marks it as deleted before it writes to its memory.
+                if not source.is_deleted():
+                    found[leaf] = copied
+    except (RuntimeError, ValueError):
+        pass  # one was deleted, or what computes it has failed
+    return found
+
+
+_array_over: Callable[..., Piece] = np.ndarray
+
+
+# Placing.
+
 
 _MANY_ALIKE = 1000  # arrays for which it pays to compile what puts them on a device
 _PER_CALL = 8  # compiling takes longer for more, and a call gets no cheaper for each
@@ -300,3 +452,72 @@ def assemble(
     if len(shards) == 1 and shards[0].sharding == sharding:
         return shards[0]
     return jax.make_array_from_single_device_arrays(shape, sharding, list(shards))
+
+
+# The host's memory.
+
+
+_MAPPED_NBYTES = 256 << 10
+_ALIGNMENT = 64  # bytes; jax aliases host memory on CPU where it is aligned so
+
+
+@functools.lru_cache(maxsize=4096)
+def lies_on_host(sharding: jax.sharding.Sharding) -> bool:
+    """Says whether arrays of a sharding lie in the host's memory."""
+    device = devices_of(sharding)[0]  # of a process that has none of them, too
+    return device.platform == "cpu" or "host" in (sharding.memory_kind or "")
+
+
+def fills_bytes(dtype: np.dtype[Any]) -> bool:
+    """Says whether elements of a dtype take whole bytes on a CPU device, as they do in NumPy."""
+    return dtype.kind in "biufc" or dtype == jnp.bfloat16
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Returns an uninitialized array that jax can alias on CPU."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    block = _mapped(nbytes) if nbytes >= _MAPPED_NBYTES else None
+    if block is None:
+        block = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    address: int = block.__array_interface__["data"][0]
+    offset = -address % _ALIGNMENT
+    return block[offset : offset + nbytes].view(dtype).reshape(shape)
+
+
+def _mapped(nbytes: int) -> np.ndarray[Any, Any] | None:
+    """Returns memory that goes back to the system as soon as it is freed, if there is any.
+
+    What the C allocator gives may stay in one of its arenas, and every thread has its own.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # there may be too many mappings
+        return None
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # the system may have none
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(block, np.uint8)
+
+
+def give_back_freed() -> None:
+    """Gives memory that was freed back to the system, where the C library would keep it; blocks.
+
+    glibc gives each thread an arena of its own, and an arena keeps what was freed at its end. Of
+    TensorStore's threads that is what each encoded last: several times what is encoded at a time.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    """Returns glibc's function of that name; None where there is another C library."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None

@@ -7,10 +7,11 @@ made for that operation and dropped with it, so that nothing stays pinned in mem
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -45,6 +46,8 @@ _OCDBT_CONFIG = {
 }
 _MERGED_CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 _LARGE_FILE_NBYTES = 8 << 20
+_INTERRUPTED = os.strerror(errno.EINTR)
+_REPEATS = 5
 _MAX_MANIFEST_NBYTES = 64 << 20
 _MOST_EXPANSION = 1 << 16  # more bytes than any encoding makes of one
 
@@ -202,8 +205,9 @@ class ArrayStore:
         if self.direct is not None:
             return self.direct.values(keys)
         self._check_sizes(keys, MAX_VALUE_NBYTES)
-        futures = [self._kvstore.read(key) for key in keys]
-        results = (future.result() for future in futures)
+        reads = [functools.partial(self._kvstore.read, key) for key in keys]
+        begun = [read() for read in reads]
+        results = map(result_of, begun, reads)
         return [result.value if result.state == "value" else None for result in results]
 
     def sizes(self) -> dict[str, int]:
@@ -283,6 +287,18 @@ class ArrayStore:
         """
         with _storing(f"cannot read what was written to {self.directory.path}"):
             return {key.decode() for key in self._kvstore.list().result()}
+
+
+def result_of(future: ts.Future[Any], begin: Callable[[], ts.Future[Any]]) -> Any:
+    """Returns what a read gives; one that a signal has interrupted is begun again, a few times."""
+    for _ in range(_REPEATS):
+        try:
+            return future.result()
+        except ValueError as error:
+            if _INTERRUPTED not in str(error):
+                raise
+        future = begin()
+    return future.result()
 
 
 @contextlib.contextmanager

@@ -68,14 +68,7 @@ def _check_process() -> None:
 
 
 class ArrayStore:
-    """The arrays below one directory, by stored name.
-
-    Args:
-      directory: where they lie.
-      ocdbt: whether that is an OCDBT database.
-      zarr3: which version of zarr.
-      direct: what reads values without TensorStore, where something does already.
-    """
+    """The arrays below one directory, by stored name."""
 
     def __init__(
         self,
@@ -107,16 +100,10 @@ class ArrayStore:
         syncs: bool = False,
         target_data_file_nbytes: int | None = None,
     ) -> Self:
-        """Returns a store to write to.
+        """Returns a store to write to; its directory need not be there.
 
-        Args:
-          directory: where to; it need not be there.
-          ocdbt: whether to write an OCDBT database.
-          zarr3: which version of zarr.
-          syncs: whether TensorStore syncs what it writes. A commit syncs what is written on its own
-            machine, but not what others write.
-          target_data_file_nbytes: how large a data file of a database becomes; None for as large
-            as can be.
+        A commit syncs what is written on its own machine, but not what others write: `syncs` has
+        TensorStore do it.
         """
         store = cls(directory, ocdbt=ocdbt, zarr3=zarr3)
         store._is_new = True
@@ -280,11 +267,7 @@ class ArrayStore:
         return self.sizes()
 
     def list_keys(self) -> set[str]:
-        """Returns every key that is stored.
-
-        Raises:
-          CommitError: it can't be read.
-        """
+        """Returns every key that is stored."""
         with _storing(f"cannot read what was written to {self.directory.path}"):
             return {key.decode() for key in self._kvstore.list().result()}
 
@@ -377,18 +360,7 @@ def merge_process_databases(directory: Directory) -> int:
 
     Each process writes `ocdbt.process_<i>/`. The merged database, in the directory itself, refers
     to their data files: no array byte is copied, and the files must stay where they are.
-
-    Returns:
-      How many databases were merged.
-
-    Raises:
-      CommitError: one can't be read, or the merged one not be written.
     """
-    with _storing(f"cannot merge the databases in {directory.path}"):
-        return _merge_process_databases(directory)
-
-
-def _merge_process_databases(directory: Directory) -> int:
     prefix = names.PROCESS_DATABASE.format("")
     databases = [
         directory / entry.name
@@ -398,18 +370,17 @@ def _merge_process_databases(directory: Directory) -> int:
     if not databases:
         return 0
     context = _context()  # copying by reference needs one for source and target
-    target = ts.KvStore.open(
-        {"driver": "ocdbt", "base": directory.kvstore(), "config": _MERGED_CONFIG},
-        context=context,
-    ).result()
+    spec = {"driver": "ocdbt", "base": directory.kvstore(), "config": _MERGED_CONFIG}
     transaction = ts.Transaction(atomic=True)
-    pending = [
-        ts.KvStore.open({"driver": "ocdbt", "base": each.kvstore()}, context=context)
-        .result()
-        .experimental_copy_range_to(target.with_transaction(transaction))
-        for each in databases
-    ]
-    for copied in pending:
-        copied.result()
-    transaction.future.result()  # begins the commit, without the GIL that commit_async holds
+    with _storing(f"cannot merge the databases in {directory.path}"):
+        target = ts.KvStore.open(spec, context=context).result().with_transaction(transaction)
+        pending = [
+            ts.KvStore.open({"driver": "ocdbt", "base": each.kvstore()}, context=context)
+            .result()
+            .experimental_copy_range_to(target)
+            for each in databases
+        ]
+        for copied in pending:
+            copied.result()
+        transaction.future.result()  # begins the commit, without the GIL that commit_async holds
     return len(databases)

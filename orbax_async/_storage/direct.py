@@ -56,10 +56,6 @@ class DirectReader:
     """The values of one database as it is now; for one operation, on any thread.
 
     The directory has `Capability.MAP`. The index is read when a value is asked for first.
-
-    Raises:
-      ValueError: the index is damaged, or of a kind that TensorStore alone reads.
-      FileNotFoundError: the index is not all there.
     """
 
     def __init__(self, directory: Directory) -> None:
@@ -117,19 +113,7 @@ class DirectReader:
     ) -> bool:
         """Reads a box of an array whose chunks hold its elements as they are.
 
-        Args:
-          name: the array's stored name.
-          layout: how it lies in its chunks.
-          region: the box, start and stop for each axis.
-          target: an array of the box's shape and the stored dtype, in C order.
-
-        Returns:
-          False where the chunks' checksums are of a kind that only TensorStore verifies; the
-          target is then untouched.
-
-        Raises:
-          FileNotFoundError: a chunk is missing.
-          ValueError: bytes do not match their checksum, or are too few.
+        False where only TensorStore verifies the chunks' checksums; the target is untouched then.
         """
         parts = list(_parts(region, layout.chunk_shape))
         chunks = []
@@ -450,12 +434,7 @@ def _read_run(
 ) -> None:
     """I12: reads a run of a chunk's bytes, whole checksum blocks at a time.
 
-    Args:
-      file: where the chunk lies.
-      offset: of its first byte.
-      run: the first byte to read, the one after the last, and how many the chunk has.
-      sums: the checksums of its blocks, None where it has none.
-      into: as long as the run.
+    A run is its first byte, the one after its last, and the number of bytes that the chunk has.
     """
     start, stop, nbytes = run
     if sums is None:

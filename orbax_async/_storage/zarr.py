@@ -42,8 +42,7 @@ def is_storable(dtype: np.dtype[Any]) -> bool:
 def dtype_named(name: str) -> np.dtype[Any]:
     """Returns the dtype for a zarr v3 data type, or for a name of ml_dtypes.
 
-    Raises:
-      TypeError: it is no type of numbers. I14: bytes of a file never become pointers.
+    I14: bytes of a file never become pointers; what is no type of numbers is a TypeError.
     """
     dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
     if dtype.kind not in "biufcV" or dtype.type is np.void:

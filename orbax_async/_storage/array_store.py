@@ -117,7 +117,9 @@ class ArrayStore:
     @functools.cached_property
     def _kvstore(self) -> ts.KvStore:
         if self.is_ocdbt and not self._is_new:
-            _check_size(self.directory, names.OCDBT_MANIFEST, _MAX_MANIFEST_NBYTES)
+            found = _nbytes(self.directory, names.OCDBT_MANIFEST)
+            if found > _MAX_MANIFEST_NBYTES:
+                raise ValueError(f"{found} bytes found in {names.OCDBT_MANIFEST}")
         return ts.KvStore.open(self._spec, context=self._context).result()
 
     # Writing.
@@ -235,13 +237,12 @@ class ArrayStore:
 
         A file may be as large as it likes without taking room on a disk.
         """
-        if self.direct is not None:
+        is_direct = self.direct is not None
+        if is_direct or (not self.is_ocdbt and self.directory.can(Capability.MAP)):
             for key in keys:
-                if self._sizes.get(key, 0) > limit:
-                    raise ValueError(_too_large(key, self._sizes[key], limit))
-        elif not self.is_ocdbt and self.directory.can(Capability.MAP):
-            for key in keys:
-                _check_size(self.directory, key, limit)
+                found = self._sizes.get(key, 0) if is_direct else _nbytes(self.directory, key)
+                if found > limit:
+                    raise ValueError(f"{found} bytes found in {key}, at most {limit} expected")
 
     def find_absence(self, name: str, document: zarr.ArrayDocument) -> str | None:
         """I14: returns why an array can't all be there, whatever its document says."""
@@ -252,8 +253,8 @@ class ArrayStore:
             found = list(sizes(self.directory / name).values())
         else:
             return None
-        shape = zarr.stored_chunk_shape(document)
-        chunks = math.prod(-(-side // of) for side, of in zip(document.shape, shape, strict=True))
+        axes = zip(document.shape, document.stored_shape, strict=True)
+        chunks = math.prod(-(-side // of_chunk) for side, of_chunk in axes)
         if chunks <= len(found) and document.nbytes <= sum(found) * _MOST_EXPANSION:
             return None
         return (
@@ -272,7 +273,7 @@ class ArrayStore:
             return {key.decode() for key in self._kvstore.list().result()}
 
 
-def result_of(future: ts.Future[Any], begin: Callable[[], ts.Future[Any]]) -> Any:
+def result_of(future: Any, begin: Callable[[], Any]) -> Any:
     """Returns what a read gives; one that a signal has interrupted is begun again, a few times."""
     for _ in range(_REPEATS):
         try:
@@ -304,14 +305,9 @@ def _context(*, syncs: bool = False) -> ts.Context:
     return ts.Context({**_CONTEXT, "file_io_sync": syncs}, parent=shared_context())
 
 
-def _check_size(directory: Directory, name: str, limit: int) -> None:
+def _nbytes(directory: Directory, name: str) -> int:
     found = directory.status(name, follow_links=True)
-    if found is not None and found.nbytes > limit:
-        raise ValueError(_too_large(name, found.nbytes, limit))
-
-
-def _too_large(name: str, nbytes: int, limit: int) -> str:
-    return f"{nbytes} bytes found in {name}, at most {limit} expected"
+    return 0 if found is None else found.nbytes
 
 
 def _prefix(name: str) -> str:

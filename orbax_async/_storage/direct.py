@@ -1,8 +1,7 @@
 """Bytes read straight from files: the values of a local OCDBT database, and ranges of any file.
 
-TensorStore decodes the database's index, which carries checksums of its own; the index says in
-which file and where each value lies. What is read from there goes into the reader's own memory
-without a copy in between, and is verified block by block as it arrives.
+The database's index says in which file and where each value lies. What is read from there goes into
+the reader's own memory without a copy in between, and is verified block by block as it arrives.
 """
 
 from __future__ import annotations

@@ -167,6 +167,7 @@ class ArrayDocument(NamedTuple):
       shape: of the array.
       dtype: of the array, in native byte order.
       nbytes: of all its elements.
+      stored_shape: of what is stored as one value: a chunk, or a shard of several.
       chunk_shape: of the smallest piece that can be read alone.
       has_checksum: whether a flipped bit of an element is found when it is read.
       whole: how the array lies in one value; None where it is in several, or not plain.
@@ -178,6 +179,7 @@ class ArrayDocument(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     nbytes: int
+    stored_shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
     has_checksum: bool
     whole: WholeLayout | None
@@ -211,7 +213,8 @@ def _parsed(data: bytes) -> ArrayDocument:
 
 def _understood(document: Mapping[str, Any]) -> ArrayDocument:
     zarr3 = document["zarr_format"] == 3
-    chunk_shape = _chunk_shape(document)
+    stored_shape, chunk_shape = _chunk_shapes(document)
+    _check_grid(document["shape"], stored_shape)
     _check_grid(document["shape"], chunk_shape)
     shape = tuple(document["shape"])
     dtype = dtype_named(document["data_type" if zarr3 else "dtype"])
@@ -234,52 +237,43 @@ def _understood(document: Mapping[str, Any]) -> ArrayDocument:
     if is_plain and tail in ([], ["gzip"]) and chunk_shape == tuple(max(1, each) for each in shape):
         whole = WholeLayout(shape, dtype, nbytes, bool(tail))
     return ArrayDocument(
-        document, zarr3, shape, dtype, nbytes, chunk_shape, has_checksum, whole, raw
+        *(document, zarr3, shape, dtype, nbytes),
+        *(stored_shape, chunk_shape, has_checksum, whole, raw),
     )
-
-
-def stored_chunk_shape(document: ArrayDocument) -> tuple[int, ...]:
-    """Returns the shape of what is stored as one value: a chunk, or a shard of several."""
-    content = document.content
-    shape = (
-        content["chunk_grid"]["configuration"]["chunk_shape"]
-        if document.zarr3
-        else content["chunks"]
-    )
-    return tuple(shape)
 
 
 def stored_chunks(
     document: ArrayDocument, name: str, box: Sequence[tuple[int, int]]
 ) -> tuple[Iterator[str], int]:
     """Returns the keys of the chunks that a box meets, and the most bytes that one may have."""
-    shape = stored_chunk_shape(document)
     prefix, separator = [], document.content.get("dimension_separator", ".")
     if document.zarr3:
         keys = document.content["chunk_key_encoding"]
         is_default = keys["name"] == "default"
         prefix = ["c"] if is_default else []
         separator = keys.get("configuration", {}).get("separator", "/" if is_default else ".")
-    ranges = [
-        range(low // side, -(-high // side)) for (low, high), side in zip(box, shape, strict=True)
-    ]
+    axes = zip(box, document.stored_shape, strict=True)
+    ranges = [range(low // side, -(-high // side)) for (low, high), side in axes]
     below = f"{name}/" if name else ""
     found = (
         below + (separator.join([*prefix, *map(str, index)]) or "0")
         for index in itertools.product(*ranges)
     )
-    return found, _MOST_ENCODED * math.prod(shape) * document.dtype.itemsize + _MOST_FRAMING
+    return found, _MOST_ENCODED * math.prod(
+        document.stored_shape
+    ) * document.dtype.itemsize + _MOST_FRAMING
 
 
-def _chunk_shape(document: Mapping[str, Any]) -> tuple[int, ...]:
+def _chunk_shapes(document: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Returns the shape of what is stored as one value, and of what in it can be read alone."""
     if document["zarr_format"] == 2:
-        return tuple(document["chunks"])
-    shape = document["chunk_grid"]["configuration"]["chunk_shape"]
+        return [tuple(document["chunks"])] * 2
+    stored = shape = document["chunk_grid"]["configuration"]["chunk_shape"]
     found = document.get("codecs", ())
     while shards := [codec for codec in found if codec.get("name") == "sharding_indexed"]:
         shape = shards[0]["configuration"]["chunk_shape"]
         found = shards[0]["configuration"].get("codecs", ())  # shards may be nested
-    return tuple(shape)
+    return [tuple(stored), tuple(shape)]
 
 
 def _check_grid(shape: Any, chunk: tuple[Any, ...]) -> None:

@@ -342,7 +342,7 @@ def holds_ocdbt(directory: Directory) -> bool:
 
 
 def read_index(directory: Directory) -> DirectReader | None:
-    """Starts to read where the values of a database lie, where they can be read from there."""
+    """Returns what reads the values of a database from its files; None where nothing can."""
     _check_process()
     return _direct_reader(directory) if holds_ocdbt(directory) else None
 

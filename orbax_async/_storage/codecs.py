@@ -19,15 +19,10 @@ Encoding = Literal["stored", "raw", "zstd"]
 
 
 class Codec(NamedTuple):
-    """How an array's document names an encoding.
+    """How an array's document names an encoding."""
 
-    Attributes:
-      zarr3: the codecs that follow the elements' bytes in zarr v3.
-      zarr2: the compressor in zarr v2, which has neither a CRC-32C nor a zstd checksum.
-    """
-
-    zarr3: tuple[Mapping[str, Any], ...]
-    zarr2: Mapping[str, Any]
+    zarr3: tuple[Mapping[str, Any], ...]  # what follows the elements' bytes
+    zarr2: Mapping[str, Any]  # zarr v2 has neither a CRC-32C nor a zstd checksum
 
 
 CODECS: dict[Encoding, Codec] = {

@@ -33,6 +33,8 @@ _HEAD_NBYTES = 18  # of a record that holds nothing
 _FIRST_NBYTES = 256 << 10  # of a record are read before it is known how long it is
 _MAX_RECORD_NBYTES = 512 << 20
 _SMALL_NBYTES = 1024  # as long a CRC-32C is computed here, in less than a call of TensorStore
+_SMALL_NODE_NBYTES, _MOST_EXPANSION = 16 << 20, 256  # more times the bytes than keys ever make
+_MOST_BITS = 63
 _ZSTD = bytes.fromhex("28b52ffd")
 _RLE, _COMPRESSED = 1, 2
 _MAX_BLOCK_NBYTES = 128 << 10
@@ -235,6 +237,8 @@ class _Index:
             ]
         lengths, kinds = fields.numbers(count), fields.take(count)
         elsewhere = kinds.count(1)
+        if elsewhere + kinds.count(0) != count:
+            raise ValueError("its index is damaged: a value lies nowhere")
         paths = [files[file][1] for file in fields.numbers(elsewhere)]
         offsets = fields.numbers(elsewhere)
         places = zip(paths, offsets, itertools.compress(lengths, kinds), strict=True)
@@ -344,6 +348,8 @@ class _Fields:
                 at += 1
                 shift += 7
                 value |= (data[at] & 127) << shift
+                if shift > _MOST_BITS:
+                    raise IndexError
             at += 1
             found.append(value)
         self._at = at
@@ -371,7 +377,7 @@ def _bounded_frame(frame: bytes) -> tuple[bytes, int]:
     A frame that says how long it is stays as it is. Of another the blocks bound it; zeros are put
     after the last one, so that there is as much as the bound.
     """
-    descriptor = frame[4]
+    stored_nbytes, descriptor = len(frame), frame[4]
     is_single = descriptor >> 5 & 1
     size_nbytes = (is_single, 2, 4, 8)[descriptor >> 6]
     if frame[:4] != _ZSTD or descriptor & 3:
@@ -382,8 +388,8 @@ def _bounded_frame(frame: bytes) -> tuple[bytes, int]:
         nbytes += 256 if size_nbytes == 2 else 0
     else:
         frame, nbytes = _filled_frame(frame)
-    if nbytes > _MAX_RECORD_NBYTES:
-        raise ValueError(f"its index is damaged: a node has {nbytes} bytes")
+    if nbytes > max(_SMALL_NODE_NBYTES, _MOST_EXPANSION * stored_nbytes):
+        raise ValueError(f"its index is damaged: {nbytes} bytes in a node of {stored_nbytes}")
     return frame, nbytes
 
 

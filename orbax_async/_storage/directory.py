@@ -49,19 +49,12 @@ class Entry(NamedTuple):
 
 
 class Status(NamedTuple):
-    """What is known of a file or a directory.
-
-    Attributes:
-      kind: what it is; a link only where it was not to be followed.
-      nbytes: the size of a file.
-      modified_nsecs: when it was last changed, by the clock of the store.
-      identity: tells it from what takes its name later.
-    """
+    """What is known of a file or a directory, or of a link that was not to be followed."""
 
     kind: Kind
     nbytes: int
-    modified_nsecs: int
-    identity: Hashable
+    modified_nsecs: int  # by the clock of the store
+    identity: Hashable  # tells it from what takes its name later
 
 
 class Lock(Protocol):

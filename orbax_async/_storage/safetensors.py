@@ -55,14 +55,7 @@ class Tensor(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What lies in some files: tensors by name, and the texts that were saved beside them.
-
-    Attributes:
-      directory: where the files lie.
-      files: their names there.
-      tensors: each with an extent in one of the files.
-      metadata: the texts.
-    """
+    """What lies in files of a directory: tensors by name, and texts that were saved beside them."""
 
     directory: Directory
     files: list[str]

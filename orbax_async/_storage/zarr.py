@@ -145,45 +145,26 @@ class WholeLayout(NamedTuple):
 
 
 class RawLayout(NamedTuple):
-    """How an array lies in chunks that hold its elements as they are.
+    """How an array lies in chunks that hold its elements as they are."""
 
-    Attributes:
-      chunk_shape: of each chunk; the last ones may reach over the array's edge.
-      has_crc32c: whether the elements are followed by their CRC-32C.
-      zarr3: which version's keys the chunks have.
-    """
-
-    chunk_shape: tuple[int, ...]
-    has_crc32c: bool
+    chunk_shape: tuple[int, ...]  # the last ones may reach over the array's edge
+    has_crc32c: bool  # after the elements
     zarr3: bool
 
 
 class ArrayDocument(NamedTuple):
-    """What the metadata document of an array says.
-
-    Attributes:
-      content: the document itself.
-      zarr3: its version.
-      shape: of the array.
-      dtype: of the array, in native byte order.
-      nbytes: of all its elements.
-      stored_shape: of what is stored as one value: a chunk, or a shard of several.
-      chunk_shape: of the smallest piece that can be read alone.
-      has_checksum: whether a flipped bit of an element is found when it is read.
-      whole: how the array lies in one value; None where it is in several, or not plain.
-      raw: how it lies in its chunks; None where they are encoded in any way.
-    """
+    """What the metadata document of an array says."""
 
     content: Mapping[str, Any]
     zarr3: bool
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    nbytes: int
-    stored_shape: tuple[int, ...]
-    chunk_shape: tuple[int, ...]
-    has_checksum: bool
-    whole: WholeLayout | None
-    raw: RawLayout | None
+    dtype: np.dtype[Any]  # in native byte order
+    nbytes: int  # of all elements
+    stored_shape: tuple[int, ...]  # of what is stored as one value: a chunk, or a shard of several
+    chunk_shape: tuple[int, ...]  # of the smallest piece that can be read alone
+    has_checksum: bool  # which finds a flipped bit when an element is read
+    whole: WholeLayout | None  # None where the array is in several values, or not plain
+    raw: RawLayout | None  # None where its chunks are encoded in any way
 
 
 _NEEDED = {

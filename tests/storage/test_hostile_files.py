@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 import tracemalloc
 import zlib
@@ -141,3 +142,51 @@ def test_links_that_stay_inside_and_to_a_checkpoint_are_followed(tmp_path: Path)
     (tmp_path / "latest").symlink_to("checkpoint")
     assert np.array_equal(ocp.load(tmp_path / "latest")["good"], STATE["good"])
     assert ocp.verify(tmp_path / "latest").is_intact
+
+
+def crc32c(data: bytes) -> bytes:
+    """Returns the checksum that a record of an index ends with."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return (crc ^ 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def frame(nbytes: int, blocks: int, *, says_length: bool) -> bytes:
+    """Returns a zstd frame of blocks that repeat one byte."""
+    start = b"\xa0" + nbytes.to_bytes(4, "little") if says_length else b"\0\x38"
+    headers = [(128 << 10) << 3 | 1 << 1 | (each == blocks - 1) for each in range(blocks)]
+    return b"\x28\xb5\x2f\xfd" + start + b"".join(h.to_bytes(3, "little") + b"\0" for h in headers)
+
+
+BODIES = {
+    "a frame that says that it is long": frame(1 << 31, 1, says_length=True),
+    "a frame of many blocks": frame(0, 5000, says_length=False),
+    "a frame without its end": frame(0, 5000, says_length=False)[:-7],
+    "no frame": b"\0" * 40,
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_f5_an_index_is_decompressed_in_bounds(body: bytes, tmp_path: Path) -> None:
+    """F5: a manifest whose checksum is right takes no more memory than its size allows for."""
+    state = saved(tmp_path)
+    head = bytes.fromhex("0cdb3a2a") + (18 + len(body)).to_bytes(8, "little") + b"\0\1"
+    (state / "manifest.ocdbt").write_bytes(head + body + crc32c(head + body))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(errors.InvalidLayoutError, match=r"manifest\.ocdbt|is damaged"):
+        ocp.load(tmp_path / "checkpoint")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+@pytest.mark.parametrize("body", [b"\0" * 60, b"\xff" * 60, b"\xff" * 200_000, bytes(range(200))])
+def test_an_index_of_nonsense_is_damaged(body: bytes, tmp_path: Path) -> None:
+    """Whatever its fields say, they are of no other type, and end."""
+    state = saved(tmp_path)
+    head = bytes.fromhex("0cdb3a2a") + (18 + len(body)).to_bytes(8, "little") + b"\0\0"
+    (state / "manifest.ocdbt").write_bytes(head + body + crc32c(head + body))
+    with pytest.raises(errors.CheckpointError):
+        ocp.load(tmp_path / "checkpoint")

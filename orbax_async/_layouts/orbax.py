@@ -34,6 +34,9 @@ from orbax_async.tree.keypath import KeyPath
 
 T = TypeVar("T")
 
+_LEADS_OUT = "is a symbolic link that leads out of the checkpoint, and is not followed"
+_PUT_IN_PLACE = "Put what it leads to in its place, if you trust it."
+
 
 class OrbaxLayout(Layout):
     """What Orbax and this library write."""
@@ -52,8 +55,9 @@ class OrbaxLayout(Layout):
 
     @property
     def is_damaged(self) -> bool:
-        """Whether it was a checkpoint before it lost its metadata."""
-        return self.is_marked and names.CHECKPOINT_METADATA not in self.inside
+        """Whether it is a checkpoint without its metadata, or with links out of it."""
+        is_there = names.CHECKPOINT_METADATA in self.inside
+        return self.is_marked and (not is_there or bool(self._links))
 
     @property
     def is_flat(self) -> bool:
@@ -91,6 +95,8 @@ class OrbaxLayout(Layout):
     def problem(self) -> str | None:
         """Returns why no checkpoint can be loaded from here, as the end of a sentence."""
         problem = self._missing()
+        if problem is None and self._links:
+            return f"{self._links[0]!r} in it {_LEADS_OUT}. {_PUT_IN_PLACE}"
         if (
             problem is None
             and names.COMMIT_MARKER not in self.inside
@@ -103,6 +109,11 @@ class OrbaxLayout(Layout):
                 "atomicity.allow_legacy_atomic_rename to load the latter."
             )
         return problem
+
+    @functools.cached_property
+    def _links(self) -> list[str]:
+        """I14: the links that are not followed."""
+        return self.directory.outward_links()
 
     def _missing(self) -> str | None:
         directory = self.directory
@@ -251,6 +262,10 @@ class OrbaxLayout(Layout):
         def add(name: str, problem: str, hint: str = COPY_AGAIN) -> None:
             damage.append(Damage("", "", (self.directory / name).path, problem, hint))
 
+        for name in self._links:
+            add(name, f"it {_LEADS_OUT}, and nothing else is read", _PUT_IN_PLACE)
+        if damage:
+            return {}, damage
         recorded: Mapping[str, str] = {}
         try:
             recorded = _recorded(self._read_document())

@@ -14,6 +14,7 @@ from orbax_async._layouts.layout import Checkpointable, Damage, StoredTree
 from orbax_async._layouts.reader import Reader, layout_of
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
+from orbax_async._storage import zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.zarr import ArrayDocument
@@ -157,7 +158,7 @@ def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
 
 @dataclasses.dataclass
 class _Findings:
-    """What is found of all checkpointables; the attributes are those of the report."""
+    """What is found of all checkpointables, as in the report."""
 
     damage: list[Damage]
     leaves: int = 0
@@ -224,7 +225,7 @@ class _Inspection:
         if not stored.arrays:
             return None
         store = stored.open_store()
-        self._plan(self._documents(stored, store), stored.lies_plainly)
+        self._plan(store, self._documents(stored, store), stored.lies_plainly)
         pipeline = VerifyPipeline(
             self._arrays,
             self._reads,
@@ -268,11 +269,19 @@ class _Inspection:
         return found
 
     def _plan(
-        self, documents: Sequence[tuple[schema.Entry, ArrayDocument]], lies_plainly: bool
+        self,
+        store: ArrayStore,
+        documents: Sequence[tuple[schema.Entry, ArrayDocument]],
+        lies_plainly: bool,
     ) -> None:
         """Decides how each array is read; those with one document share what is decided."""
         alike: dict[int, ArrayRead] = {}
         for index, (entry, document) in enumerate(documents):
+            if document.nbytes > zarr.LARGE_NBYTES:
+                absence = store.find_absence(entry.name, document)
+                if absence is not None:
+                    self._add_leaf(entry.keys, ValueError(absence))
+                    continue
             read = alike.get(id(document))
             if read is None:
                 read = self._attempt(entry.keys, _array_read, document, lies_plainly)

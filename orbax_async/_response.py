@@ -101,7 +101,7 @@ class AsyncResponse(Generic[T]):
         if not self._committed.done():
             end = "goes on in the background: it could not be undone in time"
         elif self._committed.exception() is None:
-            end = "had passed its commit point, and is committed"
+            end = "could no longer be stopped, and is complete"
         else:
             end = "is undone"
         raised.add_note(f"{self._label} {end}.")

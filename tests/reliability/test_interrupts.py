@@ -83,7 +83,7 @@ def test_f30_after_the_commit_point_a_save_is_said_to_be_committed(
     with pytest.raises(KeyboardInterrupt) as caught:
         ocp.save(tmp_path / "c", STATE)
     thread.join()
-    assert "is committed" in caught.value.__notes__[0]
+    assert "is complete" in caught.value.__notes__[0]
     assert ocp.load(tmp_path / "c")["b"] == 1
 
 

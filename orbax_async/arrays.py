@@ -160,6 +160,7 @@ def _spec_item(item: Any) -> Any:
     return None  # P.UNCONSTRAINED
 
 
+_MAX_DEVICES = 1 << 20
 _AXIS_TYPES = jax.sharding.AxisType.__members__
 
 
@@ -175,9 +176,12 @@ def _to_sharding(document: dict[str, Any]) -> jax.sharding.Sharding:
         raise ValueError(f"a saved sharding of type {kind!r} cannot be rebuilt")
     by_id = {device.id: device for device in jax.devices()}
     mesh_shape = tuple(document["shape"])
+    count = math.prod(mesh_shape)
+    if not all(isinstance(side, int) and side > 0 for side in mesh_shape) or count > _MAX_DEVICES:
+        raise ValueError(f"no mesh that saved an array has the shape {mesh_shape!r:.60}")
     recorded = (document.get("device_mesh") or {}).get("mesh")
     if not recorded:  # older checkpoints record only the mesh's shape
-        wanted_ids = list(range(math.prod(mesh_shape)))
+        wanted_ids = list(range(count))
     else:
         wanted_ids = [item["id"] for item in np.array(recorded, object).flat]
     missing = [index for index in wanted_ids if index not in by_id]

@@ -51,7 +51,7 @@ def load(
         checkpointable_name=checkpointable_name,
         select=select,
         sharding=sharding,
-    ).result()
+    )._finish()
 
 
 def load_async(
@@ -151,7 +151,7 @@ def load_checkpointables(
     """
     return load_checkpointables_async(
         path, abstract_checkpointables, select=select, sharding=sharding
-    ).result()
+    )._finish()
 
 
 def load_checkpointables_async(
@@ -295,11 +295,7 @@ def _kept(given: Any) -> Any:
 def _subset(
     parts: dict[str, choose.Part], abstracts: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, choose.Part]:
-    """Returns what is to be loaded, pytrees without the leaves that are not selected.
-
-    Raises:
-      ValueError: an option names what is not loaded, or is no pytree; or nothing is one.
-    """
+    """Returns what is to be loaded, pytrees without the leaves that are not selected."""
     trees = [name for name, part in parts.items() if isinstance(part.handler, PyTreeHandler)]
     subset = dict(parts)
     for what, given in options.items():

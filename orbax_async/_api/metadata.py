@@ -10,7 +10,7 @@ from orbax_async import _names as names
 from orbax_async import context as ambient
 from orbax_async import registration
 from orbax_async._engine import loop
-from orbax_async._layouts.layout import Checkpointable, Details, Layout
+from orbax_async._layouts.layout import Checkpointable, Details, Layout, reading
 from orbax_async._layouts.orbax import OrbaxLayout, check_name
 from orbax_async._layouts.reader import Reader
 from orbax_async._operation import Operation, older, starting
@@ -122,7 +122,7 @@ def metadata(
             return _described(reader, await PyTreeHandler().metadata(directory), details)
 
         response = reader.start("metadata of", find, read)
-    return response.result()
+    return response._finish()
 
 
 def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any]]:
@@ -159,7 +159,7 @@ def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any
             return _described(reader, abstract, details)
 
         response = reader.start("metadata of", find, read)
-    return response.result()
+    return response._finish()
 
 
 async def _abstract(operation: Operation, name: str, stored: Checkpointable) -> Any:
@@ -206,9 +206,16 @@ def is_orbax_checkpoint(path: PathLike) -> bool:
       ::
 
         steps = [p for p in run.iterdir() if ocp.is_orbax_checkpoint(p)]
+
+    Args:
+      path: what may be a checkpoint.
+
+    Raises:
+      UnreadableError: the system refuses to look there.
     """
     layout = OrbaxLayout(open_directory(pathlike.absolute(path)), ambient.current())
-    return layout.problem() is None
+    with reading(layout.directory.path):
+        return layout.problem() is None
 
 
 # Older names, which Orbax has deprecated too.

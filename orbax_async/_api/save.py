@@ -43,7 +43,7 @@ def save(
         checkpointable_name=checkpointable_name,
         overwrite=overwrite,
         custom_metadata=custom_metadata,
-    ).result()
+    )._finish()
 
 
 def save_async(
@@ -117,7 +117,7 @@ def save_checkpointables(
     """
     save_checkpointables_async(
         path, checkpointables, overwrite=overwrite, custom_metadata=custom_metadata
-    ).result()
+    )._finish()
 
 
 def save_checkpointables_async(
@@ -171,25 +171,15 @@ def save_checkpointables_async(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SaveRequest:
-    """What is asked of a save, by a verb or by a Checkpointer.
-
-    Attributes:
-      path: where to.
-      checkpointables: the objects by name; for a state one pair of its name and itself.
-      is_state: whether it is a state.
-      overwrite: whether it may replace a checkpoint.
-      custom_metadata: a dict of JSON values; None for none.
-      metrics: of a step, a JSON value; None for none.
-      may_write: done once it may write, which is after it was captured; None for at once.
-    """
+    """What is asked of a save, by a verb or by a Checkpointer."""
 
     path: PathLike
-    checkpointables: Any
+    checkpointables: Any  # by name; for a state one pair of its name and itself
     is_state: bool
     overwrite: bool
     custom_metadata: Any
-    metrics: Any = None
-    may_write: concurrent.futures.Future[None] | None = None
+    metrics: Any = None  # of a step
+    may_write: concurrent.futures.Future[None] | None = None  # done once it may, after the capture
 
 
 def _start(request: SaveRequest) -> AsyncResponse[None]:
@@ -270,11 +260,7 @@ def _pairs(checkpointables: Any) -> list[tuple[Any, Any]]:
 
 
 def json_metadata(custom_metadata: Any) -> dict[str, Any]:
-    """Returns a private copy of custom metadata.
-
-    Raises:
-      NotJsonError: it is no dict of JSON values.
-    """
+    """Returns a private copy of custom metadata, which must be a dict of JSON values."""
     if custom_metadata is None:
         return {}
     if not isinstance(custom_metadata, dict):

@@ -14,7 +14,7 @@ from orbax_async._layouts.layout import COPY_AGAIN, Checkpointable, Damage, Stor
 from orbax_async._layouts.reader import Reader, layout_of
 from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
-from orbax_async._storage import seal
+from orbax_async._storage import seal, zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.zarr import ArrayDocument
@@ -110,7 +110,7 @@ def verify(path: PathLike) -> VerificationReport:
             print(report)
             state = ocp.load("/checkpoints/7", select=report.intact)
     """
-    return verify_async(path).result()
+    return verify_async(path)._finish()
 
 
 def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:
@@ -207,7 +207,7 @@ def _sealed(root: Directory, stored: Collection[str], known: Sequence[Damage]) -
 
 @dataclasses.dataclass
 class _Findings:
-    """What is found of all checkpointables; the attributes are those of the report."""
+    """What is found of all checkpointables, as in the report."""
 
     damage: list[Damage]
     leaves: int = 0
@@ -274,7 +274,7 @@ class _Inspection:
         if not stored.arrays:
             return None
         store = stored.open_store()
-        self._plan(self._documents(stored, store), stored.lies_plainly)
+        self._plan(store, self._documents(stored, store), stored.lies_plainly)
         pipeline = VerifyPipeline(
             self._arrays,
             self._reads,
@@ -318,11 +318,19 @@ class _Inspection:
         return found
 
     def _plan(
-        self, documents: Sequence[tuple[schema.Entry, ArrayDocument]], lies_plainly: bool
+        self,
+        store: ArrayStore,
+        documents: Sequence[tuple[schema.Entry, ArrayDocument]],
+        lies_plainly: bool,
     ) -> None:
         """Decides how each array is read; those with one document share what is decided."""
         alike: dict[int, ArrayRead] = {}
         for index, (entry, document) in enumerate(documents):
+            if document.nbytes > zarr.LARGE_NBYTES:
+                absence = store.find_absence(entry.name, document)
+                if absence is not None:
+                    self._add_leaf(entry.keys, ValueError(absence))
+                    continue
             read = alike.get(id(document))
             if read is None:
                 read = self._attempt(entry.keys, _array_read, document, lies_plainly)

@@ -71,9 +71,11 @@ def check_unfinished(final: Directory) -> None:
     Raises:
       DestinationExistsError: there is something at the checkpoint's path.
     """
-    leftovers.settle(final.path)
-    leftovers.clear(final)
-    if final.status() is not None:
+    with errors.reported_as(errors.CommitError, f"cannot look at {final.path}"):
+        leftovers.settle(final.path)
+        leftovers.clear(final)
+        is_there = final.status() is not None
+    if is_there:
         raise errors.DestinationExistsError(
             f"Finalized checkpoint already exists at {final.path}: partial saves can't change it. "
             "Delete it first, or save elsewhere."
@@ -88,7 +90,8 @@ def check_begun(final: Directory) -> None:
       NoPartialSaveError: there is no session, or nothing in it.
     """
     session = open_directory(session_path(final.path))
-    is_begun = leftovers.settle(session.path) or bool(find_parts(session))
+    with errors.reported_as(errors.CommitError, f"cannot look at {session.path}"):
+        is_begun = leftovers.settle(session.path) or bool(find_parts(session))
     check_unfinished(final)  # after that look: another process may be finalizing just now
     if not is_begun:
         raise errors.NoPartialSaveError(

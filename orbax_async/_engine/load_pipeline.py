@@ -32,7 +32,7 @@ from orbax_async._engine.leaf import Piece
 from orbax_async._engine.plan import ReadRequest
 from orbax_async._engine.transfer import aligned_empty, free_nbytes, lies_on_host, place, send
 from orbax_async._storage import zarr
-from orbax_async._storage.array_store import ArrayStore
+from orbax_async._storage.array_store import ArrayStore, result_of
 from orbax_async._trace import Recorder
 from orbax_async.options import ArrayOptions
 from orbax_async.tree import keypath
@@ -184,7 +184,7 @@ class _ReadPipeline:
         """Reads the regions of a batch: small arrays as values, raw ones in place."""
         values = self._read_values(batch)
         arrays: list[np.ndarray[Any, Any]] = []
-        pending: list[tuple[Entry, Any]] = []
+        pending: list[tuple[Entry, Any, Any]] = []
         for request in batch:
             entry, read = self._entries[request.leaf], self._reads[request.leaf]
             box = request.region.box
@@ -204,15 +204,19 @@ class _ReadPipeline:
                         entry.name,
                         read.document,
                         read.read_dtype,
+                        box,
                         fills_missing=read.fills_missing,
                     )
-                    pending.append((entry, ts.array(target).write(source[_slices(box)])))
+                    begin = functools.partial(ts.array(target).write, source)
+                    pending.append((entry, begin(), begin))
                 arrays.append(target)
+            except errors.LeafError:  # of another leaf, whose value is read together with this one
+                raise
             except Exception as error:  # the quick way to do what `_naming` does
                 raise _read_error(entry, error) from error
-        for entry, done in pending:
+        for entry, begun, begin in pending:
             with _naming(entry):
-                done.result()
+                result_of(begun, begin)
         for index, request in enumerate(batch):
             read = self._reads[request.leaf]
             if read.is_cast:
@@ -266,7 +270,10 @@ class LoadPipeline(_ReadPipeline):
         for request in itertools.chain.from_iterable(self._batches):
             read = self._reads[request.leaf]
             if read.whole is None and (read.sharding is None or lies_on_host(read.sharding)):
-                self._mapped[id(request)] = self._memory_for(request)
+                try:
+                    self._mapped[id(request)] = self._memory_for(request)
+                except MemoryError as error:
+                    raise _read_error(self._entries[request.leaf], error) from error
 
     @functools.cached_property
     def pieces(self) -> dict[int, list[Piece]]:
@@ -371,8 +378,10 @@ class VerifyPipeline(_ReadPipeline):
             entry, read = self._entries[request.leaf], self._reads[request.leaf]
             if read.whole is None and read.raw is not None and read.raw.has_crc32c:
                 with _naming(entry):
-                    source = self._store.open_array(entry.name, read.document)
-                    ts.array(array).write(source[_slices(request.region.box)]).result()
+                    box = request.region.box
+                    source = self._store.open_array(entry.name, read.document, box=box)
+                    begin = functools.partial(ts.array(array).write, source)
+                    result_of(begin(), begin)
 
 
 def _from_value(read: ArrayRead, data: bytes | memoryview, box: plan.Box) -> np.ndarray[Any, Any]:

@@ -69,16 +69,10 @@ class Damage:
 
 
 class Checkpointable(NamedTuple):
-    """One checkpointable of a checkpoint.
-
-    Attributes:
-      directory: where it lies.
-      typestr: the handler that saved it; None where the checkpoint does not say.
-      is_pytree: whether it looks like a pytree.
-    """
+    """One checkpointable of a checkpoint: where it lies, and what it looks like."""
 
     directory: Directory
-    typestr: str | None
+    typestr: str | None  # the handler that saved it, where the checkpoint says so
     is_pytree: bool
 
 
@@ -92,15 +86,10 @@ class Details(NamedTuple):
 
 
 class Layout:
-    """One way in which a checkpoint can lie, looked for in one directory.
-
-    Attributes:
-      what: what its checkpoints consist of, for messages: "safetensors files".
-      directory: where it is looked for; there may be nothing of the kind.
-      options: those of the operation.
-    """
+    """One way in which a checkpoint can lie, looked for in one directory."""
 
     what: ClassVar[str]
+    """What its checkpoints consist of, for messages: "safetensors files"."""
 
     def __init__(self, directory: Directory, options: ambient.Context) -> None:
         self.directory = directory
@@ -121,26 +110,14 @@ class Layout:
         return None if self.is_there else f"there are no {self.what}. Check the path."
 
     def tree(self, name: str | None) -> tuple[str | None, Directory]:
-        """Returns one pytree's name, and where it lies.
+        """Returns one pytree's name, and where it lies; `AUTO` chooses, None asks for one without.
 
-        Args:
-          name: a checkpointable's, `AUTO` to choose, None for a tree without one.
-
-        Raises:
-          InvalidLayoutError: there is no such pytree.
-          DeletionInProgressError: its deletion was begun and not finished.
+        It raises if there is no such pytree, or its deletion was begun and not finished.
         """
         return None, self.directory
 
     def checkpointables(self, wanted: Collection[str] = ()) -> dict[str, Checkpointable]:
-        """Returns what can be loaded by name: what is wanted, or all.
-
-        Raises:
-          InvalidLayoutError: nothing here has a name.
-          UnknownCheckpointableError: one of the names is not there.
-          DeletionInProgressError: its deletion was begun and not finished.
-          UnsupportedOptionError: nothing has a name in this layout.
-        """
+        """Returns what can be loaded by name: what is wanted, or all."""
         raise errors.UnsupportedOptionError(
             f"{self.directory.path} is read as {self.what}, which hold no checkpointables: use "
             "`load` and `metadata`, or leave context.checkpoint_layout at 'orbax'"
@@ -155,14 +132,7 @@ class Layout:
         return Details(sum(sizes(self.directory).values()))
 
     def open_tree(self, *, is_for_jax: bool = False) -> StoredTree:
-        """Opens the tree that lies in the directory.
-
-        Args:
-          is_for_jax: whether arrays become jax arrays, where nothing says what they become.
-
-        Raises:
-          InvalidLayoutError: there is none, or it is damaged.
-        """
+        """Opens the tree; `is_for_jax` makes jax arrays where nothing says what arrays become."""
         raise NotImplementedError
 
     def find_damage(self) -> Iterator[Damage]:
@@ -174,19 +144,10 @@ class Layout:
 
 
 class StoredTree:
-    """A tree that was found: its leaves, and how their values are read.
+    """A tree that was found: its leaves and empty nodes, and how their values are read."""
 
-    Attributes:
-      directory: where it lies.
-      entries: its leaves and empty nodes.
-      may_be_asked_in_part: whether an abstract tree may leave out leaves.
-      lies_plainly: whether elements lie as they are, so that any box of them is read alone.
-      mismatch: the error where an abstract tree does not match.
-      mismatch_hint: what to do then.
-    """
-
-    may_be_asked_in_part = False
-    lies_plainly = False
+    may_be_asked_in_part = False  # whether an abstract tree may leave out leaves
+    lies_plainly = False  # whether elements lie as they are, so that any box of them is read alone
     mismatch: type[errors.TreeMismatchError] = errors.TreeMismatchError
     mismatch_hint = (
         "Give a tree with the same keys; `...` or None as a leaf skips that leaf, and "
@@ -209,12 +170,7 @@ class StoredTree:
     def documents(
         self, store: ArrayStore, entries: Sequence[schema.Entry]
     ) -> dict[str, ArrayDocument]:
-        """Returns what zarr documents say, or would say, of some arrays, by stored name.
-
-        Raises:
-          ReadError, CorruptDataError: that of one is missing, or damaged.
-          InvalidLayoutError: the store is damaged.
-        """
+        """Returns what zarr documents say, or would say, of some arrays, by stored name."""
         raise NotImplementedError
 
     def strings(self, entries: Sequence[schema.Entry]) -> dict[str, str]:

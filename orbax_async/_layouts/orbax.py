@@ -34,6 +34,9 @@ from orbax_async.tree.keypath import KeyPath
 
 T = TypeVar("T")
 
+_LEADS_OUT = "is a symbolic link that leads out of the checkpoint, and is not followed"
+_PUT_IN_PLACE = "Put what it leads to in its place, if you trust it."
+
 
 class OrbaxLayout(Layout):
     """What Orbax and this library write."""
@@ -52,8 +55,9 @@ class OrbaxLayout(Layout):
 
     @property
     def is_damaged(self) -> bool:
-        """Whether it was a checkpoint before it lost its metadata."""
-        return self.is_marked and names.CHECKPOINT_METADATA not in self.inside
+        """Whether it is a checkpoint without its metadata, or with links out of it."""
+        is_there = names.CHECKPOINT_METADATA in self.inside
+        return self.is_marked and (not is_there or bool(self._links))
 
     @property
     def is_flat(self) -> bool:
@@ -91,6 +95,8 @@ class OrbaxLayout(Layout):
     def problem(self) -> str | None:
         """Returns why no checkpoint can be loaded from here, as the end of a sentence."""
         problem = self._missing()
+        if problem is None and self._links:
+            return f"{self._links[0]!r} in it {_LEADS_OUT}. {_PUT_IN_PLACE}"
         if (
             problem is None
             and names.COMMIT_MARKER not in self.inside
@@ -103,6 +109,11 @@ class OrbaxLayout(Layout):
                 "atomicity.allow_legacy_atomic_rename to load the latter."
             )
         return problem
+
+    @functools.cached_property
+    def _links(self) -> list[str]:
+        """I14: the links that are not followed."""
+        return self.directory.outward_links()
 
     def _missing(self) -> str | None:
         directory = self.directory
@@ -169,11 +180,7 @@ class OrbaxLayout(Layout):
 
     @functools.cached_property
     def hidden(self) -> str | None:
-        """The name whose deletion was begun and not finished.
-
-        Raises:
-          DeletionRecoveryError: the record of the deletion is damaged.
-        """
+        """The name whose deletion was begun and not finished."""
         is_recorded = names.DELETION_RECORD in self.inside
         return removal.name_in_deletion(self.directory) if is_recorded else None
 
@@ -261,6 +268,10 @@ class OrbaxLayout(Layout):
         def add(name: str, problem: str, hint: str = COPY_AGAIN) -> None:
             damage.append(Damage("", "", (self.directory / name).path, problem, hint))
 
+        for name in self._links:
+            add(name, f"it {_LEADS_OUT}, and nothing else is read", _PUT_IN_PLACE)
+        if damage:
+            return {}, damage
         recorded: Mapping[str, str] = {}
         try:
             recorded = _recorded(self._read_document())
@@ -449,11 +460,7 @@ class _OrbaxTree(StoredTree):
         return found
 
     def _read(self, name: str, parse: Callable[[bytes], T]) -> T | None:
-        """Returns what a document says; None where there is none.
-
-        Raises:
-          InvalidLayoutError: it is damaged, or can't be read.
-        """
+        """Returns what a document says; None where there is none."""
         path = (self.directory / name).path
         if self._seal.is_added(name):
             return None
@@ -473,12 +480,7 @@ def _recorded(document: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def check_name(name: Any, *, is_saved: bool) -> None:
-    """Raises for a name that no checkpointable can have.
-
-    Args:
-      name: what the user gave.
-      is_saved: whether it is to be written; reading also knows `AUTO` and None.
-    """
+    """Raises for a name that no checkpointable can have; reading also knows `AUTO` and None."""
     if not is_saved and name in (None, names.AUTO_CHECKPOINTABLE):
         return
     if not isinstance(name, str):
@@ -498,11 +500,7 @@ def check_name(name: Any, *, is_saved: bool) -> None:
 
 
 def writes_in_place(options: ambient.Context) -> bool:
-    """Says whether checkpoints are committed, and known, by a marker, under some options.
-
-    Raises:
-      ValueError: the older option and the newer one ask for different things.
-    """
+    """Says whether checkpoints are committed, and known, by a marker, under some options."""
     mode, older = options.atomicity.mode, options.file.temporary_path_class
     if older is not None:
         older_mode = mode_of_temporary_path(older)

@@ -7,9 +7,11 @@ made for that operation and dropped with it, so that nothing stays pinned in mem
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +20,7 @@ import tensorstore as ts
 from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._storage import zarr
-from orbax_async._storage.direct import DirectReader
+from orbax_async._storage.direct import MAX_VALUE_NBYTES, DirectReader
 from orbax_async._storage.directory import Capability, Directory, sizes
 from orbax_async._storage.safetensors import TensorReader
 
@@ -44,6 +46,10 @@ _OCDBT_CONFIG = {
 }
 _MERGED_CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 _LARGE_FILE_NBYTES = 8 << 20
+_INTERRUPTED = os.strerror(errno.EINTR)
+_REPEATS = 5
+_MAX_MANIFEST_NBYTES = 64 << 20
+_MOST_EXPANSION = 1 << 16  # more bytes than any encoding makes of one
 
 _used_by: int | None = None
 
@@ -62,14 +68,7 @@ def _check_process() -> None:
 
 
 class ArrayStore:
-    """The arrays below one directory, by stored name.
-
-    Args:
-      directory: where they lie.
-      ocdbt: whether that is an OCDBT database.
-      zarr3: which version of zarr.
-      direct: what reads values without TensorStore, where something does already.
-    """
+    """The arrays below one directory, by stored name."""
 
     def __init__(
         self,
@@ -101,16 +100,10 @@ class ArrayStore:
         syncs: bool = False,
         target_data_file_nbytes: int | None = None,
     ) -> Self:
-        """Returns a store to write to.
+        """Returns a store to write to; its directory need not be there.
 
-        Args:
-          directory: where to; it need not be there.
-          ocdbt: whether to write an OCDBT database.
-          zarr3: which version of zarr.
-          syncs: whether TensorStore syncs what it writes. A commit syncs what is written on its own
-            machine, but not what others write.
-          target_data_file_nbytes: how large a data file of a database becomes; None for as large
-            as can be.
+        A commit syncs what is written on its own machine, but not what others write: `syncs` has
+        TensorStore do it.
         """
         store = cls(directory, ocdbt=ocdbt, zarr3=zarr3)
         store._is_new = True
@@ -123,6 +116,10 @@ class ArrayStore:
 
     @functools.cached_property
     def _kvstore(self) -> ts.KvStore:
+        if self.is_ocdbt and not self._is_new:
+            found = _nbytes(self.directory, names.OCDBT_MANIFEST)
+            if found > _MAX_MANIFEST_NBYTES:
+                raise ValueError(f"{found} bytes found in {names.OCDBT_MANIFEST}")
         return ts.KvStore.open(self._spec, context=self._context).result()
 
     # Writing.
@@ -196,8 +193,10 @@ class ArrayStore:
         """Reads whole values, None for each key that is absent; all reads are under way at once."""
         if self.direct is not None:
             return self.direct.values(keys)
-        futures = [self._kvstore.read(key) for key in keys]
-        results = (future.result() for future in futures)
+        self._check_sizes(keys, MAX_VALUE_NBYTES)
+        reads = [functools.partial(self._kvstore.read, key) for key in keys]
+        begun = [read() for read in reads]
+        results = map(result_of, begun, reads)
         return [result.value if result.state == "value" else None for result in results]
 
     def sizes(self) -> dict[str, int]:
@@ -211,13 +210,16 @@ class ArrayStore:
         name: str,
         document: zarr.ArrayDocument,
         dtype: np.dtype[Any] | None = None,
+        box: Sequence[tuple[int, int]] | None = None,
         *,
         fills_missing: bool = False,
     ) -> ts.TensorStore:
-        """Opens a stored array for reading, cast to `dtype` where it is given.
+        """Opens a stored array for reading: a box of it, cast to `dtype` where it is given.
 
         A chunk that is missing is an error, or reads as the array's fill value.
         """
+        box = box or [(0, side) for side in document.shape]
+        self._check_sizes(*zarr.stored_chunks(document, name, box))
         array = ts.open(
             {**_unplaced(document), "fill_missing_data_reads": fills_missing},
             kvstore=self._kvstore / _prefix(name),
@@ -228,16 +230,59 @@ class ArrayStore:
         ).result()
         if dtype is not None and array.dtype.numpy_dtype != dtype:
             array = ts.cast(array, ts.dtype(dtype))
-        return array
+        return array[tuple(slice(start, stop) for start, stop in box)]
+
+    def _check_sizes(self, keys: Iterable[str], limit: int) -> None:
+        """I14: refuses values that are larger than they can be: TensorStore takes memory for all.
+
+        A file may be as large as it likes without taking room on a disk.
+        """
+        is_direct = self.direct is not None
+        if is_direct or (not self.is_ocdbt and self.directory.can(Capability.MAP)):
+            for key in keys:
+                found = self._sizes.get(key, 0) if is_direct else _nbytes(self.directory, key)
+                if found > limit:
+                    raise ValueError(f"{found} bytes found in {key}, at most {limit} expected")
+
+    def find_absence(self, name: str, document: zarr.ArrayDocument) -> str | None:
+        """I14: returns why an array can't all be there, whatever its document says."""
+        if self.direct is not None:
+            prefix = _prefix(name)
+            found = [size for key, size in self._sizes.items() if key.startswith(prefix)]
+        elif not self.is_ocdbt:
+            found = list(sizes(self.directory / name).values())
+        else:
+            return None
+        axes = zip(document.shape, document.stored_shape, strict=True)
+        chunks = math.prod(-(-side // of_chunk) for side, of_chunk in axes)
+        if chunks <= len(found) and document.nbytes <= sum(found) * _MOST_EXPANSION:
+            return None
+        return (
+            f"its shape {document.shape} means {document.nbytes} bytes in {chunks} chunks, and "
+            f"{sum(found)} bytes are stored in {len(found)}. Copy the checkpoint again from its "
+            "source, or leave this leaf out."
+        )
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        return self.sizes()
 
     def list_keys(self) -> set[str]:
-        """Returns every key that is stored.
-
-        Raises:
-          CommitError: it can't be read.
-        """
+        """Returns every key that is stored."""
         with _storing(f"cannot read what was written to {self.directory.path}"):
             return {key.decode() for key in self._kvstore.list().result()}
+
+
+def result_of(future: Any, begin: Callable[[], Any]) -> Any:
+    """Returns what a read gives; one that a signal has interrupted is begun again, a few times."""
+    for _ in range(_REPEATS):
+        try:
+            return future.result()
+        except ValueError as error:
+            if _INTERRUPTED not in str(error):
+                raise
+        future = begin()
+    return future.result()
 
 
 @contextlib.contextmanager
@@ -258,6 +303,11 @@ def shared_context() -> ts.Context:
 
 def _context(*, syncs: bool = False) -> ts.Context:
     return ts.Context({**_CONTEXT, "file_io_sync": syncs}, parent=shared_context())
+
+
+def _nbytes(directory: Directory, name: str) -> int:
+    found = directory.status(name, follow_links=True)
+    return 0 if found is None else found.nbytes
 
 
 def _prefix(name: str) -> str:
@@ -292,7 +342,7 @@ def holds_ocdbt(directory: Directory) -> bool:
 
 
 def read_index(directory: Directory) -> DirectReader | None:
-    """Starts to read where the values of a database lie, where they can be read from there."""
+    """Returns what reads the values of a database from its files; None where nothing can."""
     _check_process()
     return _direct_reader(directory) if holds_ocdbt(directory) else None
 
@@ -306,18 +356,7 @@ def merge_process_databases(directory: Directory) -> int:
 
     Each process writes `ocdbt.process_<i>/`. The merged database, in the directory itself, refers
     to their data files: no array byte is copied, and the files must stay where they are.
-
-    Returns:
-      How many databases were merged.
-
-    Raises:
-      CommitError: one can't be read, or the merged one not be written.
     """
-    with _storing(f"cannot merge the databases in {directory.path}"):
-        return _merge_process_databases(directory)
-
-
-def _merge_process_databases(directory: Directory) -> int:
     prefix = names.PROCESS_DATABASE.format("")
     databases = [
         directory / entry.name
@@ -327,18 +366,17 @@ def _merge_process_databases(directory: Directory) -> int:
     if not databases:
         return 0
     context = _context()  # copying by reference needs one for source and target
-    target = ts.KvStore.open(
-        {"driver": "ocdbt", "base": directory.kvstore(), "config": _MERGED_CONFIG},
-        context=context,
-    ).result()
+    spec = {"driver": "ocdbt", "base": directory.kvstore(), "config": _MERGED_CONFIG}
     transaction = ts.Transaction(atomic=True)
-    pending = [
-        ts.KvStore.open({"driver": "ocdbt", "base": each.kvstore()}, context=context)
-        .result()
-        .experimental_copy_range_to(target.with_transaction(transaction))
-        for each in databases
-    ]
-    for copied in pending:
-        copied.result()
-    transaction.future.result()  # begins the commit, without the GIL that commit_async holds
+    with _storing(f"cannot merge the databases in {directory.path}"):
+        target = ts.KvStore.open(spec, context=context).result().with_transaction(transaction)
+        pending = [
+            ts.KvStore.open({"driver": "ocdbt", "base": each.kvstore()}, context=context)
+            .result()
+            .experimental_copy_range_to(target)
+            for each in databases
+        ]
+        for copied in pending:
+            copied.result()
+        transaction.future.result()  # begins the commit, without the GIL that commit_async holds
     return len(databases)

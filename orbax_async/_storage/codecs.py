@@ -19,15 +19,10 @@ Encoding = Literal["stored", "raw", "zstd"]
 
 
 class Codec(NamedTuple):
-    """How an array's document names an encoding.
+    """How an array's document names an encoding."""
 
-    Attributes:
-      zarr3: the codecs that follow the elements' bytes in zarr v3.
-      zarr2: the compressor in zarr v2, which has neither a CRC-32C nor a zstd checksum.
-    """
-
-    zarr3: tuple[Mapping[str, Any], ...]
-    zarr2: Mapping[str, Any]
+    zarr3: tuple[Mapping[str, Any], ...]  # what follows the elements' bytes
+    zarr2: Mapping[str, Any]  # zarr v2 has neither a CRC-32C nor a zstd checksum
 
 
 CODECS: dict[Encoding, Codec] = {
@@ -80,11 +75,20 @@ def _member(nbytes: int) -> struct.Struct:
 
 
 def inflate(data: bytes | memoryview, nbytes: int) -> bytes:
-    """Decodes a gzip member or a zlib stream; raises ValueError where it is damaged."""
+    """I14: decodes a gzip member or a zlib stream, but no more of it than it should hold.
+
+    Raises ValueError where it is damaged, or holds more.
+    """
+    stream = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
-        return zlib.decompress(data, _GZIP_OR_ZLIB, nbytes or 1)
+        found = stream.decompress(data, nbytes + 1)
     except zlib.error as error:
         raise ValueError(f"checksum or framing error ({error})") from None
+    if len(found) > nbytes:
+        raise ValueError(f"more than {nbytes} bytes found, {nbytes} expected")
+    if not stream.eof:
+        raise ValueError("checksum or framing error (it is cut off)")
+    return found
 
 
 def have_checksum(codecs: Sequence[Mapping[str, Any]]) -> bool:

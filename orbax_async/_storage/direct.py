@@ -1,13 +1,11 @@
 """Bytes read straight from files: the values of a local OCDBT database, and ranges of any file.
 
-TensorStore decodes the database's index, which carries checksums of its own; the index says in
-which file and where each value lies. What is read from there goes into the reader's own memory
-without a copy in between, and is verified block by block as it arrives.
+The database's index says in which file and where each value lies. What is read from there goes into
+the reader's own memory without a copy in between, and is verified block by block as it arrives.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import io
@@ -15,7 +13,7 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -35,10 +33,13 @@ _HEAD_NBYTES = 18  # of a record that holds nothing
 _FIRST_NBYTES = 256 << 10  # of a record are read before it is known how long it is
 _MAX_RECORD_NBYTES = 512 << 20
 _SMALL_NBYTES = 1024  # as long a CRC-32C is computed here, in less than a call of TensorStore
+_SMALL_NODE_NBYTES, _MOST_EXPANSION = 16 << 20, 256  # more times the bytes than keys ever make
+_MOST_BITS = 63
 _ZSTD = bytes.fromhex("28b52ffd")
 _RLE, _COMPRESSED = 1, 2
 _MAX_BLOCK_NBYTES = 128 << 10
 _HAS_DIGEST = 4
+_EMPTY_LAST_BLOCK = bytes.fromhex("010000")
 
 _Located: TypeAlias = tuple[str, int, int]  # a file, an offset in it, and a length
 _Branch: TypeAlias = tuple[_Located, str, bytes, int]  # a node, its directory, prefix and height
@@ -56,10 +57,6 @@ class DirectReader:
     """The values of one database as it is now; for one operation, on any thread.
 
     The directory has `Capability.MAP`. The index is read when a value is asked for first.
-
-    Raises:
-      ValueError: the index is damaged, or of a kind that TensorStore alone reads.
-      FileNotFoundError: the index is not all there.
     """
 
     def __init__(self, directory: Directory) -> None:
@@ -117,19 +114,7 @@ class DirectReader:
     ) -> bool:
         """Reads a box of an array whose chunks hold its elements as they are.
 
-        Args:
-          name: the array's stored name.
-          layout: how it lies in its chunks.
-          region: the box, start and stop for each axis.
-          target: an array of the box's shape and the stored dtype, in C order.
-
-        Returns:
-          False where the chunks' checksums are of a kind that only TensorStore verifies; the
-          target is then untouched.
-
-        Raises:
-          FileNotFoundError: a chunk is missing.
-          ValueError: bytes do not match their checksum, or are too few.
+        False where only TensorStore verifies the chunks' checksums; the target is untouched then.
         """
         parts = list(_parts(region, layout.chunk_shape))
         chunks = []
@@ -196,80 +181,84 @@ class _Index:
 
     def entries(self) -> dict[str, bytes | _Located]:
         """Reads all of it."""
-        pending = self._root()
-        while pending:
-            location, base, prefix, height = pending.pop()
-            if location in self._seen:
-                raise ValueError("its index is damaged: a node is in it twice")
-            self._seen.add(location)
-            path, offset, nbytes = location
-            body = self._body(path, offset, nbytes, _NODE)
-            with _cut_off():
-                pending += self._read_node(_Fields(body), base, prefix, height)
+        try:
+            pending = self._root()
+            while pending:
+                location, base, prefix, height = pending.pop()
+                if location in self._seen:
+                    raise ValueError("its index is damaged: a node is in it twice")
+                self._seen.add(location)
+                pending += self._read_node(location, base, prefix, height)
+        except IndexError:
+            raise ValueError("its index is damaged: a record is cut off") from None
         return self._entries
 
     def _root(self) -> list[_Branch]:
         """Returns the node at the top, if there is any."""
-        body = self._body(names.OCDBT_MANIFEST, 0, _MAX_RECORD_NBYTES, _MANIFEST)
-        with _cut_off():
-            fields = _Fields(body)
-            fields.take(16)  # its name
-            if fields.number() != 0:
-                raise ValueError("its index is in several files")
-            fields.numbers(2)
-            fields.take(1)
-            if fields.number():
-                fields.take(4)  # the level of compression
-            files = _files(fields, "")
-            count = fields.number()
-            fields.numbers(count)  # generations
-            heights = fields.take(count)
-            file, offset, nbytes, keys = [fields.numbers(count)[-1:] for _ in range(4)]
-            if not count or not keys[0]:
-                return []
-            base, path = files[file[0]]
-            return [((path, offset[0], nbytes[0]), base, b"", heights[-1])]
+        fields = _Fields(self._body(names.OCDBT_MANIFEST, 0, None, _MANIFEST))
+        fields.take(16)  # its name
+        kind, _, _, _, compression = fields.numbers(5)
+        if kind != 0:
+            raise ValueError("its index is in several files")
+        if compression:
+            fields.take(4)  # its level
+        files = _files(fields, "")
+        (count,) = fields.numbers(1)  # of versions, the last one being the newest
+        fields.numbers(count)  # generations
+        heights = fields.take(count)
+        file, offset, nbytes, keys = fields.numbers(4 * count)[count - 1 :: count] or [0] * 4
+        if not keys:
+            return []
+        base, path = files[file]
+        return [((path, offset, nbytes), base, b"", heights[-1])]
 
-    def _read_node(self, fields: _Fields, base: str, prefix: bytes, height: int) -> list[_Branch]:
+    def _read_node(
+        self, location: _Located, base: str, prefix: bytes, height: int
+    ) -> list[_Branch]:
         """Adds the values of a leaf; returns the nodes below another."""
+        path, offset, nbytes = location
+        fields = _Fields(self._body(path, offset, nbytes, _NODE))
         if fields.take(1)[0] != height:
             raise ValueError("its index is damaged: a node has another height than it should")
         files = _files(fields, base)
-        count = fields.number()
-        shared, lengths = [0, *fields.numbers(count - 1)][:count], fields.numbers(count)
+        (count,) = fields.numbers(1)
+        shared = [0, *fields.numbers(count - 1)][:count]
+        lengths = fields.numbers(count)
         common = fields.numbers(count) if height else []
         keys, key = [], b""
         for kept, suffix in zip(shared, fields.pieces(lengths), strict=True):
             key = key[:kept] + suffix
             keys.append(key)
         if height:
-            columns = [fields.numbers(count) for _ in range(3)]
+            below = zip(*(fields.numbers(count) for _ in range(3)), strict=True)
             return [
                 ((files[file][1], offset, nbytes), files[file][0], prefix + key[:kept], height - 1)
-                for key, kept, file, offset, nbytes in zip(keys, common, *columns, strict=True)
+                for key, kept, (file, offset, nbytes) in zip(keys, common, below, strict=True)
             ]
         lengths, kinds = fields.numbers(count), fields.take(count)
         elsewhere = kinds.count(1)
+        if elsewhere + kinds.count(0) != count:
+            raise ValueError("its index is damaged: a value lies nowhere")
         paths = [files[file][1] for file in fields.numbers(elsewhere)]
         offsets = fields.numbers(elsewhere)
-        sizes = itertools.compress(lengths, kinds)
-        places = zip(paths, offsets, sizes, strict=True)
+        places = zip(paths, offsets, itertools.compress(lengths, kinds), strict=True)
         inside = fields.pieces([0 if kind else n for kind, n in zip(kinds, lengths, strict=True)])
         for key, kind, value in zip(keys, kinds, inside, strict=True):
             self._entries[(prefix + key).decode()] = next(places) if kind else value
         return []
 
-    def _body(self, path: str, offset: int, nbytes: int, magic: bytes) -> bytes:
-        """Returns what a record holds, once its checksum is verified."""
-        record = self._directory.read(path, offset, min(nbytes, _FIRST_NBYTES))
+    def _body(self, path: str, offset: int, nbytes: int | None, magic: bytes) -> bytes:
+        """Returns what a record holds, once its checksum is verified; None for a whole file."""
+        record = self._directory.read(path, offset, min(nbytes or _FIRST_NBYTES, _FIRST_NBYTES))
         if record is None:
             path = (self._directory / path).path
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         length = int.from_bytes(record[4:12], "little")
-        if record[:4] != magic or not _HEAD_NBYTES <= length <= min(nbytes, _MAX_RECORD_NBYTES):
+        is_record = record[:4] == magic and _HEAD_NBYTES <= length <= _MAX_RECORD_NBYTES
+        if not is_record or nbytes not in (length, None):
             raise ValueError(f"its index is damaged: no record is at byte {offset} of {path}")
         if length > len(record):
-            record = self._directory.read(path, offset, length) or b""
+            record = self._directory.read(path, offset, nbytes or length + 1) or b""
         if len(record) != length or not self._has_checksum(record):
             raise ValueError(f"its index is damaged: a checksum does not match in {path}")
         version, compression, body = record[12], record[13], record[14:-4]
@@ -334,21 +323,24 @@ class _Fields:
 
     def pieces(self, lengths: Sequence[int]) -> list[bytes]:
         """Returns bytes of these lengths."""
-        ends = itertools.accumulate(lengths)
-        taken = self.take(sum(lengths))
-        return [taken[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-
-    def number(self) -> int:
-        """Returns a number, of seven bits a byte, the lowest first."""
-        return self.numbers(1)[0]
+        data, end, found = self._data, self._at, []
+        for length in lengths:
+            start, end = end, end + length
+            found.append(data[start:end])
+        if end > len(data):
+            raise IndexError
+        self._at = end
+        return found
 
     def numbers(self, count: int) -> list[int]:
-        """Returns several of them."""
+        """Returns numbers, each of seven bits a byte, the lowest first."""
         data, at = self._data, self._at
         if count > len(data) - at:
             raise IndexError
-        if count > 0 and max(data[at : at + count]) < 128:
-            return list(self.take(count))
+        short = data[at : at + max(count, 0)]
+        if not short or max(short) < 128:
+            self._at = at + len(short)
+            return list(short)
         found = []
         for _ in range(count):
             value, shift = data[at] & 127, 0
@@ -356,6 +348,8 @@ class _Fields:
                 at += 1
                 shift += 7
                 value |= (data[at] & 127) << shift
+                if shift > _MOST_BITS:
+                    raise IndexError
             at += 1
             found.append(value)
         self._at = at
@@ -364,9 +358,9 @@ class _Fields:
 
 def _files(fields: _Fields, base: str) -> list[tuple[str, str]]:
     """I14: reads a table of files below the database: of each its directory and its path."""
-    count = fields.number()
-    shared, lengths = [0, *fields.numbers(count - 1)][:count], fields.numbers(count)
-    bases = fields.numbers(count)
+    (count,) = fields.numbers(1)
+    shared = [0, *fields.numbers(count - 1)][:count]
+    lengths, bases = fields.numbers(count), fields.numbers(count)
     files, path = [], b""
     for kept, suffix, of_base in zip(shared, fields.pieces(lengths), bases, strict=True):
         path = path[:kept] + suffix
@@ -377,52 +371,47 @@ def _files(fields: _Fields, base: str) -> list[tuple[str, str]]:
     return files
 
 
-@contextlib.contextmanager
-def _cut_off() -> Iterator[None]:
-    try:
-        yield
-    except IndexError:
-        raise ValueError("its index is damaged: a record is cut off") from None
-
-
 def _bounded_frame(frame: bytes) -> tuple[bytes, int]:
     """I14: returns a zstd frame (RFC 8878), and how many bytes to decompress of it.
 
     A frame that says how long it is stays as it is. Of another the blocks bound it; zeros are put
     after the last one, so that there is as much as the bound.
     """
-    with _cut_off():
-        descriptor = frame[4]
-        is_single = descriptor >> 5 & 1
-        size_nbytes = (is_single, 2, 4, 8)[descriptor >> 6]
-        if frame[:4] != _ZSTD or descriptor & 3:
-            raise ValueError("its index is damaged: a node is no zstd frame")
-        at = 6 - is_single
-        if size_nbytes:
-            nbytes = int.from_bytes(frame[at : at + size_nbytes], "little")
-            nbytes += 256 if size_nbytes == 2 else 0
-        else:
-            exponent, eighths = frame[5] >> 3, frame[5] & 7
-            longest = min(_MAX_BLOCK_NBYTES, (8 + eighths) << 7 + exponent)
-            nbytes, is_last = 0, 0
-            while not is_last:
-                last, header = at, int.from_bytes(frame[at : at + 3], "little")
-                is_last, kind, size = header & 1, header >> 1 & 3, header >> 3
-                at += 3 + (1 if kind == _RLE else size)
-                nbytes += longest if kind == _COMPRESSED else min(size, longest)
-                frame[at - 1]  # is there
-            zeros = b"".join(
-                (_RLE << 1 | longest << 3).to_bytes(3, "little") + b"\0"
-                for _ in range(0, nbytes, longest)
-            )
-            flags = bytes([descriptor & ~_HAS_DIGEST, frame[5]])
-            goes_on = bytes([frame[last] & ~1])
-            frame = b"".join(
-                [_ZSTD, flags, frame[6:last], goes_on, frame[last + 1 : at], zeros, b"\1\0\0"]
-            )
-    if nbytes > _MAX_RECORD_NBYTES:
-        raise ValueError(f"its index is damaged: a node has {nbytes} bytes")
+    stored_nbytes, descriptor = len(frame), frame[4]
+    is_single = descriptor >> 5 & 1
+    size_nbytes = (is_single, 2, 4, 8)[descriptor >> 6]
+    if frame[:4] != _ZSTD or descriptor & 3:
+        raise ValueError("its index is damaged: a node is no zstd frame")
+    at = 6 - is_single
+    if size_nbytes:
+        nbytes = int.from_bytes(frame[at : at + size_nbytes], "little")
+        nbytes += 256 if size_nbytes == 2 else 0
+    else:
+        frame, nbytes = _filled_frame(frame)
+    if nbytes > max(_SMALL_NODE_NBYTES, _MOST_EXPANSION * stored_nbytes):
+        raise ValueError(f"its index is damaged: {nbytes} bytes in a node of {stored_nbytes}")
     return frame, nbytes
+
+
+def _filled_frame(frame: bytes) -> tuple[bytes, int]:
+    """Returns a frame with as many zeros behind its blocks as they may hold, and that number."""
+    descriptor, window = frame[4], frame[5]
+    longest = min(_MAX_BLOCK_NBYTES, (8 + (window & 7)) << 7 + (window >> 3))
+    at, nbytes, is_last = 6, 0, 0
+    while not is_last:
+        last, header = at, int.from_bytes(frame[at : at + 3], "little")
+        is_last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        at += 3 + (1 if kind == _RLE else size)
+        nbytes += longest if kind == _COMPRESSED else min(size, longest)
+        if at > len(frame):
+            raise IndexError
+    zeros = (_RLE << 1 | longest << 3).to_bytes(3, "little") + b"\0"
+    parts = [
+        *(_ZSTD, bytes([descriptor & ~_HAS_DIGEST, window])),
+        *(frame[6:last], bytes([frame[last] & ~1]), frame[last + 1 : at]),
+        *(zeros * -(-nbytes // longest), _EMPTY_LAST_BLOCK),
+    ]
+    return b"".join(parts), nbytes
 
 
 def _zip_archive(frame: bytes, nbytes: int) -> bytes:
@@ -450,12 +439,7 @@ def _read_run(
 ) -> None:
     """I12: reads a run of a chunk's bytes, whole checksum blocks at a time.
 
-    Args:
-      file: where the chunk lies.
-      offset: of its first byte.
-      run: the first byte to read, the one after the last, and how many the chunk has.
-      sums: the checksums of its blocks, None where it has none.
-      into: as long as the run.
+    A run is its first byte, the one after its last, and the number of bytes that the chunk has.
     """
     start, stop, nbytes = run
     if sums is None:

@@ -49,19 +49,12 @@ class Entry(NamedTuple):
 
 
 class Status(NamedTuple):
-    """What is known of a file or a directory.
-
-    Attributes:
-      kind: what it is; a link only where it was not to be followed.
-      nbytes: the size of a file.
-      modified_nsecs: when it was last changed, by the clock of the store.
-      identity: tells it from what takes its name later.
-    """
+    """What is known of a file or a directory, or of a link that was not to be followed."""
 
     kind: Kind
     nbytes: int
-    modified_nsecs: int
-    identity: Hashable
+    modified_nsecs: int  # by the clock of the store
+    identity: Hashable  # tells it from what takes its name later
 
 
 class Lock(Protocol):
@@ -69,7 +62,6 @@ class Lock(Protocol):
 
     def release(self) -> None:
         """Ends it; once more does nothing."""
-        ...
 
 
 class Directory(Protocol):
@@ -81,131 +73,94 @@ class Directory(Protocol):
     @property
     def path(self) -> str:
         """The absolute path or the URL of the directory, for people and as a key."""
-        ...
 
     @property
     def name(self) -> str:
         """The last part of its path."""
-        ...
 
     @property
     def parent(self) -> Self:
         """The directory that holds it; the root's is the root itself."""
-        ...
 
     def __truediv__(self, name: str) -> Self:
         """Returns the directory of a name below this one."""
-        ...
 
     def can(self, capability: Capability) -> bool:
         """Says whether it has a capability."""
-        ...
 
     # Looking.
 
     def status(self, name: str = "", *, follow_links: bool = False) -> Status | None:
         """Returns what is known of a name, or of what a link leads to; None where nothing is."""
-        ...
 
     def entries(self) -> list[Entry]:
         """Returns what lies directly inside, by name; nothing where there is no directory."""
-        ...
 
     def walk(self) -> tuple[list[str], list[str]]:
         """Returns (files, directories) below it by relative name.
 
         The deepest directories come first, and the directory itself, as the empty name, last.
         """
-        ...
+
+    def outward_links(self) -> list[str]:
+        """Returns the symbolic links below it that lead out of it, by relative name."""
 
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes | None:
         """Returns the bytes of a file, or a range of them; None where there is no such file."""
-        ...
 
     def is_writable(self) -> bool:
         """Says whether something can be made in it, as far as that can be known without trying."""
-        ...
 
     # Changing.
 
     def make(self, *, mode: int | None = None) -> None:
-        """Makes the directory, but not its parents.
-
-        Args:
-          mode: its permission bits; None leaves them to the process's umask.
-
-        Raises:
-          FileExistsError: there is something of that name.
-          FileNotFoundError: its parent is not there.
-        """
-        ...
+        """Makes the directory, but not its parents; without a mode its bits are the umask's."""
 
     def write(self, name: str, data: bytes, *, only_if_absent: bool = False) -> None:
-        """Writes a whole file, and makes the directories above it.
-
-        Raises:
-          FileExistsError: `only_if_absent` is set, and there is one.
-        """
-        ...
+        """Writes a whole file, and makes the directories above it."""
 
     def touch(self) -> None:
         """Renews the time at which the directory was last changed."""
-        ...
 
     def remove(self, name: str = "") -> None:
         """Removes a file, or a directory with all that is in it; what is gone already is fine.
 
         What can't be removed stays; all else goes, and the first error is raised then.
         """
-        ...
 
     def remove_if_empty(self) -> None:
         """Removes the directory, unless there is something in it, or no directory."""
-        ...
 
     # Lasting.
 
     def sync(self, names: Iterable[str]) -> None:
         """Makes files, and the entries of directories, durable, in the order given."""
-        ...
 
     def start_writeback(self, name: str) -> None:
         """Has the system begin to write a file to its disk; a hint that promises nothing."""
-        ...
 
     def kvstore(self) -> dict[str, Any]:
         """Returns TensorStore's specification of the key-value store that lies here."""
-        ...
 
     # Capabilities. Whoever calls one of these has asked `can` before.
 
     def rename(self, target: Self) -> None:
         """Gives the directory another name, which nothing may have."""
-        ...
 
     def replace(self, name: str, target: str) -> None:
         """Gives a file another name, in place of what has it (with `Capability.RENAME`)."""
-        ...
 
     def exchange(self, other: Self) -> bool:
         """Exchanges its name with another's in one step; False where that turns out impossible."""
-        ...
 
     def link(self, name: str, target: Self, target_name: str) -> None:
         """Gives a file a second name in another directory; copies it where that can't be.
 
-        Raises:
-          FileExistsError: there is a file of that name already.
+        A file that has that name already is a FileExistsError.
         """
-        ...
 
     def lock(self) -> Lock | None:
-        """Locks the directory for this process; None while another lock is held, or it is gone.
-
-        Raises:
-          OSError: the store can't lock it after all.
-        """
-        ...
+        """Locks the directory for this process; None while another lock is held, or it is gone."""
 
 
 def sizes(directory: Directory) -> dict[str, int]:
@@ -218,31 +173,13 @@ def sizes(directory: Directory) -> dict[str, int]:
 
 
 def read_json(directory: Directory, name: str, kind: type = dict) -> Any:
-    """Reads a document; None where there is none.
-
-    Args:
-      directory: where it lies.
-      name: its name there.
-      kind: the type that it must have at the top.
-
-    Raises:
-      InvalidLayoutError: it is damaged.
-    """
+    """Reads a document; None where there is none."""
     data = directory.read(name, nbytes=MAX_NBYTES + 1)
     return None if data is None else parse_json(data, (directory / name).path, kind)
 
 
 def parse_json(data: bytes, file: str, kind: type = dict) -> Any:
-    """Returns what a document says.
-
-    Args:
-      data: the document.
-      file: where it was read, for the error.
-      kind: the type that it must have at the top.
-
-    Raises:
-      InvalidLayoutError: it is damaged, or larger or deeper than any that is not.
-    """
+    """Returns what a document says."""
     with damage_in(file):
         if len(data) > MAX_NBYTES:
             raise ValueError(f"it has more than {MAX_NBYTES} bytes")
@@ -259,11 +196,6 @@ def damage_in(
     """Turns what a document of another form than it should have raises into an error of ours.
 
     Whoever parses a document, or picks values out of one, does it inside the block.
-
-    Args:
-      file: the document.
-      advice: sentences at the end of the message.
-      kind: the class of the error.
     """
     try:
         yield

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import ctypes
+import dataclasses
 import errno
 import functools
-import io
 import os
 import shutil
 import stat
@@ -29,26 +29,11 @@ _NO_EMPTY_DIRECTORY = (errno.ENOTEMPTY, errno.EEXIST, *_NOTHING_THERE)
 
 
 @final
+@dataclasses.dataclass(frozen=True, slots=True)
 class LocalDirectory:
-    """A directory of a local file system.
+    """A directory of a local file system, by its absolute path."""
 
-    Args:
-      path: absolute.
-    """
-
-    __slots__ = ("path",)
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __repr__(self) -> str:
-        return f"LocalDirectory({self.path!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LocalDirectory) and other.path == self.path
-
-    def __hash__(self) -> int:
-        return hash(self.path)
+    path: str
 
     @property
     def name(self) -> str:
@@ -61,10 +46,7 @@ class LocalDirectory:
         return type(self)(os.path.dirname(self.path))
 
     def __truediv__(self, name: str) -> Self:
-        return type(self)(self._at(name))
-
-    def _at(self, name: str) -> str:
-        return os.path.join(self.path, name) if name else self.path
+        return type(self)(os.path.join(self.path, name) if name else self.path)
 
     def can(self, capability: Capability) -> bool:
         """Says whether it has a capability; an exchange may turn out impossible all the same."""
@@ -81,7 +63,8 @@ class LocalDirectory:
     def status(self, name: str = "", *, follow_links: bool = False) -> Status | None:
         """Returns what is known of a name, or of what a link leads to; None where nothing is."""
         try:
-            found = os.stat(self._at(name), follow_symlinks=follow_links)
+            path = f"{self.path}/{name}" if name else self.path
+            found = os.stat(path, follow_symlinks=follow_links)
         except (FileNotFoundError, NotADirectoryError):
             return None
         kind: Kind = "file"
@@ -111,14 +94,38 @@ class LocalDirectory:
             directories.append(prefix[:-1])
         return files, directories
 
+    def outward_links(self) -> list[str]:
+        """Returns the symbolic links below it that lead out of it, by relative name."""
+        root, found, pending = "", [], [self.path]
+        while pending:
+            try:
+                with os.scandir(pending.pop()) as entries:
+                    for entry in entries:
+                        if entry.is_symlink():
+                            root = root or os.path.join(os.path.realpath(self.path), "")
+                            if not os.path.realpath(entry.path).startswith(root):
+                                found.append(os.path.relpath(entry.path, self.path))
+                        elif entry.is_dir():
+                            pending.append(entry.path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        return sorted(found)
+
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes | None:
         """Returns the bytes of a file, or a range of them; None where there is no such file."""
-        path = self._at(name)
+        path = f"{self.path}/{name}"
         try:
             with open(path, "rb", buffering=0) as file:
                 if start:
                     file.seek(start)
-                return file.read() if nbytes is None else _read(file, nbytes)
+                if nbytes is None:
+                    return file.read()
+                # A read with a limit takes memory for all of it, and may end before it.
+                nbytes = min(nbytes, max(0, os.fstat(file.fileno()).st_size - start))
+                data = file.read(nbytes)
+                while len(data) < nbytes and (more := file.read(nbytes - len(data))):
+                    data += more
+                return data
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -143,12 +150,18 @@ class LocalDirectory:
         In as few system calls as can be: for each Python lets go of the GIL, and beside a program
         that computes in Python it takes 5 ms to get it back.
         """
-        path, how = self._at(name), "xb" if only_if_absent else "wb"
-        try:
-            _write(path, data, how)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            _write(path, data, how)
+        path, how = f"{self.path}/{name}", "xb" if only_if_absent else "wb"
+        for is_second in (False, True):
+            try:
+                with open(path, how, buffering=0) as file:
+                    rest = memoryview(data)
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                return
+            except FileNotFoundError:
+                if is_second:
+                    raise
+                os.makedirs(os.path.dirname(path), exist_ok=True)
 
     def touch(self) -> None:
         """Renews the time at which the directory was last changed, by the file system's clock."""
@@ -160,7 +173,7 @@ class LocalDirectory:
 
     def remove(self, name: str = "") -> None:
         """Removes a file, or a directory with all that is in it; what is gone already is fine."""
-        path = self._at(name)
+        path = (self / name).path
         try:
             os.unlink(path)
         except (IsADirectoryError, PermissionError):  # what some systems say of a directory
@@ -184,7 +197,7 @@ class LocalDirectory:
     def sync(self, names: Iterable[str]) -> None:
         """Makes files, and the entries of directories, durable, in the order given."""
         for name in names:
-            path = f"{self.path}/{name}" if name else self.path  # many: without a call of `_at`
+            path = f"{self.path}/{name}" if name else self.path
             if os.name == "nt" and os.path.isdir(path):
                 continue
             descriptor = os.open(path, os.O_RDONLY)
@@ -204,7 +217,7 @@ class LocalDirectory:
         """
         sync_file_range = _sync_file_range()
         if sync_file_range is not None:
-            descriptor = os.open(self._at(name), os.O_RDONLY)
+            descriptor = os.open(f"{self.path}/{name}", os.O_RDONLY)
             try:
                 sync_file_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # all of it
             finally:
@@ -222,7 +235,7 @@ class LocalDirectory:
 
     def replace(self, name: str, target: str) -> None:
         """Gives a file another name, in place of what has it."""
-        os.replace(self._at(name), self._at(target))
+        os.replace((self / name).path, (self / target).path)
 
     def exchange(self, other: Self) -> bool:
         """Exchanges its name with another's in one step; False where the system can't."""
@@ -239,7 +252,7 @@ class LocalDirectory:
 
     def link(self, name: str, target: Self, target_name: str) -> None:
         """Gives a file a second name in another directory; copies it where that can't be."""
-        source, new = self._at(name), target._at(target_name)
+        source, new = (self / name).path, (target / target_name).path
         if os.path.lexists(new):
             raise FileExistsError(errno.EEXIST, "two files of the same name", new)
         os.makedirs(os.path.dirname(new), exist_ok=True)
@@ -332,22 +345,6 @@ if hasattr(os, "register_at_fork"):
 def _unless_gone(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
-
-
-def _read(file: io.FileIO, nbytes: int) -> bytes:
-    """Reads on from where a file stands; a limit allocates no more than there is."""
-    nbytes = min(nbytes, max(0, os.fstat(file.fileno()).st_size - file.tell()))
-    data = file.read(nbytes)
-    while len(data) < nbytes and (more := file.read(nbytes - len(data))):
-        data += more
-    return data
-
-
-def _write(path: str, data: bytes, how: str) -> None:
-    with open(path, how, buffering=0) as file:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[file.write(rest) :]
 
 
 def _remove_tree(path: str) -> None:

@@ -55,14 +55,7 @@ class Tensor(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What lies in some files: tensors by name, and the texts that were saved beside them.
-
-    Attributes:
-      directory: where the files lie.
-      files: their names there.
-      tensors: each with an extent in one of the files.
-      metadata: the texts.
-    """
+    """What lies in files of a directory: tensors by name, and texts that were saved beside them."""
 
     directory: Directory
     files: list[str]
@@ -89,12 +82,7 @@ def _find(at: Directory) -> tuple[Directory, list[str]]:
 
 
 def read_headers(at: Directory) -> Contents:
-    """Reads and checks what the files at a path say that they hold; blocks.
-
-    Raises:
-      InvalidLayoutError: there are none, one is damaged, two hold a tensor of one name and no
-        index says which counts, or the index names what is not there.
-    """
+    """Reads and checks what the files at a path say that they hold; blocks."""
     directory, files = _find(at)
     contents = Contents(directory, files, {}, {})
     if not files:
@@ -230,16 +218,7 @@ def _damaged(file: str, problem: str) -> errors.InvalidLayoutError:
 
 
 class TensorReader:
-    """Reads tensors as a `DirectReader` reads arrays; for one operation, on any thread.
-
-    Args:
-      directory: where the files lie.
-      tensors: by name.
-      max_over_read_ratio: how many bytes are read, at most, for each byte that is needed; None to
-        read on over small gaps.
-      read_chunk_nbytes: the most that one read asks for, None for no limit; what is read together
-        has a limit of its own.
-    """
+    """Reads tensors as a `DirectReader` reads arrays; for one operation, on any thread."""
 
     def __init__(
         self,
@@ -287,11 +266,7 @@ class TensorReader:
         region: Sequence[tuple[int, int]],
         target: np.ndarray[Any, Any],
     ) -> bool:
-        """Reads a box of a tensor into an array of its shape and dtype, in C order.
-
-        Raises:
-          ValueError: the file has become shorter.
-        """
+        """Reads a box of a tensor into an array of its shape and dtype, in C order."""
         tensor, into = self._tensors[name], bytes_of(target)
         offsets, nbytes = _runs(tensor, region)
         places = range(0, len(into), nbytes)

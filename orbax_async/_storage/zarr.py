@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -15,6 +16,9 @@ import numpy as np
 from orbax_async._storage import codecs
 
 _CHECKSUMS = ".checksums"
+LARGE_NBYTES = 1 << 30
+"""Of an array of more than these it is looked whether so much can be there at all."""
+_MOST_ENCODED, _MOST_FRAMING = 2, 1 << 20  # times its bytes, and bytes more, of any encoding
 _MAX_ELEMENTS = 1 << 58  # of 16 bytes each, as far as an address reaches
 
 # Elements narrower than a byte, or of types of our own making, that zarr stores by name.
@@ -38,8 +42,7 @@ def is_storable(dtype: np.dtype[Any]) -> bool:
 def dtype_named(name: str) -> np.dtype[Any]:
     """Returns the dtype for a zarr v3 data type, or for a name of ml_dtypes.
 
-    Raises:
-      TypeError: it is no type of numbers. I14: bytes of a file never become pointers.
+    I14: bytes of a file never become pointers; what is no type of numbers is a TypeError.
     """
     dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
     if dtype.kind not in "biufcV" or dtype.type is np.void:
@@ -142,41 +145,26 @@ class WholeLayout(NamedTuple):
 
 
 class RawLayout(NamedTuple):
-    """How an array lies in chunks that hold its elements as they are.
+    """How an array lies in chunks that hold its elements as they are."""
 
-    Attributes:
-      chunk_shape: of each chunk; the last ones may reach over the array's edge.
-      has_crc32c: whether the elements are followed by their CRC-32C.
-      zarr3: which version's keys the chunks have.
-    """
-
-    chunk_shape: tuple[int, ...]
-    has_crc32c: bool
+    chunk_shape: tuple[int, ...]  # the last ones may reach over the array's edge
+    has_crc32c: bool  # after the elements
     zarr3: bool
 
 
 class ArrayDocument(NamedTuple):
-    """What the metadata document of an array says.
-
-    Attributes:
-      content: the document itself.
-      zarr3: its version.
-      shape: of the array.
-      dtype: of the array, in native byte order.
-      chunk_shape: of the smallest piece that can be read alone.
-      has_checksum: whether a flipped bit of an element is found when it is read.
-      whole: how the array lies in one value; None where it is in several, or not plain.
-      raw: how it lies in its chunks; None where they are encoded in any way.
-    """
+    """What the metadata document of an array says."""
 
     content: Mapping[str, Any]
     zarr3: bool
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    chunk_shape: tuple[int, ...]
-    has_checksum: bool
-    whole: WholeLayout | None
-    raw: RawLayout | None
+    dtype: np.dtype[Any]  # in native byte order
+    nbytes: int  # of all elements
+    stored_shape: tuple[int, ...]  # of what is stored as one value: a chunk, or a shard of several
+    chunk_shape: tuple[int, ...]  # of the smallest piece that can be read alone
+    has_checksum: bool  # which finds a flipped bit when an element is read
+    whole: WholeLayout | None  # None where the array is in several values, or not plain
+    raw: RawLayout | None  # None where its chunks are encoded in any way
 
 
 _NEEDED = {
@@ -206,7 +194,8 @@ def _parsed(data: bytes) -> ArrayDocument:
 
 def _understood(document: Mapping[str, Any]) -> ArrayDocument:
     zarr3 = document["zarr_format"] == 3
-    chunk_shape = _chunk_shape(document)
+    stored_shape, chunk_shape = _chunk_shapes(document)
+    _check_grid(document["shape"], stored_shape)
     _check_grid(document["shape"], chunk_shape)
     shape = tuple(document["shape"])
     dtype = dtype_named(document["data_type" if zarr3 else "dtype"])
@@ -223,22 +212,49 @@ def _understood(document: Mapping[str, Any]) -> ArrayDocument:
         has_checksum = compressor is not None and compressor["id"] in ("gzip", "zlib")
         tail = [] if compressor is None else ["gzip" if has_checksum else "other"]
     raw = whole = None
+    nbytes = math.prod(shape) * dtype.itemsize
     if is_plain and tail in ([], ["crc32c"]):
         raw = RawLayout(chunk_shape, bool(tail), zarr3)
     if is_plain and tail in ([], ["gzip"]) and chunk_shape == tuple(max(1, each) for each in shape):
-        whole = WholeLayout(shape, dtype, math.prod(shape) * dtype.itemsize, bool(tail))
-    return ArrayDocument(document, zarr3, shape, dtype, chunk_shape, has_checksum, whole, raw)
+        whole = WholeLayout(shape, dtype, nbytes, bool(tail))
+    return ArrayDocument(
+        *(document, zarr3, shape, dtype, nbytes),
+        *(stored_shape, chunk_shape, has_checksum, whole, raw),
+    )
 
 
-def _chunk_shape(document: Mapping[str, Any]) -> tuple[int, ...]:
+def stored_chunks(
+    document: ArrayDocument, name: str, box: Sequence[tuple[int, int]]
+) -> tuple[Iterator[str], int]:
+    """Returns the keys of the chunks that a box meets, and the most bytes that one may have."""
+    prefix, separator = [], document.content.get("dimension_separator", ".")
+    if document.zarr3:
+        keys = document.content["chunk_key_encoding"]
+        is_default = keys["name"] == "default"
+        prefix = ["c"] if is_default else []
+        separator = keys.get("configuration", {}).get("separator", "/" if is_default else ".")
+    axes = zip(box, document.stored_shape, strict=True)
+    ranges = [range(low // side, -(-high // side)) for (low, high), side in axes]
+    below = f"{name}/" if name else ""
+    found = (
+        below + (separator.join([*prefix, *map(str, index)]) or "0")
+        for index in itertools.product(*ranges)
+    )
+    return found, _MOST_ENCODED * math.prod(
+        document.stored_shape
+    ) * document.dtype.itemsize + _MOST_FRAMING
+
+
+def _chunk_shapes(document: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Returns the shape of what is stored as one value, and of what in it can be read alone."""
     if document["zarr_format"] == 2:
-        return tuple(document["chunks"])
-    shape = document["chunk_grid"]["configuration"]["chunk_shape"]
+        return [tuple(document["chunks"])] * 2
+    stored = shape = document["chunk_grid"]["configuration"]["chunk_shape"]
     found = document.get("codecs", ())
     while shards := [codec for codec in found if codec.get("name") == "sharding_indexed"]:
         shape = shards[0]["configuration"]["chunk_shape"]
         found = shards[0]["configuration"].get("codecs", ())  # shards may be nested
-    return tuple(shape)
+    return [tuple(stored), tuple(shape)]
 
 
 def _check_grid(shape: Any, chunk: tuple[Any, ...]) -> None:

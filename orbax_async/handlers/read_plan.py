@@ -216,6 +216,12 @@ class Loading:
         alike: dict[Hashable, LeafPlan] = {}
         for index, entry in to_load.items():
             request, document = self._requests[index], documents[entry.name]
+            if document.nbytes > zarr.LARGE_NBYTES and self._options.raise_array_data_missing_error:
+                absence = store.find_absence(entry.name, document)
+                if absence is not None:
+                    label = keypath.label(entry.keys)
+                    self._refused.append(errors.CorruptDataError(label, absence))
+                    continue
             impl, saved_sharding = impls.get(entry.name), saved.get(entry.name)
             private = tuple(sorted(entry.private.items())) if entry.private else ()
             sharding, told = request.sharding or of_all, None

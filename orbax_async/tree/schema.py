@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from orbax_async._storage.zarr import dtype_named
 from orbax_async.tree import keypath, structure
 from orbax_async.tree.keypath import KeyPath, stored_name
 
@@ -149,6 +150,9 @@ class TreeDocument(NamedTuple):
             value = item["value_metadata"]
             shape = value.get("write_shape")
             shape = None if shape is None else tuple(shape)
+            kind = value["value_type"]
+            if not isinstance(kind, str):
+                raise ValueError(f"the kind of {path} is {kind!r:.60}")
             keys = tuple(
                 [
                     keypath.key(each["key"], each["key_type"] == _SEQUENCE_KEY)
@@ -158,10 +162,10 @@ class TreeDocument(NamedTuple):
             entries.append(
                 Entry(
                     keys,
-                    value["value_type"],
+                    kind,
                     stored_name(keys),
                     shapes.setdefault(shape, shape),
-                    value.get(_PRIVATE, _NOTHING),
+                    _private_of(path, value[_PRIVATE]) if _PRIVATE in value else _NOTHING,
                 )
             )
         return TreeDocument(
@@ -170,6 +174,18 @@ class TreeDocument(NamedTuple):
             uses_ocdbt=document.get("use_ocdbt"),
             rich=document.get("value_metadata_tree"),
         )
+
+
+def _private_of(path: str, private: Any) -> Mapping[str, Any]:
+    """Returns what only we know of a leaf; raises where that can't be it."""
+    if not isinstance(private, dict):
+        raise ValueError(f"what is known of {path} is {private!r:.60}")
+    for name, value in private.items():
+        if not isinstance(value, bool if name == "weak_type" else str):
+            raise ValueError(f"the {name} of {path} is {value!r:.60}")
+    if "logical_dtype" in private:
+        dtype_named(private["logical_dtype"])
+    return private
 
 
 def dump_shardings(shardings: Mapping[str, Mapping[str, Any]]) -> bytes:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +60,21 @@ def test_a_call_that_fails_is_an_error_that_loses_nothing(
     print(f"{operation}, sticky={is_sticky}: {told['cases']} faults, {told['raised']} errors")
     assert not told["wrong"], "\n".join(told["wrong"][:20])
     assert told["raised"] > 0
+
+
+@pytest.mark.parametrize("options", [{"use_ocdbt": False}, {"compression_min_saving": 0.0}])
+def test_f27_an_interrupted_read_is_begun_again(
+    library: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """F27: a signal that interrupts any one open or read, TensorStore's too, fails no load."""
+    program = HERE / "programs" / "interrupted_loads.py"
+    done = subprocess.run(
+        [sys.executable, str(program), str(library), str(tmp_path), json.dumps(options)],
+        env=os.environ
+        | {"LD_PRELOAD": str(library), "PYTHONPATH": str(Path(orbax_async.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert int(done.stdout) > 20

@@ -185,6 +185,9 @@ class MemoryDirectory:
             is_there = self._store.has_directory(self.path)
             return files, directories + ([""] if is_there else [])
 
+    def outward_links(self) -> list[str]:
+        return []
+
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes | None:
         found = self._store.files.read(self._at(name)).result()
         if found.state != "value":

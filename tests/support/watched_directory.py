@@ -115,6 +115,9 @@ class WatchedDirectory:
     def entries(self) -> list[Entry]:
         return self._call("entries", "", self.inner.entries)
 
+    def outward_links(self) -> list[str]:
+        return self._call("outward_links", "", self.inner.outward_links)
+
     def walk(self) -> tuple[list[str], list[str]]:
         return self._call("walk", "", self.inner.walk)
 

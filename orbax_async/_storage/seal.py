@@ -32,6 +32,7 @@ _DIGEST_CHARACTERS = 32
 _TAIL_NBYTES = 8
 _SMALL_NBYTES = 64 << 10  # of a file of data that has a digest too, for `verify`
 _WITH_DIGEST = 3  # as long its mark is
+_MOST_NBYTES = 1 << 62  # that a file can have
 _CHANGED = "it is not what was saved"
 _OF_ANOTHER = "it is of another save than the digests"
 _WHOLE_NBYTES = 16 << 20  # of a file of a user's handler; of a larger one size and end are noted
@@ -62,7 +63,11 @@ def documents(
         mark = _mark(directory, name, is_data=_is_data(name, files))
         if mark is not None:
             marks[name] = mark
-    sealed = {"handlers": root["item_handlers"], "rest": _digest_of_rest(root), "files": marks}
+    sealed = {
+        "handlers": root["item_handlers"],
+        "rest": _digest_of_rest(json.loads(encoded)),
+        "files": marks,
+    }
     text = f"{proof}\n{json.dumps(sealed, separators=(',', ':'))}\n".encode()
     digest = hashlib.sha256(text).hexdigest().encode()
     return {names.CHECKPOINT_METADATA: encoded, names.COMMIT_MARKER: text + digest + b"\n"}
@@ -184,7 +189,7 @@ class Seal:
                 return _problem_of(mark, self._root.read(name, nbytes=MAX_NBYTES + 1))
             if nbytes != mark[0]:
                 return f"it has {nbytes} bytes, {mark[0]} were saved"
-            if len(mark) == _WITH_DIGEST:
+            if len(mark) == _WITH_DIGEST and nbytes <= _SMALL_NBYTES:
                 return _problem_of(mark[-1], self._root.read(name))
             tail = self._root.read(name, max(0, nbytes - _TAIL_NBYTES), _TAIL_NBYTES)
             return None if tail == bytes.fromhex(mark[1]) else _CHANGED
@@ -238,7 +243,7 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
 
     Args:
       root: the checkpoint.
-      prefix: the checkpointable that is asked about, and a slash.
+      prefix: the checkpointable that alone is asked about, and a slash.
 
     Raises:
       InvalidLayoutError: the seal is damaged.
@@ -247,11 +252,16 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
     proof = root.read(names.COMMIT_MARKER, nbytes=MAX_NBYTES + 1)
     if proof is None:
         return Seal(root, prefix, {})
-    document = root.read(names.CHECKPOINT_METADATA, nbytes=MAX_NBYTES + 1)
+    is_sealed = b"\n" in proof
+    # One checkpointable alone is loaded without it.
+    needs_document = not prefix or not is_sealed
+    document = (
+        root.read(names.CHECKPOINT_METADATA, nbytes=MAX_NBYTES + 1) if needs_document else None
+    )
     file = (root / names.COMMIT_MARKER).path
     with damage_in(file, f"{_COPY_AGAIN} Without that file the rest can be loaded, unproven."):
         lines = proof.split(b"\n")
-        if len(lines) == 1:
+        if not is_sealed:
             if document is not None and document.endswith(b"\n"):
                 raise ValueError("it has lost the digests of the other files")
             return Seal(root, prefix, {})
@@ -259,7 +269,9 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
         if len(lines) != 4 or lines[2:] != [digest, b""]:
             raise ValueError("it does not match its own digest")
         sealed = json.loads(lines[1])
-        marks = sealed["files"]
+        marks = _checked(sealed["files"])
+        if prefix:
+            return Seal(root, prefix, marks)
         problem = _problem_of(marks[names.CHECKPOINT_METADATA], document)
         handlers = None if problem is None else _handlers_left(document, sealed)
         if problem == _CHANGED and handlers is None and _is_of_another(document, sealed):
@@ -307,6 +319,19 @@ def _mark(directory: Directory, name: str, *, is_data: bool) -> Mark | None:
     return [*mark, _digest(data)] if is_small else mark
 
 
+def _checked(marks: dict[str, Any]) -> dict[str, Mark]:
+    """Returns marks that are what marks can be, of names inside of the checkpoint."""
+    for name, mark in marks.items():
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ValueError(f"{name!r} names no file in it")
+        if not isinstance(mark, str):
+            nbytes, tail, *_ = mark
+            bytes.fromhex(tail)
+            if not (isinstance(nbytes, int) and 0 <= nbytes < _MOST_NBYTES):
+                raise ValueError(f"{nbytes!r} is no size of a file")
+    return marks
+
+
 def _problem_of(mark: Mark, data: bytes | None) -> str | None:
     if data is None:
         return "it is missing"
@@ -331,7 +356,7 @@ def _digest_of_rest(root: Mapping[str, Any]) -> str:
 
 def _is_of_another(document: bytes | None, sealed: Mapping[str, Any]) -> bool:
     try:
-        return _digest_of_rest(json.loads(document or b"")) != sealed["rest"]
+        return bool(_digest_of_rest(json.loads(document or b"")) != sealed["rest"])
     except (ValueError, AttributeError, RecursionError):
         return False
 

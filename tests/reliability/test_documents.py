@@ -175,7 +175,8 @@ def damaged(specimen: Specimen, file: Path, damage: str, chance: random.Random) 
 def is_self_proving(specimen: Specimen, file: Path) -> bool:
     """Says whether a file is one of an array, whose damage is its leaf's."""
     inside = file.relative_to(specimen.path).parts
-    return "d" in inside[:-1] or "c" in inside or file.name in ARRAY_DOCUMENTS
+    is_chunk = "c" in inside or file.name.replace(".", "").isdigit()
+    return is_chunk or "d" in inside or file.name in ARRAY_DOCUMENTS
 
 
 def outcome(specimen: Specimen, file: Path) -> str:

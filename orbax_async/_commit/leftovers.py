@@ -365,16 +365,19 @@ def _is_proven(final: Directory) -> bool:
 
 
 def is_hollow(directory: Directory, *, may_have: str = names.CHECKPOINT_MARKER) -> bool:
-    """Says whether what is there holds no byte: directories, and perhaps an empty marker."""
+    """Says whether what is there holds nothing: directories, and perhaps a marker without an owner.
+
+    A power cut leaves such a marker: empty, or with a part of what was written to it.
+    """
     status = directory.status()
     if status is None or status.kind != "directory":
         return False
     for name, is_directory in directory.entries():
         if is_directory and is_hollow(directory / name, may_have=""):
             continue
-        if name != may_have or directory.read(name):
+        if name != may_have:
             return False
-    return True
+    return not may_have or owner_in_place(directory) is None
 
 
 def is_unfinished(final: Directory) -> bool:

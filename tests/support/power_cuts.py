@@ -7,6 +7,7 @@ once its directory was synced, and a directory that is renamed keeps its old nam
 from __future__ import annotations
 
 import os
+import random
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +85,26 @@ class PowerCuts:
             for inode in [self._inode(os.path.join(directory, name))]
         }
         yield "everything", self._tree(self._entries | now, self._data | data)
+
+    def random_states(self, moments: random.Random, count: int) -> Iterator[tuple[str, Tree]]:
+        """Yields states that are drawn: each directory has its old or its new names.
+
+        Each file has the data that were synced, or all, or zeros, or the first half.
+        """
+        inodes = [(self._inode(at), self._present(at)) for at, _, _ in os.walk(self._root)]
+        files = {
+            self._inode(os.path.join(at, name)): Path(at, name).read_bytes()
+            for at, _, names in os.walk(self._root)
+            for name in names
+        }
+        for _ in range(count):
+            entries = {inode: names for inode, names in inodes if moments.random() < 0.5}
+            data = {}
+            for inode, now in files.items():
+                if inode not in self._data:
+                    lost = [b"", now, bytes(len(now)), now[: len(now) // 2]]
+                    data[inode] = moments.choice(lost)
+            yield "drawn", self._tree(self._entries | entries, self._data | data)
 
     def _tree(
         self, entries: dict[int, dict[str, int]], data: dict[int, bytes] | None = None

@@ -142,6 +142,9 @@ _HOMES = {
     ],
 }
 
+# It can't be imported any more when the main thread has ended, and another begins to save.
+importlib.import_module("concurrent.futures.thread")
+
 
 def __getattr__(name: str) -> Any:
     """Imports a public name at its first use (PEP 562)."""

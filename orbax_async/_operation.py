@@ -151,7 +151,7 @@ class Operation:
         """Blocks the caller of a save as long as the options say."""
         is_eager = self.verb == "save" and self.context.asynchronous.staging == "eager"
         if is_eager and self.response is not None:
-            self.response._wait(self.response._released)
+            self.response._wait_until_released()
         self.recorder.unblock()
 
     # Running: what follows is called on the loop.
@@ -202,9 +202,11 @@ class Operation:
             finally:
                 self.response._settle(result, error)
 
-    def _abandon(self) -> None:
-        """Releases what is held by an operation that does not start."""
-        if not self._is_started:
+    def _abandon(self, error: BaseException) -> None:
+        """Releases what an operation holds that does not start, or ends one that nobody has."""
+        if self._is_started and self.response is not None:
+            self.response._end_interrupted(error)
+        else:
             self.response = None
             self._end()
             if self._end_profile is not None:
@@ -269,8 +271,8 @@ def starting(verb: Verb) -> Iterator[Operation]:
         with operation.processes.telling(), operation.context:
             operation._check_options()
             yield operation
-    except BaseException:
-        operation._abandon()
+    except BaseException as error:
+        operation._abandon(error)
         raise
     operation._wait_until_released()
 

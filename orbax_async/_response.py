@@ -18,6 +18,8 @@ from orbax_async._trace import Progress, Recorder, Span, logger
 R = TypeVar("R")
 T = TypeVar("T")
 
+_UNDO_SECS = 1.5  # for which an interrupt waits
+
 
 @final
 class AsyncResponse(Generic[T]):
@@ -47,7 +49,7 @@ class AsyncResponse(Generic[T]):
         self._staged: concurrent.futures.Future[None] = _promise()
         self._released: concurrent.futures.Future[None] = _promise()
         self._lock = threading.Lock()
-        self._callbacks: list[Callable[[], object]] = []
+        self._callbacks: list[tuple[Callable[..., object], Callable[[], object]]] = []
         self._is_reported = False
         _unreported.add(self)
 
@@ -69,6 +71,41 @@ class AsyncResponse(Generic[T]):
           LoopError: the call comes from the engine's own thread, which it would block for ever.
         """
         return self._wait(self._committed, timeout)
+
+    def _finish(self) -> T:
+        """Blocks like `result`, for a verb that blocks: what interrupts it ends the operation."""
+        try:
+            return self._wait(self._committed)
+        except BaseException as raised:
+            self._end_interrupted(raised)
+            raise
+
+    def _wait_until_released(self) -> None:
+        """Blocks until the caller may go on; who interrupts that never gets the response."""
+        try:
+            self._wait(self._released)
+        except BaseException as raised:
+            self._end_interrupted(raised)
+            raise
+
+    def _end_interrupted(self, raised: BaseException) -> None:
+        """Undoes what can still be undone, and notes what became of an operation.
+
+        Nothing is to be done where it was its own failure that was raised.
+        """
+        for promise in (self._released, self._committed):
+            if promise.done() and promise.exception() is raised:
+                return
+        self.cancel()
+        concurrent.futures.wait([self._committed], timeout=_UNDO_SECS)
+        if not self._committed.done():
+            end = "goes on in the background: it could not be undone in time"
+        elif self._committed.exception() is None:
+            end = "could no longer be stopped, and is complete"
+        else:
+            end = "is undone"
+        raised.add_note(f"{self._label} {end}.")
+        self._mark_reported()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Blocks like `result`, and returns what the operation failed with, or None."""
@@ -104,6 +141,13 @@ class AsyncResponse(Generic[T]):
     def _await(self, promise: concurrent.futures.Future[R]) -> Generator[Any, None, R]:
         self._check_process()
         try:
+            asyncio.get_running_loop()
+        except RuntimeError as error:
+            raise errors.LoopError(
+                f"{self._label} can be awaited on asyncio's event loops alone, of which none runs "
+                "here. Wait for `result` on a thread, as in `trio.to_thread.run_sync`."
+            ) from error
+        try:
             return (yield from asyncio.wrap_future(promise).__await__())
         finally:
             self._note_report(promise)
@@ -113,6 +157,11 @@ class AsyncResponse(Generic[T]):
     def done(self) -> bool:
         """Says whether the operation has ended, well or not."""
         return self._committed.done()
+
+    def cancelled(self) -> bool:
+        """Says whether the operation has ended because it was cancelled."""
+        is_done = self._committed.done()
+        return is_done and isinstance(self._committed.exception(), errors.OperationCancelledError)
 
     @property
     def progress(self) -> Progress:
@@ -143,9 +192,22 @@ class AsyncResponse(Generic[T]):
         """Calls `callback(response)` once the operation has ended, also when it failed.
 
         Callbacks run in order on a thread of their own, or at once in this thread if the operation
-        has ended. What they raise is logged.
+        has ended. What they raise is logged. Those of asyncio itself (`asyncio.wait`) run on the
+        event loop that adds them.
         """
-        self._add_callback(lambda: callback(self))
+        if getattr(callback, "__module__", "") == "asyncio.tasks":
+            schedule = asyncio.get_running_loop().call_soon_threadsafe
+            self._add_callback(callback, lambda: schedule(callback, self))
+        else:
+            self._add_callback(callback, lambda: callback(self))
+
+    def remove_done_callback(self, callback: Callable[[AsyncResponse[T]], object]) -> int:
+        """Forgets a callback, and returns how often it would have been called."""
+        with self._lock:
+            kept = [each for each in self._callbacks if each[0] != callback]
+            count = len(self._callbacks) - len(kept)
+            self._callbacks = kept
+        return count
 
     def on_complete(self, callback: Callable[[T], object]) -> None:
         """Calls `callback(result)` once the operation has succeeded; never after a failure."""
@@ -154,14 +216,14 @@ class AsyncResponse(Generic[T]):
             if self._committed.exception() is None:
                 callback(self._committed.result())
 
-        self._add_callback(if_successful)
+        self._add_callback(callback, if_successful)
 
-    def _add_callback(self, callback: Callable[[], object]) -> None:
+    def _add_callback(self, callback: Callable[..., object], call: Callable[[], object]) -> None:
         with self._lock:
             if not self._committed.done():
-                self._callbacks.append(callback)
+                self._callbacks.append((callback, call))
                 return
-        self._call(callback)
+        self._call(call)
 
     def _call(self, callback: Callable[[], object]) -> None:
         try:
@@ -201,7 +263,7 @@ class AsyncResponse(Generic[T]):
                     if not promise.done():
                         promise.set_exception(error)
                 self._committed.set_exception(error)
-            callbacks, self._callbacks = self._callbacks, []
+            callbacks, self._callbacks = [call for _, call in self._callbacks], []
         if error is None:
             _unreported.discard(self)
         if callbacks:

@@ -48,7 +48,7 @@ def save(path: PathLike, state: Any, *, custom_metadata: Any | None = None) -> N
         ocp.partial.save("/checkpoints/7", {"step": 7})
         ocp.partial.finalize("/checkpoints/7")
     """
-    save_async(path, state, custom_metadata=custom_metadata).result()
+    save_async(path, state, custom_metadata=custom_metadata)._finish()
 
 
 def save_async(
@@ -138,7 +138,7 @@ def finalize(path: PathLike) -> None:
         ocp.partial.finalize("/checkpoints/7")
         state = ocp.load("/checkpoints/7")
     """
-    finalize_async(path).result()
+    finalize_async(path)._finish()
 
 
 def finalize_async(path: PathLike) -> AsyncResponse[None]:

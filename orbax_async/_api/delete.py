@@ -36,7 +36,7 @@ def delete(
     """
     return delete_async(
         path, checkpointable_name=checkpointable_name, missing_ok=missing_ok
-    ).result()
+    )._finish()
 
 
 def delete_async(

@@ -49,7 +49,7 @@ def load(
         checkpointable_name=checkpointable_name,
         select=select,
         sharding=sharding,
-    ).result()
+    )._finish()
 
 
 def load_async(
@@ -149,7 +149,7 @@ def load_checkpointables(
     """
     return load_checkpointables_async(
         path, abstract_checkpointables, select=select, sharding=sharding
-    ).result()
+    )._finish()
 
 
 def load_checkpointables_async(

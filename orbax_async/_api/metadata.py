@@ -122,7 +122,7 @@ def metadata(
             return _described(reader, await PyTreeHandler().metadata(directory), details)
 
         response = reader.start("metadata of", find, read)
-    return response.result()
+    return response._finish()
 
 
 def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any]]:
@@ -159,7 +159,7 @@ def checkpointables_metadata(path: PathLike) -> CheckpointMetadata[dict[str, Any
             return _described(reader, abstract, details)
 
         response = reader.start("metadata of", find, read)
-    return response.result()
+    return response._finish()
 
 
 async def _abstract(operation: Operation, name: str, stored: Checkpointable) -> Any:

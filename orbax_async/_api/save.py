@@ -43,7 +43,7 @@ def save(
         checkpointable_name=checkpointable_name,
         overwrite=overwrite,
         custom_metadata=custom_metadata,
-    ).result()
+    )._finish()
 
 
 def save_async(
@@ -117,7 +117,7 @@ def save_checkpointables(
     """
     save_checkpointables_async(
         path, checkpointables, overwrite=overwrite, custom_metadata=custom_metadata
-    ).result()
+    )._finish()
 
 
 def save_checkpointables_async(

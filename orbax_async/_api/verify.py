@@ -100,7 +100,7 @@ def verify(path: PathLike) -> VerificationReport:
             print(report)
             state = ocp.load("/checkpoints/7", select=report.intact)
     """
-    return verify_async(path).result()
+    return verify_async(path)._finish()
 
 
 def verify_async(path: PathLike) -> AsyncResponse[VerificationReport]:

@@ -173,6 +173,8 @@ class Engine:
             )
         self.running.add(about)
         context = contextvars.copy_context()
+        if (sniffio := sys.modules.get("sniffio")) is not None:  # a caller may be on trio's loop
+            context.run(sniffio.current_async_library_cvar.set, "asyncio")
 
         async def run() -> None:
             try:
@@ -347,6 +349,7 @@ async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
     already been undone.
     """
     engine = _current()
+    caller = asyncio.get_running_loop()  # a handler that is used by itself has a loop of the user's
     context = contextvars.copy_context()
     done = anyio.Event()
     outcome: list[Any] = []
@@ -358,7 +361,7 @@ async def to_worker(function: Callable[[*Ts], T], *args: *Ts) -> T:
         except BaseException as error:
             failure.append(error)
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
-            engine.loop.call_soon_threadsafe(done.set)
+            caller.call_soon_threadsafe(done.set)
 
     engine.jobs.put(job)
     with anyio.CancelScope(shield=True):

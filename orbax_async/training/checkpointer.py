@@ -51,7 +51,7 @@ def _blocking(begin: Callable[P, AsyncResponse[T] | None]) -> Callable[P, T]:
     @functools.wraps(begin)
     def method(*args: P.args, **kwargs: P.kwargs) -> T:
         response = begin(*args, **kwargs)
-        return cast("T", False) if response is None else response.result()
+        return cast("T", False) if response is None else response._finish()
 
     signature = inspect.signature(begin).replace(return_annotation=inspect.Signature.empty)
     method.__signature__ = signature  # type: ignore[attr-defined]

@@ -373,11 +373,13 @@ class _OrbaxTree(StoredTree):
         """Reads the zarr documents of some arrays, by stored name."""
         keys = [zarr.document_key(entry.name, zarr3=store.zarr3) for entry in entries]
         try:
-            with reading(self.directory.path):
-                values = store.read_many(keys)
+            values = store.read_many(keys)
         except errors.CheckpointError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                with reading(self.directory.path):
+                    raise
             text = str(error).split(" [source locations=")[0]
             file = names.OCDBT_MANIFEST if self._is_ocdbt else ""
             raise errors.InvalidLayoutError.of_file(

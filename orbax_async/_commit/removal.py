@@ -22,7 +22,7 @@ from typing import Any
 from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import leftovers
-from orbax_async._storage.directory import Directory, damage_in
+from orbax_async._storage.directory import Directory, damage_in, read_document
 from orbax_async._storage.local import open_directory
 
 _UNFINISHED = ".orbax-delete-"  # begins the names of documents that are being written
@@ -115,7 +115,7 @@ def name_in_deletion(root: Directory) -> str | None:
 def _read(root: Directory) -> dict[str, Any] | None:
     file = (root / names.DELETION_RECORD).path
     with errors.reported_as(errors.CommitError, f"cannot read {file}"):
-        data = root.read(names.DELETION_RECORD)
+        data = read_document(root, names.DELETION_RECORD)
     with _damage_in(file):
         return None if data is None else dict(json.loads(data))
 

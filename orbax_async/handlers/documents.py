@@ -13,7 +13,7 @@ from orbax_async import _operation as operation
 from orbax_async import errors
 from orbax_async._engine import loop
 from orbax_async._layouts.layout import reading
-from orbax_async._storage.directory import damage_in, parse_json
+from orbax_async._storage.directory import damage_in, parse_json, read_document
 from orbax_async._storage.local import open_directory
 from orbax_async.path import Path, PathAwaitingCreation
 
@@ -61,7 +61,7 @@ def _read(directory: Path, names: Sequence[str], parse: Callable[[bytes, str], A
     for name in names:
         path = (where / name).path
         with reading(path):
-            data = where.read(name)
+            data = read_document(where, name)
         if data is not None:
             return parse(data, path)
     path = (where / names[0]).path

@@ -66,24 +66,30 @@ class PowerCuts:
     def states(self) -> Iterator[tuple[str, Tree]]:
         """Yields what may be there after a cut that comes now, with words for it.
 
-        Nothing that isn't synced; the names without their data; the names of a single directory;
-        and everything.
+        Nothing that isn't synced; the names without their data, or with zeros for it; the names of
+        a single directory, or without those of one; and everything.
         """
         now = {}
         for directory, _, _ in os.walk(self._root):
             now[self._inode(directory)] = self._present(directory)
         yield "only what is synced", self._tree(self._entries)
         yield "all names, no data", self._tree(self._entries | now)
-        for inode, names in now.items():
-            if names != self._entries.get(inode, {}):
-                title = f"the names in {os.readlink(f'/proc/self/fd/{self._open[inode]}')}"
-                yield title, self._tree({**self._entries, inode: names})
         data = {
             inode: Path(directory, name).read_bytes()
             for directory, _, files in os.walk(self._root)
             for name in files
             for inode in [self._inode(os.path.join(directory, name))]
         }
+        zeros = {inode: bytes(len(each)) for inode, each in data.items()}
+        yield "all names, zeros", self._tree(self._entries | now, zeros | self._data)
+        for inode, names in now.items():
+            synced = self._entries.get(inode, {})
+            if names != synced:
+                where = os.readlink(f"/proc/self/fd/{self._open[inode]}")
+                alone, others = {**self._entries, inode: names}, {**self._entries, **now}
+                others[inode] = synced
+                yield f"the names in {where}", self._tree(alone)
+                yield f"all names but those in {where}", self._tree(others, self._data | data)
         yield "everything", self._tree(self._entries | now, self._data | data)
 
     def random_states(self, moments: random.Random, count: int) -> Iterator[tuple[str, Tree]]:

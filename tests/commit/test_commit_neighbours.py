@@ -21,10 +21,10 @@ from watched_directory import Fault, Held, Log, before, on, watched
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._api import reader
 from orbax_async._commit import leftovers, sequence
 from orbax_async._commit.commits import MarkerCommit
 from orbax_async._engine import loop
+from orbax_async._layouts import reader
 from orbax_async._storage.directory import Capability
 from orbax_async._storage.local import LocalDirectory, opened_by
 from orbax_async.tree import schema

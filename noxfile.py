@@ -153,7 +153,7 @@ def gpu(session: nox.Session) -> None:
 @nox.session
 def acceptance(session: nox.Session) -> None:
     """Soak: 1,000 saves, 1,000 SIGKILLs, 50 exits of each kind (takes a while)."""
-    pytest(session, "tests/acceptance", "--timeout=3600", ORBAX_ASYNC_SOAK="full")
+    pytest(session, "-m", "acceptance", "--timeout=3600", ORBAX_ASYNC_SOAK="full")
 
 
 @nox.session

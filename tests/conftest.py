@@ -39,7 +39,7 @@ builtins.dir = forbiddenfruit.__dir__
 # What may block its caller, on whichever thread that is. Each entry is a promise of the API.
 BLOCKING_BY_CONTRACT = {
     # The sync doors; an eager save_async waits for its values to be staged.
-    "orbax_async/_response.py": {"result", "wait_staged"},
+    "orbax_async/_response.py": {"result", "wait_staged", "_finish", "_wait_until_released"},
     # The calls themselves look at the path, and may be the first to ask for jax's devices.
     "orbax_async/_api/save.py": {"save_async", "save_checkpointables_async"},
     "orbax_async/_api/load.py": {"load_async", "load_checkpointables_async"},

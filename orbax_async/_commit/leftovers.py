@@ -165,6 +165,28 @@ class Held:
         """Takes it out of sight in one step, beside a name; or releases it."""
         self.rename(temporary(final))
 
+    def remove_where_it_lies(self) -> None:
+        """Removes a checkpoint durably where nothing can be renamed, and releases it.
+
+        Its marker says first whose work that is, and goes last: if that one dies, `clear` goes on.
+        """
+        final = self.directory
+        try:
+            if owner_in_place(final) is None:
+                final.write(names.CHECKPOINT_MARKER, temporary(final).name.encode())
+                final.sync([names.CHECKPOINT_MARKER, ""])
+            for name in (names.COMMIT_MARKER, names.CHECKPOINT_METADATA):
+                final.remove(name)
+                final.sync([""])
+            for entry in final.entries():
+                if entry.name != names.CHECKPOINT_MARKER:
+                    final.remove(entry.name)
+            final.sync([""])
+            final.remove()
+            final.parent.sync([""])
+        finally:
+            self.release()
+
     def dispose(self) -> bool:
         """Removes what is out of sight; what can't be removed is left to any later sweep."""
         try:
@@ -224,17 +246,22 @@ def make_held(directory: Directory, marker: bytes, *, mode: int | None = None) -
     raise OSError(errno.EBUSY, "other processes take it for a leftover", directory.path)
 
 
-def hide(directory: Directory) -> Held:
-    """Takes a directory out of sight in one step, and holds it; its parent is still to be synced.
-
-    Raises:
-      FileNotFoundError: there is none.
-      OSError: it can't be renamed, or somebody else holds it.
-    """
+def hold_own(directory: Directory) -> Held:
+    """Holds a directory; raises OSError if it is gone, or somebody else goes on holding it."""
     held = hold(directory, busy_secs=_BUSY_SECS)
     if held is None:
         code = errno.ENOENT if directory.status() is None else errno.EBUSY
         raise OSError(code, os.strerror(code), directory.path)
+    return held
+
+
+def hide(directory: Directory) -> Held:
+    """Takes a directory out of sight in one step, and holds it; its parent is still to be synced.
+
+    Raises:
+      OSError: it can't be renamed, is gone, or somebody else holds it.
+    """
+    held = hold_own(directory)
     held.hide(directory)
     return held
 
@@ -289,6 +316,9 @@ def _remove(directory: Directory, final: Directory, owner: re.Match[str] | None)
     held = _take(directory, owner)
     if held is None:
         return False
+    if not final.can(Capability.RENAME):
+        held.remove_where_it_lies()
+        return True
     try:
         held.hide(final)
     except FileNotFoundError:  # another process was quicker
@@ -365,16 +395,19 @@ def _is_proven(final: Directory) -> bool:
 
 
 def is_hollow(directory: Directory, *, may_have: str = names.CHECKPOINT_MARKER) -> bool:
-    """Says whether what is there holds no byte: directories, and perhaps an empty marker."""
+    """Says whether what is there holds nothing: directories, and perhaps a marker without an owner.
+
+    A power cut leaves such a marker: empty, or with a part of what was written to it.
+    """
     status = directory.status()
     if status is None or status.kind != "directory":
         return False
     for name, is_directory in directory.entries():
         if is_directory and is_hollow(directory / name, may_have=""):
             continue
-        if name != may_have or directory.read(name):
+        if name != may_have:
             return False
-    return True
+    return not may_have or owner_in_place(directory) is None
 
 
 def is_unfinished(final: Directory) -> bool:

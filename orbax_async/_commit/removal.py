@@ -2,7 +2,8 @@
 
 Theory of operation
   A whole checkpoint is renamed to a temporary name beside it, which no reader takes for one, and
-  then removed. If the process dies in between, a later save beside it sweeps the rest.
+  then removed. If the process dies in between, a later save beside it sweeps the rest. Where
+  nothing can be renamed it is removed where it lies; then a later save there removes the rest.
 
   One checkpointable can't vanish in one step, because the checkpoint's metadata names it too. A
   record says first what is being deleted, and what the metadata will be; every reader, Orbax's
@@ -17,15 +18,20 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from typing import Any
+from typing import Any, cast
 
 from orbax_async import _names as names
 from orbax_async import errors
 from orbax_async._commit import leftovers
-from orbax_async._storage.directory import Directory, damage_in
+from orbax_async._storage.directory import Capability, Directory, damage_in, read_json
 from orbax_async._storage.local import open_directory
 
 _UNFINISHED = ".orbax-delete-"  # begins the names of documents that are being written
+
+_ADVICE = (
+    "It is the record of a deletion that was begun: remove it if every checkpointable is whole, or "
+    "delete the checkpoint."
+)
 
 _KEYS = {"checkpointable_name", "destination", "operation_id", "original_metadata"}
 _KEYS |= {"updated_metadata"}
@@ -40,6 +46,9 @@ def remove_whole(path: str) -> None:
     final = open_directory(path)
     with errors.reported_as(errors.CommitError, f"cannot delete {path}"):
         leftovers.retire(final)
+        if not final.can(Capability.RENAME):
+            leftovers.hold_own(final).remove_where_it_lies()
+            return
         hidden = leftovers.hide(final)
     try:
         with errors.reported_as(
@@ -115,18 +124,14 @@ def name_in_deletion(root: Directory) -> str | None:
 def _read(root: Directory) -> dict[str, Any] | None:
     file = (root / names.DELETION_RECORD).path
     with errors.reported_as(errors.CommitError, f"cannot read {file}"):
-        data = root.read(names.DELETION_RECORD)
-    with _damage_in(file):
-        return None if data is None else dict(json.loads(data))
+        try:
+            return cast("dict[str, Any] | None", read_json(root, names.DELETION_RECORD))
+        except errors.InvalidLayoutError as error:
+            raise errors.DeletionRecoveryError.of_file(f"{error}. {_ADVICE}", file) from error
 
 
 def _damage_in(file: str) -> contextlib.AbstractContextManager[None]:
-    return damage_in(
-        file,
-        "It is the record of a deletion that was begun: remove it if every checkpointable is "
-        "whole, or delete the checkpoint.",
-        errors.DeletionRecoveryError,
-    )
+    return damage_in(file, _ADVICE, errors.DeletionRecoveryError)
 
 
 def finish(path: str, record: dict[str, Any]) -> None:

@@ -300,19 +300,22 @@ class Destination(NamedTuple):
     is_replaceable: Callable[[str], bool]
 
     def commit(self, *, may_look: bool) -> Commit:
-        """Chooses how to commit: in place, where that is asked for, only what overwrites nothing.
+        """Chooses how to commit: in place what overwrites nothing, or where nothing can be renamed.
 
         Args:
           may_look: whether it may look at the path. It is of no use before another save there.
         """
         with self._looking():
             is_first = not self.overwrite or (may_look and self._is_free())
-        if self.is_in_place and (is_first or not self.final.can(Capability.RENAME)):
+        if self._begins_in_place() and (is_first or not self.final.can(Capability.RENAME)):
             return MarkerCommit(self.final)
         return RenameCommit(self.final, self.check if self.overwrite else None)
 
     def _looking(self) -> contextlib.AbstractContextManager[None]:
         return errors.reported_as(errors.CommitError, f"cannot save to {self.final.path}")
+
+    def _begins_in_place(self) -> bool:
+        return self.is_in_place or not self.final.can(Capability.RENAME)
 
     def _is_free(self) -> bool:
         return self.final.status() is None or leftovers.is_hollow(self.final)
@@ -333,7 +336,7 @@ class Destination(NamedTuple):
         leftovers.settle(final.path)
         leftovers.clear(final)
         status = final.status()
-        if status is not None and not (self.is_in_place and leftovers.is_hollow(final)):
+        if status is not None and not (self._begins_in_place() and leftovers.is_hollow(final)):
             self._check_replaceable(is_directory=status.kind == "directory")
         check_parent(final)
 

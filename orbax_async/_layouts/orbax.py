@@ -25,7 +25,7 @@ from orbax_async._layouts.layout import (
 )
 from orbax_async._storage import seal, zarr
 from orbax_async._storage.array_store import ArrayStore, holds_ocdbt, read_index
-from orbax_async._storage.directory import MAX_NBYTES, Directory, damage_in, read_json
+from orbax_async._storage.directory import Directory, damage_in, read_document, read_json
 from orbax_async._trace import logger
 from orbax_async.options import AtomicityMode
 from orbax_async.options._operation_options import mode_of_temporary_path
@@ -34,7 +34,9 @@ from orbax_async.tree.keypath import KeyPath
 
 T = TypeVar("T")
 
-_LEADS_OUT = "is a symbolic link that leads out of the checkpoint, and is not followed"
+_LEADS_OUT = (
+    "is a symbolic link that leads out of the checkpoint, a pipe or a device, and is not followed"
+)
 _PUT_IN_PLACE = "Put what it leads to in its place, if you trust it."
 
 
@@ -379,11 +381,13 @@ class _OrbaxTree(StoredTree):
         """Reads the zarr documents of some arrays, by stored name."""
         keys = [zarr.document_key(entry.name, zarr3=store.zarr3) for entry in entries]
         try:
-            with reading(self.directory.path):
-                values = store.read_many(keys)
+            values = store.read_many(keys)
         except errors.CheckpointError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                with reading(self.directory.path):
+                    raise
             text = str(error).split(" [source locations=")[0]
             file = names.OCDBT_MANIFEST if self._is_ocdbt else ""
             raise errors.InvalidLayoutError.of_file(
@@ -465,7 +469,7 @@ class _OrbaxTree(StoredTree):
         if self._seal.is_added(name):
             return None
         with reading(path):
-            data = self.directory.read(name, nbytes=MAX_NBYTES + 1)
+            data = read_document(self.directory, name)
         with damage_in(path):
             found = None if data is None else parse(data)
         if data is not None or name != names.STRINGS:  # without texts each leaf is named

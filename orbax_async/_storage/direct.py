@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -28,6 +29,7 @@ _RUN_NBYTES = 8 << 20
 MAX_VALUE_NBYTES = 64 << 20
 """The most that is read as one value: a document, checksums, a small array."""
 
+_NUMBERED = re.compile("manifest\\.[0-9a-f]{16}")
 _MANIFEST, _NODE = bytes.fromhex("0cdb3a2a"), bytes.fromhex("0cdb20de")
 _HEAD_NBYTES = 18  # of a record that holds nothing
 _FIRST_NBYTES = 256 << 10  # of a record are read before it is known how long it is
@@ -195,13 +197,10 @@ class _Index:
 
     def _root(self) -> list[_Branch]:
         """Returns the node at the top, if there is any."""
-        fields = _Fields(self._body(names.OCDBT_MANIFEST, 0, None, _MANIFEST))
-        fields.take(16)  # its name
-        kind, _, _, _, compression = fields.numbers(5)
-        if kind != 0:
-            raise ValueError("its index is in several files")
-        if compression:
-            fields.take(4)  # its level
+        fields, is_numbered = self._manifest(names.OCDBT_MANIFEST)
+        if is_numbered:  # each version has a manifest of its own, and a number
+            entries = [entry.name for entry in self._directory.entries()]
+            fields, _ = self._manifest(max(filter(_NUMBERED.fullmatch, entries), default=""))
         files = _files(fields, "")
         (count,) = fields.numbers(1)  # of versions, the last one being the newest
         fields.numbers(count)  # generations
@@ -211,6 +210,17 @@ class _Index:
             return []
         base, path = files[file]
         return [((path, offset, nbytes), base, b"", heights[-1])]
+
+    def _manifest(self, name: str) -> tuple[_Fields, bool]:
+        """Returns what follows a manifest's settings, and whether others with numbers are newer."""
+        fields = _Fields(self._body(name, 0, None, _MANIFEST))
+        fields.take(16)  # its name
+        kind, _, _, _, compression = fields.numbers(5)
+        if kind > 1:
+            raise ValueError("its index is of a kind that is not known here")
+        if compression:
+            fields.take(4)  # its level
+        return fields, kind == 1
 
     def _read_node(
         self, location: _Located, base: str, prefix: bytes, height: int

@@ -22,6 +22,7 @@ from orbax_async import errors
 
 MAX_NBYTES = 1 << 30
 """The most that a document may have: that of a tree with some two million leaves."""
+_USUAL_NBYTES = 1 << 20  # of a document that is read in one go
 
 Kind = Literal["file", "directory", "link"]
 
@@ -103,7 +104,7 @@ class Directory(Protocol):
         """
 
     def outward_links(self) -> list[str]:
-        """Returns the symbolic links below it that lead out of it, by relative name."""
+        """Returns links below it that lead out of it, pipes and devices, by relative name."""
 
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytes | None:
         """Returns the bytes of a file, or a range of them; None where there is no such file."""
@@ -172,9 +173,23 @@ def sizes(directory: Directory) -> dict[str, int]:
 # JSON documents: read in bounds, and their damage told by file (invariant I14).
 
 
+def read_document(directory: Directory, name: str) -> bytes | None:
+    """Reads a document; what is larger than any is refused before memory is taken for it."""
+    data = directory.read(name, nbytes=_USUAL_NBYTES)
+    if data is None or len(data) < _USUAL_NBYTES:
+        return data
+    status = directory.status(name, follow_links=True)
+    if status is not None and status.nbytes > MAX_NBYTES:
+        file = (directory / name).path
+        raise errors.InvalidLayoutError.of_file(
+            f"{file} is damaged: it has more than {MAX_NBYTES} bytes", file
+        )
+    return directory.read(name)
+
+
 def read_json(directory: Directory, name: str, kind: type = dict) -> Any:
     """Reads a document; None where there is none."""
-    data = directory.read(name, nbytes=MAX_NBYTES + 1)
+    data = read_document(directory, name)
     return None if data is None else parse_json(data, (directory / name).path, kind)
 
 

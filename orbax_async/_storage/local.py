@@ -95,7 +95,7 @@ class LocalDirectory:
         return files, directories
 
     def outward_links(self) -> list[str]:
-        """Returns the symbolic links below it that lead out of it, by relative name."""
+        """Returns links below it that lead out of it, pipes and devices, by relative name."""
         root, found, pending = "", [], [self.path]
         while pending:
             try:
@@ -107,6 +107,8 @@ class LocalDirectory:
                                 found.append(os.path.relpath(entry.path, self.path))
                         elif entry.is_dir():
                             pending.append(entry.path)
+                        elif not entry.is_file():
+                            found.append(os.path.relpath(entry.path, self.path))
             except (FileNotFoundError, NotADirectoryError):
                 continue
         return sorted(found)

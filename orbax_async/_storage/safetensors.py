@@ -149,13 +149,13 @@ def _read_header(directory: Directory, file: str) -> tuple[list[Tensor], dict[st
     """Returns the tensors of one file in the order of its header, and its metadata."""
     path = (directory / file).path
     status = directory.status(file, follow_links=True)
+    size = _LENGTH_NBYTES if status is None else status.nbytes
+    if size < _LENGTH_NBYTES:  # a pipe has none, and would be waited for
+        raise _damaged(path, f"it has {size} bytes, fewer than the length of its header takes")
     length = directory.read(file, 0, _LENGTH_NBYTES)
     if status is None or length is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-    size = status.nbytes
     start = _LENGTH_NBYTES + int.from_bytes(length, "little")
-    if size < _LENGTH_NBYTES:
-        raise _damaged(path, f"it has {size} bytes, fewer than the length of its header takes")
     if start > min(size, _LENGTH_NBYTES + _HEADER_NBYTES):
         raise _damaged(path, f"it has {size} bytes; its header should end at byte {start}")
     data = directory.read(file, _LENGTH_NBYTES, start - _LENGTH_NBYTES)

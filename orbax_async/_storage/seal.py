@@ -26,7 +26,7 @@ from typing import Any
 
 from orbax_async import _names as names
 from orbax_async import errors
-from orbax_async._storage.directory import MAX_NBYTES, Directory, damage_in, sizes
+from orbax_async._storage.directory import Directory, damage_in, read_document, sizes
 
 _DIGEST_CHARACTERS = 32
 _TAIL_NBYTES = 8
@@ -103,7 +103,7 @@ class Seal:
         """
         if self.is_added(name):
             return None
-        data = self._root.read(self._prefix + name, nbytes=MAX_NBYTES + 1)
+        data = read_document(self._root, self._prefix + name)
         self.check(name, data)
         return data
 
@@ -186,7 +186,7 @@ class Seal:
         try:
             nbytes = _nbytes_of(self._root, name)
             if isinstance(mark, str) or nbytes is None:
-                return _problem_of(mark, self._root.read(name, nbytes=MAX_NBYTES + 1))
+                return _problem_of(mark, read_document(self._root, name))
             if nbytes != mark[0]:
                 return f"it has {nbytes} bytes, {mark[0]} were saved"
             if len(mark) == _WITH_DIGEST and nbytes <= _SMALL_NBYTES:
@@ -249,15 +249,13 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
       InvalidLayoutError: the seal is damaged.
       OSError: it can't be read.
     """
-    proof = root.read(names.COMMIT_MARKER, nbytes=MAX_NBYTES + 1)
+    proof = read_document(root, names.COMMIT_MARKER)
     if proof is None:
         return Seal(root, prefix, {})
     is_sealed = b"\n" in proof
     # One checkpointable alone is loaded without it.
     needs_document = not prefix or not is_sealed
-    document = (
-        root.read(names.CHECKPOINT_METADATA, nbytes=MAX_NBYTES + 1) if needs_document else None
-    )
+    document = read_document(root, names.CHECKPOINT_METADATA) if needs_document else None
     file = (root / names.COMMIT_MARKER).path
     with damage_in(file, f"{_COPY_AGAIN} Without that file the rest can be loaded, unproven."):
         lines = proof.split(b"\n")
@@ -287,7 +285,7 @@ def is_missing(root: Directory) -> bool:
     """Says whether a checkpoint had a seal, and has lost the file that held it."""
     if root.status(names.COMMIT_MARKER) is not None:
         return False
-    return (root.read(names.CHECKPOINT_METADATA, nbytes=MAX_NBYTES + 1) or b"").endswith(b"\n")
+    return (read_document(root, names.CHECKPOINT_METADATA) or b"").endswith(b"\n")
 
 
 def _is_data(name: str, files: set[str]) -> bool:

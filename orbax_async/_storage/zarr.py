@@ -19,6 +19,7 @@ _CHECKSUMS = ".checksums"
 LARGE_NBYTES = 1 << 30
 """Of an array of more than these it is looked whether so much can be there at all."""
 _MOST_ENCODED, _MOST_FRAMING = 2, 1 << 20  # times its bytes, and bytes more, of any encoding
+_LARGEST_NBYTES = 64 << 20  # of a chunk that reaches beyond its whole array
 _MAX_ELEMENTS = 1 << 58  # of 16 bytes each, as far as an address reaches
 
 # Elements narrower than a byte, or of types of our own making, that zarr stores by name.
@@ -213,6 +214,8 @@ def _understood(document: Mapping[str, Any]) -> ArrayDocument:
         tail = [] if compressor is None else ["gzip" if has_checksum else "other"]
     raw = whole = None
     nbytes = math.prod(shape) * dtype.itemsize
+    if math.prod(stored_shape) * dtype.itemsize > max(nbytes, _LARGEST_NBYTES):
+        raise ValueError(f"its chunks of {list(stored_shape)!r:.60} are larger than all of it")
     if is_plain and tail in ([], ["crc32c"]):
         raw = RawLayout(chunk_shape, bool(tail), zarr3)
     if is_plain and tail in ([], ["gzip"]) and chunk_shape == tuple(max(1, each) for each in shape):

@@ -218,7 +218,8 @@ def _validate(directory: Directory) -> None:
     arrays = [each for each in tree.entries if not each.is_empty and each.kind != schema.STRING]
     if not arrays:
         return
-    keys = ArrayStore(directory, ocdbt=is_ocdbt, zarr3=tree.uses_zarr3).list_keys()
+    with errors.reported_as(errors.CommitError, f"cannot look at {directory.path}"):
+        keys = ArrayStore(directory, ocdbt=is_ocdbt, zarr3=tree.uses_zarr3).list_keys()
     for entry in arrays:
         key = zarr.document_key(entry.name, zarr3=tree.uses_zarr3)
         if key not in keys:

@@ -16,7 +16,7 @@ from watched_directory import ANY, Call, Crash, Crashed, watched
 
 import orbax_async as ocp
 from orbax_async import errors
-from orbax_async._storage import local
+from orbax_async._storage.directory import Capability
 from orbax_async._storage.local import opened_by
 
 OLD, NEW, NEXT = ({"w": np.arange(size)} for size in (3, 4, 5))
@@ -36,10 +36,12 @@ class Way:
 
     Attributes:
       overwrites: whether there is an old one.
+      lacking: what its directories can't do.
     """
 
-    def __init__(self, mode: str, overwrites: bool) -> None:
+    def __init__(self, mode: str, overwrites: bool, can_exchange: bool) -> None:
         self.overwrites = overwrites
+        self.lacking = [] if can_exchange else [Capability.EXCHANGE]
         self.context = ocp.Context()
         self.context.atomicity.mode = mode  # type: ignore[assignment]
 
@@ -77,12 +79,9 @@ def _size(path: Path) -> int:
 
 
 @pytest.fixture(params=WAYS.values(), ids=WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
+def way(request: pytest.FixtureRequest) -> Way:
     """Each way to commit."""
-    mode, overwrites, can_exchange = request.param
-    if not can_exchange:
-        monkeypatch.setattr(local, "_renameat2", lambda: None)
-    return Way(mode, overwrites)
+    return Way(*request.param)
 
 
 def test_f1_a_save_that_dies_at_any_call_leaves_old_or_new(way: Way, tmp_path: Path) -> None:
@@ -93,7 +92,7 @@ def test_f1_a_save_that_dies_at_any_call_leaves_old_or_new(way: Way, tmp_path: P
         way.prepare(folder)
         crash = Crash(nth, ANY)
         try:
-            with opened_by(watched(crash)):
+            with opened_by(watched(crash, lacking=way.lacking)):
                 way.save(folder)
         except Crashed:
             pass
@@ -122,7 +121,7 @@ def _cuts(way: Way, tmp_path: Path) -> Iterator[tuple[str, Path]]:
                 left.append((f"{call.verb} {call.path}: {what}", folder))
         return proceed()
 
-    with opened_by(watched(power, look)):
+    with opened_by(watched(power, look, lacking=way.lacking)):
         way.save(root)
     power.close()
     assert len(left) > 10

@@ -24,6 +24,7 @@ import orbax_async as ocp
 from orbax_async import errors, partial
 from orbax_async._commit import leftovers, sessions
 from orbax_async._storage import local
+from orbax_async._storage.directory import Capability
 from orbax_async._storage.local import LocalDirectory, opened_by
 
 stores = pytest.mark.parametrize("use_ocdbt", [True, False])
@@ -204,17 +205,15 @@ def test_files_that_can_not_be_linked_are_copied(
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_finalization_that_fails_leaves_the_parts(
-    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finalization_that_fails_leaves_the_parts(can_exchange: bool, tmp_path: Path) -> None:
     """B14.7: when the last rename fails, the parts are as they were."""
-    if not can_exchange:
-        monkeypatch.setattr(local, "_renameat2", lambda: None)
+    lacking = [] if can_exchange else [Capability.EXCHANGE]
     path = tmp_path / "c"
     partial.save(path, FIRST)
     before = gathered(path)
     fault = Fault(errno.ENOSPC, on("rename", path=str(path)))
-    with opened_by(watched(fault)), pytest.raises(errors.CommitError, match="No space left"):
+    watching = watched(fault, lacking=lacking)
+    with opened_by(watching), pytest.raises(errors.CommitError, match="No space left"):
         partial.finalize(path)
     assert gathered(path) == before and os.listdir(tmp_path) == ["c.partial_save"]
     partial.finalize(path)
@@ -259,17 +258,16 @@ def test_f3_a_partial_save_that_fails_holds_nothing(
 @pytest.mark.parametrize("failures", [2, 3, 9])
 @pytest.mark.leaves_temporaries
 def test_f26_a_finalization_that_fails_several_times_loses_no_part(
-    failures: int, can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failures: int, can_exchange: bool, tmp_path: Path
 ) -> None:
     """Names can't be changed, nor changed back: what lies there then is swept, and finalized."""
-    if not can_exchange:
-        monkeypatch.setattr(local, "_renameat2", lambda: None)
+    lacking = [] if can_exchange else [Capability.EXCHANGE]
     path = tmp_path / "c"
     for nth in itertools.count(1):
         partial.save(path, FIRST)
         partial.save(path, SECOND)
         fault = Fault(errno.EIO, on("rename", "exchange"), nth=nth, times=failures)
-        with opened_by(watched(fault)), contextlib.suppress(errors.CommitError):
+        with opened_by(watched(fault, lacking=lacking)), contextlib.suppress(errors.CommitError):
             partial.finalize(path)
         has_failed = fault.left != failures
         leftovers.sweep(str(tmp_path))

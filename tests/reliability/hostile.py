@@ -339,7 +339,7 @@ def main(folder: str, *wanted: str) -> None:
         path = Path(folder) / "case"
         shutil.copytree(good / base, path)
         alter(path)
-        faulthandler.dump_traceback_later(8, exit=True)
+        faulthandler.dump_traceback_later(30, exit=True)
         asks_for_all = name.startswith(("_CHECKPOINT_METADATA", "config"))
         print(json.dumps([name, read(path, base, asks_for_all=asks_for_all)]), flush=True)
         faulthandler.cancel_dump_traceback_later()

@@ -167,8 +167,11 @@ def test_a_power_cut_takes_what_is_not_synced(cuts: tuple[PowerCuts, Directory])
     assert states == {
         "only what is synced": {"old": b"old"},
         "all names, no data": {"old": b"old", "a": None, "a/file": b""},
+        "all names, zeros": {"old": b"old", "a": None, "a/file": bytes(4)},
         f"the names in {root}": {"old": b"old", "a": None},
+        f"all names but those in {root}": {"old": b"old"},
         f"the names in {root}/a": {"old": b"old"},
+        f"all names but those in {root}/a": {"old": b"old", "a": None},
         "everything": {"old": b"old", "a": None, "a/file": b"data"},
     }
     directory.sync(["a/file"])

@@ -7,6 +7,7 @@ once its directory was synced, and a directory that is renamed keeps its old nam
 from __future__ import annotations
 
 import os
+import random
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,25 +66,51 @@ class PowerCuts:
     def states(self) -> Iterator[tuple[str, Tree]]:
         """Yields what may be there after a cut that comes now, with words for it.
 
-        Nothing that isn't synced; the names without their data; the names of a single directory;
-        and everything.
+        Nothing that isn't synced; the names without their data, or with zeros for it; the names of
+        a single directory, or without those of one; and everything.
         """
         now = {}
         for directory, _, _ in os.walk(self._root):
             now[self._inode(directory)] = self._present(directory)
         yield "only what is synced", self._tree(self._entries)
         yield "all names, no data", self._tree(self._entries | now)
-        for inode, names in now.items():
-            if names != self._entries.get(inode, {}):
-                title = f"the names in {os.readlink(f'/proc/self/fd/{self._open[inode]}')}"
-                yield title, self._tree({**self._entries, inode: names})
         data = {
             inode: Path(directory, name).read_bytes()
             for directory, _, files in os.walk(self._root)
             for name in files
             for inode in [self._inode(os.path.join(directory, name))]
         }
+        zeros = {inode: bytes(len(each)) for inode, each in data.items()}
+        yield "all names, zeros", self._tree(self._entries | now, zeros | self._data)
+        for inode, names in now.items():
+            synced = self._entries.get(inode, {})
+            if names != synced:
+                where = os.readlink(f"/proc/self/fd/{self._open[inode]}")
+                alone, others = {**self._entries, inode: names}, {**self._entries, **now}
+                others[inode] = synced
+                yield f"the names in {where}", self._tree(alone)
+                yield f"all names but those in {where}", self._tree(others, self._data | data)
         yield "everything", self._tree(self._entries | now, self._data | data)
+
+    def random_states(self, moments: random.Random, count: int) -> Iterator[tuple[str, Tree]]:
+        """Yields states that are drawn: each directory has its old or its new names.
+
+        Each file has the data that were synced, or all, or zeros, or the first half.
+        """
+        inodes = [(self._inode(at), self._present(at)) for at, _, _ in os.walk(self._root)]
+        files = {
+            self._inode(os.path.join(at, name)): Path(at, name).read_bytes()
+            for at, _, names in os.walk(self._root)
+            for name in names
+        }
+        for _ in range(count):
+            entries = {inode: names for inode, names in inodes if moments.random() < 0.5}
+            data = {}
+            for inode, now in files.items():
+                if inode not in self._data:
+                    lost = [b"", now, bytes(len(now)), now[: len(now) // 2]]
+                    data[inode] = moments.choice(lost)
+            yield "drawn", self._tree(self._entries | entries, self._data | data)
 
     def _tree(
         self, entries: dict[int, dict[str, int]], data: dict[int, bytes] | None = None

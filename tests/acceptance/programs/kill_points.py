@@ -21,39 +21,43 @@ from typing import Any
 
 from acceptance import states
 
-import orbax_async as ocp
-from orbax_async._storage import local
+sys.path.append(str(Path(__file__).parents[2] / "support"))
+from watched_directory import CHANGES, Call, watched
 
-CALLS = [
-    (os, "mkdir"),
-    (os, "rename"),
-    (os, "fsync"),
-    (os, "unlink"),
-    (os, "rmdir"),
-    (local, "_write"),
-    (local.LocalDirectory, "lock"),
-    (local.LocalDirectory, "exchange"),
-]
+import orbax_async as ocp
+from orbax_async._storage.directory import Capability
+from orbax_async._storage.local import opened_by
+
+KILLING = {*CHANGES, "lock", "sync"}
 OLD, NEW, MEBIBYTES = 1, 2, 1
 
 
 class Killer:
-    """Counts the calls of all threads, and kills the process at one of them."""
+    """Watches the calls of all threads, and kills the process at one of them."""
 
     def __init__(self, point: int) -> None:
         self.point = point
         self.calls = itertools.count()  # counts without a lock
 
-    def patch(self, owner: Any, name: str) -> None:
-        """Makes a function count."""
-        function: Callable[..., Any] = getattr(owner, name)
+    def __call__(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        if call.verb in KILLING:
+            self.count()
+        return proceed()
+
+    def count(self) -> None:
+        """Counts a call, which may be the last."""
+        if next(self.calls) == self.point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def patch(self, name: str) -> None:
+        """Has a function of `os` counted too: one call of a directory may remove a whole tree."""
+        function: Callable[..., Any] = getattr(os, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if next(self.calls) == self.point:
-                os.kill(os.getpid(), signal.SIGKILL)
+            self.count()
             return function(*args, **kwargs)
 
-        setattr(owner, name, counted)
+        setattr(os, name, counted)
 
 
 def save(directory: Path, mode: str, point: int) -> None:
@@ -61,17 +65,17 @@ def save(directory: Path, mode: str, point: int) -> None:
     directory.mkdir()
     path = directory / "checkpoint"
     words = mode.split()
-    if "aside" in words:
-        local._renameat2 = lambda: None
     context = ocp.Context()
     context.atomicity.mode = "commit_file" if "in-place" in words else "auto"
+    lacking = [Capability.EXCHANGE] if "aside" in words else []
     with context:
         if "fresh" not in words:
             ocp.save(path, states.make(OLD, mebibytes=MEBIBYTES))
         killer = Killer(point)
-        for owner, name in CALLS:
-            killer.patch(owner, name)
-        ocp.save(path, states.make(NEW, mebibytes=MEBIBYTES), overwrite="fresh" not in words)
+        for name in ("unlink", "rmdir"):
+            killer.patch(name)
+        with opened_by(watched(killer, lacking=lacking)):
+            ocp.save(path, states.make(NEW, mebibytes=MEBIBYTES), overwrite="fresh" not in words)
     os._exit(0)  # without the sweep, whose calls come at any time
 
 

@@ -303,6 +303,7 @@ class _Inspection:
         """Reads the arrays' own documents, all of them or, if anything is damaged, each."""
         try:
             documents = stored.documents(store, stored.arrays)
+            stored.prove(stored.arrays)
         except errors.CheckpointError as error:
             if isinstance(error, errors.InvalidLayoutError):
                 hint = "Leaves may be readable without it."
@@ -312,7 +313,7 @@ class _Inspection:
             return [(entry, documents[entry.name]) for entry in stored.arrays]
         found = []
         for entry in stored.arrays:
-            document = self._attempt(entry.keys, stored.documents, store, [entry])
+            document = self._attempt(entry.keys, _proven, stored, store, entry)
             if document is not None:
                 found.append((entry, document[entry.name]))
         return found
@@ -360,6 +361,13 @@ class _Inspection:
                 pattern=pattern,
             )
         )
+
+
+def _proven(stored: StoredTree, store: ArrayStore, entry: schema.Entry) -> dict[str, ArrayDocument]:
+    """Returns the document of one array, whose values lie where they were saved."""
+    document = stored.documents(store, [entry])
+    stored.prove([entry])
+    return document
 
 
 def _array_read(document: ArrayDocument, lies_plainly: bool) -> ArrayRead:

@@ -173,6 +173,14 @@ class StoredTree:
         """Returns what zarr documents say, or would say, of some arrays, by stored name."""
         raise NotImplementedError
 
+    def prove(self, entries: Sequence[schema.Entry]) -> None:
+        """Raises if what holds the values of some arrays is known to be another than was saved.
+
+        Raises:
+          CorruptDataError: what holds those of one.
+          InvalidLayoutError: what holds those of all.
+        """
+
     def strings(self, entries: Sequence[schema.Entry]) -> dict[str, str]:
         """Reads the texts of some leaves, by stored name."""
         return {}

@@ -6,6 +6,7 @@ a checkpoint is found with as few calls of its storage as can be.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -407,26 +408,32 @@ class _OrbaxTree(StoredTree):
                 raise errors.CorruptDataError(
                     keypath.label(entry.keys), f"the metadata of its array is damaged: {error}"
                 ) from error
-        self._prove(entries, values)
+        self._prove_documents(entries, values)
         return found
 
-    def _prove(self, entries: Sequence[schema.Entry], documents: Sequence[Any]) -> None:
-        """Raises if what the store of some arrays consists of is not what was saved."""
+    def _prove_documents(self, entries: Sequence[schema.Entry], documents: Sequence[Any]) -> None:
+        if not self._seal.is_there:
+            return
+        if self._is_ocdbt:
+            with reading(self.directory.path):
+                self._seal.read(names.OCDBT_MANIFEST)
+            return
+        for entry, document in zip(entries, documents, strict=True):
+            with _damage_of(entry):
+                key = zarr.document_key(entry.name, zarr3=self._document.uses_zarr3)
+                self._seal.check(key, bytes(document))
+
+    def prove(self, entries: Sequence[schema.Entry]) -> None:
+        """Raises if what holds the values of some arrays is not what was saved."""
         if not self._seal.is_there:
             return
         with reading(self.directory.path):
             if self._is_ocdbt:
-                self._seal.read(names.OCDBT_MANIFEST)
                 self._seal.check_data()
                 return
-            zarr3 = self._document.uses_zarr3
-            for entry, document in zip(entries, documents, strict=True):
-                try:
-                    key = zarr.document_key(entry.name, zarr3=zarr3)
-                    self._seal.check(key, bytes(document))
+            for entry in entries:
+                with _damage_of(entry):
                     self._seal.check_data(entry.name, is_one_value=True)
-                except errors.InvalidLayoutError as error:
-                    raise errors.CorruptDataError(keypath.label(entry.keys), str(error)) from error
 
     def shardings(self) -> Mapping[str, Mapping[str, Any]]:
         """Reads where jax arrays were, by stored name."""
@@ -475,6 +482,15 @@ class _OrbaxTree(StoredTree):
         if data is not None or name != names.STRINGS:  # without texts each leaf is named
             self._seal.check(name, data)
         return found
+
+
+@contextlib.contextmanager
+def _damage_of(entry: schema.Entry) -> Iterator[None]:
+    """Makes of damage of a file that holds one array alone that of the leaf."""
+    try:
+        yield
+    except errors.InvalidLayoutError as error:
+        raise errors.CorruptDataError(keypath.label(entry.keys), str(error)) from error
 
 
 def _recorded(document: Mapping[str, Any]) -> Mapping[str, str]:

@@ -253,6 +253,8 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
     if proof is None:
         return Seal(root, prefix, {})
     is_sealed = b"\n" in proof
+    if not is_sealed and _is_torn(root, proof):
+        return Seal(root, prefix, {})
     # One checkpointable alone is loaded without it.
     needs_document = not prefix or not is_sealed
     document = read_document(root, names.CHECKPOINT_METADATA) if needs_document else None
@@ -279,6 +281,11 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
         gone = tuple(f"{name}/" for name in sealed["handlers"] if name not in handlers)
         left = {name: mark for name, mark in marks.items() if not name.startswith(gone)}
         return Seal(root, prefix, left)
+
+
+def _is_torn(root: Directory, proof: bytes) -> bool:
+    """Says whether a power cut has left a seal half written, and all else durable before it."""
+    return not proof.strip(b"\0") and bool(root.read(names.CHECKPOINT_MARKER, nbytes=1))
 
 
 def is_missing(root: Directory) -> bool:

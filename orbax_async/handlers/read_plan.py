@@ -201,6 +201,7 @@ class Loading:
     def _plan(self, store: ArrayStore, to_load: Mapping[int, schema.Entry]) -> None:
         """Decides how each array is read."""
         documents = self._stored.documents(store, list(to_load.values()))
+        self._stored.prove(list(to_load.values()))
         # Typed keys are stored as uint32; nothing else needs the records of arrays.
         may_hold_keys = any([document.dtype == np.uint32 for document in documents.values()])
         impls = self._stored.prng_impls() if may_hold_keys else {}

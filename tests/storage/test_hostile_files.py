@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorstore as ts
+from seals import unseal
 
 import orbax_async as ocp
 from orbax_async import errors
@@ -28,6 +29,7 @@ def saved(path: Path, **options: Any) -> Path:
         setattr(context.array.saving, name, value)
     with context:
         ocp.save(path / "checkpoint", STATE)
+    unseal(path / "checkpoint")  # an enemy would seal what he writes
     return path / "checkpoint" / "state"
 
 

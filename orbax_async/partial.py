@@ -28,8 +28,8 @@ from orbax_async._operation import Operation, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.directory import Directory
 from orbax_async.handlers import phases
-from orbax_async.handlers.choose import Part
 from orbax_async.handlers.parts import PartsHandler, check_part
+from orbax_async.handlers.phases import Part
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import PathLike, pathlike
 

@@ -18,7 +18,7 @@ from orbax_async._operation import Operation, older, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage import seal
 from orbax_async._storage.local import open_directory
-from orbax_async.handlers import choose, phases
+from orbax_async.handlers import phases
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.path import Path, PathLike
@@ -117,7 +117,7 @@ def load_async(
         if isinstance(abstract_state, CheckpointMetadata):
             abstract_state = abstract_state.metadata
         registry = operation.context.checkpointables.registry
-        part = choose.state_for_loading(
+        part = phases.state_for_loading(
             checkpointable_name, abstract_state, registry, select=select, sharding=sharding
         )
 
@@ -211,7 +211,7 @@ def load_checkpointables_async(
             parts = {}
             for name, each in stored.items():
                 with phases.naming(name):
-                    parts[name] = choose.for_loading(
+                    parts[name] = phases.for_loading(
                         name,
                         wanted.get(name),
                         registry,
@@ -244,7 +244,7 @@ def _wanted(abstract: Any) -> dict[str, Any]:
     return dict(abstract)
 
 
-_Found = tuple[choose.Part, Path]
+_Found = tuple[phases.Part, Path]
 """What to load, and where it lies."""
 
 
@@ -293,8 +293,8 @@ def _kept(given: Any) -> Any:
 
 
 def _subset(
-    parts: dict[str, choose.Part], abstracts: Mapping[str, Any], options: Mapping[str, Any]
-) -> dict[str, choose.Part]:
+    parts: dict[str, phases.Part], abstracts: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, phases.Part]:
     """Returns what is to be loaded, pytrees without the leaves that are not selected."""
     trees = [name for name, part in parts.items() if isinstance(part.handler, PyTreeHandler)]
     subset = dict(parts)

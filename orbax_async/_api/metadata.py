@@ -16,7 +16,7 @@ from orbax_async._layouts.reader import Reader
 from orbax_async._operation import Operation, older, starting
 from orbax_async._storage.local import open_directory
 from orbax_async._trace import logger
-from orbax_async.handlers import choose, phases, user_code
+from orbax_async.handlers import phases, user_code
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike, pathlike
 from orbax_async.tree import AbstractLeaf, PyTreeOf
@@ -167,7 +167,7 @@ async def _abstract(operation: Operation, name: str, stored: Checkpointable) -> 
     path = stored.directory.path
     try:
         part = await loop.to_worker(
-            lambda: choose.for_loading(
+            lambda: phases.for_loading(
                 name,
                 None,
                 operation.context.checkpointables.registry,

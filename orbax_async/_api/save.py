@@ -15,7 +15,7 @@ from orbax_async._layouts.orbax import OrbaxLayout, check_name, writes_in_place
 from orbax_async._operation import Operation, older, starting
 from orbax_async._response import AsyncResponse
 from orbax_async._storage.local import open_directory
-from orbax_async.handlers import choose, phases
+from orbax_async.handlers import phases
 from orbax_async.handlers.documents import MetricsHandler
 from orbax_async.path import PathAwaitingCreation, PathLike, pathlike
 
@@ -202,11 +202,11 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
     for name, value in named:
         with phases.naming(name):
             registry = options.checkpointables.registry
-            parts.append(choose.for_saving(name, value, registry, is_state=request.is_state))
+            parts.append(phases.for_saving(name, value, registry, is_state=request.is_state))
     if request.metrics is not None:
         with phases.naming(names.METRICS):
             handler = MetricsHandler()
-            parts.append(choose.Part(names.METRICS, handler, handler.encode(request.metrics)))
+            parts.append(phases.Part(names.METRICS, handler, handler.encode(request.metrics)))
     destination = Destination(
         open_directory(final),
         overwrite=overwrite,
@@ -229,11 +229,11 @@ def prepare(operation: Operation, request: SaveRequest) -> Save:
 
 
 def writing(
-    operation: Operation, parts: list[choose.Part]
+    operation: Operation, parts: list[phases.Part]
 ) -> Callable[[PathAwaitingCreation], Awaitable[None]]:
     """Returns what has the handlers of all parts capture, and then write, below a directory."""
 
-    def first(part: choose.Part, directory: PathAwaitingCreation) -> phases.Phase:
+    def first(part: phases.Part, directory: PathAwaitingCreation) -> phases.Phase:
         name = str(part.name)
         return phases.Phase(
             name, lambda: part.handler.save(directory / name, part.value), part.code("save")

@@ -18,8 +18,8 @@ from orbax_async._storage import seal, zarr
 from orbax_async._storage.array_store import ArrayStore
 from orbax_async._storage.directory import Directory
 from orbax_async._storage.zarr import ArrayDocument
-from orbax_async.handlers.choose import TYPESTRS
 from orbax_async.handlers.documents import JsonHandler, MetricsHandler
+from orbax_async.handlers.phases import TYPESTRS
 from orbax_async.handlers.pytree import PyTreeHandler
 from orbax_async.path import Path, PathLike
 from orbax_async.tree import keypath, schema

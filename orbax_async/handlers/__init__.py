@@ -8,8 +8,8 @@ Does:
   - save and load pytrees in two phases (`pytree`), and put those of partial saves together
     (`parts`);
   - save and load documents (`documents`), and objects that do so themselves (`user_code`);
-  - choose the handler of a checkpointable, from the package's and the users' (`choose`);
-  - run both phases of several handlers at once (`phases`), users' code among them (`user_code`).
+  - choose the handler of a checkpointable, from the package's and the users', and run both phases
+    of several at once (`phases`), users' code among them (`user_code`).
 
 Does not:
   - schedule bytes (the engine does) or make anything visible (the commit does).
@@ -17,7 +17,7 @@ Does not:
 
 from __future__ import annotations
 
-from orbax_async.handlers import choose as choose
+from orbax_async.handlers import phases
 from orbax_async.handlers.documents import JsonHandler as JsonHandler
 from orbax_async.handlers.documents import ProtoHandler as ProtoHandler
 from orbax_async.handlers.protocol import PLACEHOLDER as PLACEHOLDER
@@ -45,5 +45,6 @@ __all__ = [
     "StatefulCheckpointable",
     "global_registry",
     "local_registry",
+    "phases",
     "register_handler",
 ]

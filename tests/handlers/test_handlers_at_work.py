@@ -22,7 +22,7 @@ import orbax_async as ocp
 from orbax_async import errors, registration
 from orbax_async._engine import loop
 from orbax_async.handlers import user_code
-from orbax_async.handlers.choose import TYPESTRS
+from orbax_async.handlers.phases import TYPESTRS
 
 # Users' code on the engine's loop.
 

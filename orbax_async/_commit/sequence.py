@@ -244,7 +244,11 @@ class Save:
             directory = self.commit.directory
             files, directories = directory.walk()
             proof = f"Checkpoint commit was successful to {self.final}"
-            self._documents = seal.documents(directory, files, document, proof)
+            self._documents = (
+                seal.documents(directory, files, document, proof)
+                if self.commit.makes_checkpoint
+                else seal.unsealed(document, proof)
+            )
             self.commit.complete(self._documents)
             files += [name for name in self._documents if directory.status(name) is not None]
         return files, directories

@@ -45,6 +45,14 @@ Mark = str | list[Any]
 """The digest of a document; of a file of data its size and end, and of a small one its digest."""
 
 
+def unsealed(root: Mapping[str, Any], proof: str) -> dict[str, bytes]:
+    """Returns the documents of a part: what finalizes it keeps the proof, and merges the rest."""
+    return {
+        names.CHECKPOINT_METADATA: json.dumps(root).encode(),
+        names.COMMIT_MARKER: proof.encode(),
+    }
+
+
 def documents(
     directory: Directory, files: Iterable[str], root: Mapping[str, Any], proof: str
 ) -> dict[str, bytes]:
@@ -243,7 +251,7 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
 
     Args:
       root: the checkpoint.
-      prefix: the checkpointable that alone is asked about, and a slash.
+      prefix: the checkpointable that is asked about, and a slash.
 
     Raises:
       InvalidLayoutError: the seal is damaged.
@@ -255,9 +263,7 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
     is_sealed = b"\n" in proof
     if not is_sealed and _is_torn(root, proof):
         return Seal(root, prefix, {})
-    # One checkpointable alone is loaded without it.
-    needs_document = not prefix or not is_sealed
-    document = read_document(root, names.CHECKPOINT_METADATA) if needs_document else None
+    document = read_document(root, names.CHECKPOINT_METADATA)
     file = (root / names.COMMIT_MARKER).path
     with damage_in(file, f"{_COPY_AGAIN} Without that file the rest can be loaded, unproven."):
         lines = proof.split(b"\n")
@@ -270,12 +276,12 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
             raise ValueError("it does not match its own digest")
         sealed = json.loads(lines[1])
         marks = _checked(sealed["files"])
-        if prefix:
-            return Seal(root, prefix, marks)
         problem = _problem_of(marks[names.CHECKPOINT_METADATA], document)
         handlers = None if problem is None else _handlers_left(document, sealed)
         if problem == _CHANGED and handlers is None and _is_of_another(document, sealed):
             problem = _OF_ANOTHER
+            if document is not None and not document.endswith(b"\n"):
+                return Seal(root, prefix, {})  # Orbax has added parts to it, and merged all
         if handlers is None:
             return Seal(root, prefix, marks, problem)
         gone = tuple(f"{name}/" for name in sealed["handlers"] if name not in handlers)

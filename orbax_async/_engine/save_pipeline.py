@@ -33,7 +33,8 @@ from orbax_async._trace import Recorder
 Event = Literal["transfer_start", "transfer_end", "write_start", "write_end"]
 
 _WRITTEN_BACK_NBYTES = 8 << 20  # in a smaller batch there is little for the disk to begin with
-_GIVEN_BACK_NBYTES = 8 << 20  # re-encoded in one batch: what was freed is given back after it
+# What was freed is given back after a batch of which so much is re-encoded, or of so many pieces.
+_GIVEN_BACK_NBYTES, _GIVEN_BACK_PIECES = 8 << 20, 4096
 # What is re-encoded at a time: what comes of it takes memory, and each 64 MiB of it a core.
 _ENCODED_NBYTES = max(2, min(3, os.cpu_count() or 2)) * (64 << 20)
 # Batches that workers fill at a time. Each wants the interpreter lock all the while; a large
@@ -222,7 +223,8 @@ class SavePipeline:
                     # To wait for it begins the commit, without the lock that commit_async holds.
                     await transaction.future
                 del filled, pending
-                if encoded_nbytes >= _GIVEN_BACK_NBYTES:
+                is_much = encoded_nbytes >= _GIVEN_BACK_NBYTES
+                if is_much or len(batch.requests) >= _GIVEN_BACK_PIECES:
                     await loop.to_worker(give_back_freed)
         except errors.LeafError:
             raise

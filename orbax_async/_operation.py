@@ -87,7 +87,7 @@ class Operation:
         self.cancel_switch = CancelSwitch()
         self.path_lock: PathLock | None = None
         self.response: AsyncResponse[Any] | None = None
-        self._is_started = False
+        self._is_started = self._has_ended = False
         self._end_profile: Callable[[], None] | None = None
         self._running: set[loop.Background] = set()
         self._waited_for: set[str] = set()
@@ -192,7 +192,10 @@ class Operation:
             self._end(result, error)
 
     def _end(self, result: Any = None, error: BaseException | None = None) -> None:
-        """Releases the path and settles the response, whatever has ended the operation."""
+        """Releases the path and settles the response, once, whatever has ended the operation."""
+        if self._has_ended:
+            return
+        self._has_ended = True
         if self.path_lock is not None:
             self.path_lock.release()
         if self.response is not None:

@@ -181,9 +181,11 @@ class Engine:
                 with anyio.CancelScope() as about.scope:
                     await function()
             except BaseException as error:
-                if about.when_lost is None:
-                    raise
-                about.when_lost(error)
+                if about.when_lost is not None:
+                    with contextlib.suppress(BaseException):
+                        about.when_lost(error)
+                elif not isinstance(error, SystemExit | KeyboardInterrupt):
+                    raise  # I15: of these two asyncio would end the loop
             finally:
                 self.running.discard(about)
                 about.ended.set_result(None)
@@ -196,7 +198,8 @@ class Engine:
     @staticmethod
     def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         while (job := jobs.get()) is not None:
-            job()
+            with contextlib.suppress(BaseException):  # I15: a logger may raise anything
+                job()
             del job  # an idle worker holds nobody's arrays
 
     def _watch(self) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +114,34 @@ def test_f10_a_thread_may_begin_when_the_main_thread_has_ended(tmp_path: Path) -
         check=False,
     )
     assert done.stdout.strip() == "{'a': 1}", done.stderr
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, RuntimeError])
+def test_f4_a_logger_that_raises_ends_nothing(kind: type[BaseException], tmp_path: Path) -> None:
+    """F4, I15: whatever a logger raises on the engine's threads, responses settle, saves go on."""
+
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise kind
+
+    def fail(_: Any) -> None:
+        raise ValueError
+
+    logger, handler = logging.getLogger("orbax_async"), Raising()
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        response = ocp.save_async(tmp_path / "a", STATE)
+        response.add_done_callback(fail)
+        with contextlib.suppress(kind):
+            response.result(20)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    called = threading.Event()
+    response = ocp.save_async(tmp_path / "b", STATE)
+    response.add_done_callback(lambda _: called.set())
+    response.result(20)
+    assert called.wait(20)
+    np.testing.assert_equal(ocp.load(tmp_path / "a"), STATE)

@@ -261,8 +261,8 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
     if proof is None:
         return Seal(root, prefix, {})
     is_sealed = b"\n" in proof
-    if not is_sealed and _is_torn(root, proof):
-        return Seal(root, prefix, {})
+    if not _proves_itself(proof) and root.read(names.CHECKPOINT_MARKER, nbytes=1):
+        return Seal(root, prefix, {})  # a power cut has torn it, and all else was durable before
     document = read_document(root, names.CHECKPOINT_METADATA)
     file = (root / names.COMMIT_MARKER).path
     with damage_in(file, f"{_COPY_AGAIN} Without that file the rest can be loaded, unproven."):
@@ -271,8 +271,7 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
             if document is not None and document.endswith(b"\n"):
                 raise ValueError("it has lost the digests of the other files")
             return Seal(root, prefix, {})
-        digest = hashlib.sha256(b"\n".join(lines[:2]) + b"\n").hexdigest().encode()
-        if len(lines) != 4 or lines[2:] != [digest, b""]:
+        if not _proves_itself(proof):
             raise ValueError("it does not match its own digest")
         sealed = json.loads(lines[1])
         marks = _checked(sealed["files"])
@@ -289,9 +288,11 @@ def of_checkpoint(root: Directory, prefix: str = "") -> Seal:
         return Seal(root, prefix, left)
 
 
-def _is_torn(root: Directory, proof: bytes) -> bool:
-    """Says whether a power cut has left a seal half written, and all else durable before it."""
-    return not proof.strip(b"\0") and bool(root.read(names.CHECKPOINT_MARKER, nbytes=1))
+def _proves_itself(proof: bytes) -> bool:
+    """Says whether the last of three lines is the digest of the others."""
+    lines = proof.split(b"\n")
+    digest = hashlib.sha256(b"\n".join(lines[:2]) + b"\n").hexdigest().encode()
+    return len(lines) == 4 and lines[2:] == [digest, b""]
 
 
 def is_missing(root: Directory) -> bool:

@@ -38,6 +38,18 @@ from orbax_async.handlers.read_plan import ShardingFunction
 from orbax_async.handlers.user_code import StatefulCheckpointableHandler
 from orbax_async.tree.keypath import Select
 
+__all__ = [
+    "TYPESTRS",
+    "Part",
+    "Phase",
+    "first",
+    "for_loading",
+    "for_saving",
+    "naming",
+    "second",
+    "state_for_loading",
+]
+
 
 class Phase(NamedTuple):
     """One phase of one checkpointable."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from orbax.checkpoint import v1
+from seals import unseal
 from trees import base_state
 
 import orbax_async as ocp
@@ -55,6 +56,8 @@ def copy_of(saved: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     """Makes a copy of a saved checkpoint, free to be altered."""
 
     def copy(writer: str) -> Path:
-        return Path(shutil.copytree(saved[writer], tmp_path / writer))
+        path = Path(shutil.copytree(saved[writer], tmp_path / writer))
+        unseal(path)
+        return path
 
     return copy

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
+from seals import unseal
 
 
 def kvstore(directory: Path, *, context: ts.Context | None = None) -> ts.KvStore:
@@ -37,6 +38,7 @@ def codecs(directory: Path, name: str) -> list[str]:
 
 def edit(file: Path, change: Callable[[Any], Any]) -> None:
     """Rewrites a JSON file; `change` edits the document in place or returns another one."""
+    unseal(file)
     content = json.loads(file.read_text())
     changed = change(content)
     file.write_text(json.dumps(content if changed is None else changed))
@@ -44,6 +46,7 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
 
 def put(directory: Path, values: Mapping[str, bytes]) -> None:
     """Sets keys of a checkpointable's store."""
+    unseal(directory)
     store = kvstore(directory)
     for key, value in values.items():
         store[key] = value
@@ -51,6 +54,7 @@ def put(directory: Path, values: Mapping[str, bytes]) -> None:
 
 def remove(directory: Path, *names: str) -> None:
     """Deletes keys of a checkpointable's store."""
+    unseal(directory)
     store = kvstore(directory)
     for name in names:
         del store[name]
@@ -60,6 +64,7 @@ def replace_array(
     directory: Path, name: str, array: Any, metadata: Mapping[str, Any], *, zarr3: bool = True
 ) -> None:
     """Stores an array again, in the way that a zarr document says."""
+    unseal(directory)
     store = kvstore(directory)
     store.delete_range(ts.KvStore.KeyRange(f"{name}/", f"{name}0")).result()
     spec = store.spec().to_json()

@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def unseal(checkpoint: Path) -> None:
-    """Takes the digests away: what is edited afterwards counts as written by somebody else."""
-    proof, metadata = checkpoint / "commit_success.txt", checkpoint / "_CHECKPOINT_METADATA"
-    proof.write_bytes(proof.read_bytes().split(b"\n")[0])
-    metadata.write_bytes(metadata.read_bytes().rstrip())
+def unseal(inside: Path) -> None:
+    """Takes the digests of a checkpoint away: what is edited counts as written by somebody else.
+
+    `inside` is the checkpoint, or anything in it; one that has no digests stays as it is.
+    """
+    for checkpoint in (inside, *inside.parents):
+        proof, metadata = checkpoint / "commit_success.txt", checkpoint / "_CHECKPOINT_METADATA"
+        if proof.exists() and metadata.exists():
+            proof.write_bytes(proof.read_bytes().split(b"\n")[0])
+            metadata.write_bytes(metadata.read_bytes().rstrip())
+            return

@@ -17,7 +17,7 @@ Does not:
 
 from __future__ import annotations
 
-from orbax_async.handlers import phases
+from orbax_async.handlers import phases as phases
 from orbax_async.handlers.documents import JsonHandler as JsonHandler
 from orbax_async.handlers.documents import ProtoHandler as ProtoHandler
 from orbax_async.handlers.protocol import PLACEHOLDER as PLACEHOLDER
@@ -45,6 +45,5 @@ __all__ = [
     "StatefulCheckpointable",
     "global_registry",
     "local_registry",
-    "phases",
     "register_handler",
 ]

@@ -100,10 +100,12 @@ class AsyncResponse(Generic[T]):
         concurrent.futures.wait([self._committed], timeout=_UNDO_SECS)
         if not self._committed.done():
             end = "goes on in the background: it could not be undone in time"
-        elif self._committed.exception() is None:
+        elif (error := self._committed.exception()) is None:
             end = "could no longer be stopped, and is complete"
-        else:
+        elif self.cancelled():
             end = "is undone"
+        else:  # which says what is visible
+            end = f"has failed: {error}"
         raised.add_note(f"{self._label} {end}.")
         self._mark_reported()
 

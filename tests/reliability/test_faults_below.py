@@ -37,6 +37,20 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+def output_below(program: str, library: Path, *arguments: object) -> str:
+    """Returns what a program prints that runs above the library, and must succeed."""
+    source = str(Path(orbax_async.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "programs" / program), str(library), *map(str, arguments)],
+        env=os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.mark.acceptance
 @pytest.mark.parametrize("is_sticky", [False, True], ids=["once", "from-then-on"])
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -45,18 +59,9 @@ def test_a_call_that_fails_is_an_error_that_loses_nothing(
 ) -> None:
     """F23, F25, F26, I15: each call fails; a typed error, the old state, and the next one works."""
     stride = 1 if IS_FULL else 17
-    program = HERE / "programs" / "fault_loop.py"
-    done = subprocess.run(
-        [sys.executable, str(program), str(library), str(tmp_path), operation, str(stride)]
-        + ["sticky"] * is_sticky,
-        env=os.environ
-        | {"LD_PRELOAD": str(library), "PYTHONPATH": str(Path(orbax_async.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    words = [operation, str(stride), *["sticky"] * is_sticky]
+    said = output_below("fault_loop.py", library, tmp_path, *words)
+    told = json.loads(said.splitlines()[-1])
     print(f"{operation}, sticky={is_sticky}: {told['cases']} faults, {told['raised']} errors")
     assert not told["wrong"], "\n".join(told["wrong"][:20])
     assert told["raised"] > 0
@@ -67,14 +72,5 @@ def test_f27_an_interrupted_read_is_begun_again(
     library: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     """F27: a signal that interrupts any one open or read, TensorStore's too, fails no load."""
-    program = HERE / "programs" / "interrupted_loads.py"
-    done = subprocess.run(
-        [sys.executable, str(program), str(library), str(tmp_path), json.dumps(options)],
-        env=os.environ
-        | {"LD_PRELOAD": str(library), "PYTHONPATH": str(Path(orbax_async.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert int(done.stdout) > 20
+    said = output_below("interrupted_loads.py", library, tmp_path, json.dumps(options))
+    assert int(said) > 20

@@ -21,7 +21,7 @@ before_commit = held_saves.before_commit
 at_commit = held_saves.at_commit
 
 PROGRAM = Path(__file__).parent / "programs" / "interrupts.py"
-WITHIN_SECS = 2.0
+WITHIN_SECS, HUNG_SECS = 2, 60  # at full size, and where a busy machine is not to be judged
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.skipif("sys.platform == 'win32'")]
 
@@ -43,7 +43,7 @@ def test_f30_what_is_said_of_an_interrupted_verb_is_so(
     told = json.loads(done.stdout.splitlines()[-1])
     print(f"\n{verb}: {told['ends']}, longest {told['longest_secs']:.3f} s")
     assert not told["wrong"], "\n".join(told["wrong"])
-    assert told["longest_secs"] < WITHIN_SECS
+    assert told["longest_secs"] < soak(HUNG_SECS, WITHIN_SECS)
     assert told["ends"].keys() - {"returned"}
 
 
